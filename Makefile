@@ -1,0 +1,73 @@
+# kvpack: build, test and show it. `make help` lists the targets.
+#
+# Needed: Rust (cargo, clippy, rustfmt), Python 3.11 or later, and pip. All else goes into .venv.
+# PYTHON=/path/to/python chooses the interpreter that .venv is made from.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+BUILT := $(VENV)/.kvpack-built
+SOURCES := $(shell find src -name '*.rs' 2>/dev/null) $(wildcard Cargo.toml Cargo.lock build.rs pyproject.toml)
+PYTHON_CODE := python tests examples tools benchmarks
+
+# One interpreter for maturin and clippy, or each would rebuild the other's pyo3.
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+unexport CONDA_PREFIX PYTHONHOME
+MAKEFLAGS += --no-print-directory
+
+.NOTPARALLEL:
+.PHONY: help setup demo test rust python lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(BUILT) ## make .venv, install what is needed, build the extension
+
+demo: $(BUILT) ## compare the caches on a real model; leaves a table and a picture in demo-output
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: lint rust python ## every check: lint, Rust tests, Python tests
+
+rust: ## the tests of the Rust core (no Python needed)
+	cargo test --locked
+
+python: $(BUILT) ## the tests of the Python package, on a real model
+	$(BIN)/python tools/test_model.py
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(BUILT) ## formats, lints, types, and the stub against the extension
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --lib --features python -- -D warnings
+	$(BIN)/ruff check $(wildcard $(PYTHON_CODE))
+	$(BIN)/ruff format --check $(wildcard $(PYTHON_CODE))
+	$(BIN)/mypy
+	MYPYPATH=python $(BIN)/stubtest kvpack._kvpack
+
+format: $(BUILT) ## format the Rust and the Python code
+	cargo fmt
+	$(BIN)/ruff check --fix $(wildcard $(PYTHON_CODE))
+	$(BIN)/ruff format $(wildcard $(PYTHON_CODE))
+
+clean: ## remove everything that was built, .venv too
+	rm -rf $(VENV) target demo-output .mypy_cache .pytest_cache .ruff_cache
+	rm -f python/kvpack/_kvpack*.so
+
+# The first Python that is new enough, unless PYTHON says which.
+$(VENV)/pyvenv.cfg:
+	@for python in $${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "making $(VENV) with $$python"; \
+	        $$python -m venv $(VENV) && exit; rm -rf $(VENV); exit 1; \
+	    fi; \
+	done; echo "no Python 3.11 or later found; name one: make PYTHON=/path/to/python" >&2; exit 1
+
+# Built again when the sources or the metadata change; pip leaves alone what is installed already.
+$(BUILT): $(VENV)/pyvenv.cfg $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'maturin>=1.9,<2'
+	$(BIN)/maturin develop --release --extras transformers,dev
+	@touch $@

@@ -1,0 +1,82 @@
+"""Small and fast KV caches for transformers models on CPUs.
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="kvpack")
+    cache = kvpack.PackedCache(model, quantize=kvpack.KIVI(bits=4))
+    model.generate(**inputs, past_key_values=cache)
+    cache.memory()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import torch
+    import transformers
+except ImportError as missing:
+    raise ImportError(
+        "kvpack needs torch and transformers 5.4 or newer: pip install 'kvpack[transformers]'"
+    ) from missing
+
+_MINIMUM = (5, 4)
+if tuple(int(x) for x in transformers.__version__.split(".")[:2]) < _MINIMUM:
+    raise ImportError(
+        f"kvpack needs transformers 5.4 or newer, found {transformers.__version__}: pip install -U transformers"
+    )
+
+from . import _kvpack, attention
+from .attach import Attachment, attach
+from .cache import PackedCache
+from .errors import (
+    ConcurrencyError,
+    CropError,
+    DeviceError,
+    DtypeError,
+    GradError,
+    InternalError,
+    KvpackError,
+    ModelMismatchError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+    StaleHandleError,
+)
+from .memory import Memory
+from .methods import KIVI, Exact
+
+__all__ = [
+    "KIVI",
+    "Attachment",
+    "ConcurrencyError",
+    "CropError",
+    "DeviceError",
+    "DtypeError",
+    "Exact",
+    "GradError",
+    "InternalError",
+    "KvpackError",
+    "Memory",
+    "ModelMismatchError",
+    "NonFiniteError",
+    "OptionError",
+    "PackedCache",
+    "ShapeError",
+    "StaleHandleError",
+    "attach",
+    "info",
+]
+__version__ = _kvpack.__version__
+
+
+def info() -> dict[str, Any]:
+    """Version, instruction set in use and available (`KVPACK_ISA` chooses), and threads."""
+    return {
+        "version": __version__,
+        "isa": _kvpack.isa(),
+        "isa_available": _kvpack.isa_available(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+_kvpack.isa()  # an unknown KVPACK_ISA is an error here and now, not in the middle of a generation
+attention.register()

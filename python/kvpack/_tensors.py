@@ -1,0 +1,65 @@
+"""Tensors cross to Rust as (pointer, dtype, shape, strides).
+
+Whoever calls `describe` must keep the tensor alive until the Rust call returns.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .errors import DeviceError, DtypeError, GradError, ShapeError
+
+Description: TypeAlias = tuple[int, str, tuple[int, int, int, int], tuple[int, int, int, int]]
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+_NAMES = {**DTYPES, torch.bool: "bool"}
+
+
+def describe(x: Tensor) -> Description:
+    """Pointer, dtype, shape and strides of a 4-D tensor whose last stride is 1."""
+    return x.data_ptr(), _NAMES[x.dtype], tuple(x.shape), x.stride()  # type: ignore[return-value]
+
+
+def plain(what: str, x: Tensor) -> Tensor:
+    """`x` itself, or a contiguous copy where Rust cannot read its layout.
+
+    Raises:
+        ShapeError: not 4-D.
+        DtypeError: not float32, float16 or bfloat16.
+        DeviceError: not in CPU memory, or without memory at all (sparse, fake, meta).
+        GradError: grad mode is on and the tensor requires grad.
+    """
+    if x.dtype not in DTYPES:
+        raise DtypeError(f"{what} have dtype {x.dtype}, expected float32, float16 or bfloat16")
+    if x.device.type != "cpu":
+        raise DeviceError(f"{what} are on device {x.device}, expected cpu: kvpack computes in CPU memory")
+    if x.dim() != 4:
+        raise ShapeError(f"{what}: given shape {tuple(x.shape)}, expected [batch, heads, tokens, head_dim]")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise GradError(
+            f"{what} require grad, and a packed cache cannot pass gradients on: given grad mode on, "
+            "expected torch.no_grad() or torch.inference_mode() around the model"
+        )
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        x = _unwrap(what, x)
+    return readable(x)
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x`, or a contiguous copy where its last stride is not 1 or its memory is marked as negated."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _unwrap(what: str, x: Tensor) -> Tensor:
+    if x.layout is not torch.strided or isinstance(x, torch._subclasses.FakeTensor):
+        raise DeviceError(f"{what} are a {type(x).__name__} without plain memory, expected a strided CPU tensor")
+    return x

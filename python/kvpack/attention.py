@@ -1,0 +1,164 @@
+"""kvpack's attention function for transformers, registered as "kvpack" beside "sdpa" and "eager"."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import ModelMismatchError
+from .handle import LazyKV
+
+NAME = "kvpack"
+# An additive mask at or below this hides a token: models use the dtype's minimum, -inf, -1e9 or -1e4.
+_HIDDEN = -1e4
+
+
+@torch.compiler.disable
+def kvpack_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a PackedCache on its packed form; over anything else what the model would do without kvpack.
+
+    Args:
+        module: the model's attention module.
+        query: `[B, Hq, q, D]`, rotated.
+        key: `[B, Hkv, n, D]`: a handle of a PackedCache, or a real tensor (prefill, layers that are not packed).
+        value: as `key`.
+        attention_mask: boolean or additive `[B, 1, q, n]`; None is causal.
+        scaling: factor of the logits; None is `D ** -0.5`.
+        dropout: probability of dropping a weight; only for real tensors.
+        softcap: `c` of `c tanh(logit / c)` (Gemma 2).
+        s_aux: learned sink logits, one a query head (gpt-oss).
+        **kwargs: passed on to torch's SDPA or the model's own eager attention.
+
+    Returns:
+        `[B, q, Hq, D]`, and None for the weights, which are never formed.
+    """
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    if isinstance(key, LazyKV) and isinstance(value, LazyKV) and not dropout:
+        layer = key.packed_layer
+        value.packed_layer  # noqa: B018  # a stale handle raises
+        _check_model(layer, module)
+        if attention_mask is None and query.shape[2] > 1 and not getattr(module, "is_causal", True):
+            attention_mask = torch.ones((1, 1, query.shape[2], key.shape[2]), dtype=torch.bool)
+        valid = _PADS.valid(attention_mask, query.shape[2])
+        return layer.attend(query, attention_mask, valid, scaling, softcap, s_aux), None
+    prefill = getattr(key, "_kvpack_prefill", None)
+    if prefill is not None:
+        _check_model(prefill[0], module)
+    out = _exact_attention(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, s_aux=s_aux, **kwargs
+    )
+    if prefill is not None:
+        layer, version = prefill
+        del key._kvpack_prefill
+        layer.commit(version, _PADS.valid(attention_mask, query.shape[2]))
+    return out, None
+
+
+def _exact_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention over real tensors: torch's SDPA, or the model's own function for what SDPA does not know."""
+    if softcap is None and s_aux is None:
+        out: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)[0]
+        return out
+    extra = {name: x for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None}
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    mask = _additive(mask, query, key)
+    eager_out: Tensor = eager(module, query, key, value, mask, **extra, **kwargs)[0]
+    return eager_out
+
+
+def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask as eager attention wants it: added to the logits, and causality spelled out."""
+    q, n = query.shape[2], key.shape[2]
+    if mask is None:
+        if q == 1:
+            return None
+        mask = torch.ones((q, n), dtype=torch.bool).tril(n - q)[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    zero = torch.zeros((), dtype=query.dtype)
+    return torch.where(mask, zero, torch.finfo(query.dtype).min)
+
+
+class _Pads:
+    """Finds the pads among a forward's tokens; remembers the answer for the forward's other layers."""
+
+    def __init__(self) -> None:
+        self._mask: weakref.ref[Tensor] | None = None
+        self._valid: Tensor | None = None
+
+    def valid(self, mask: Tensor | None, new: int) -> Tensor | None:
+        """`[B, new]`: which of the newest tokens are not pads; None when all are real.
+
+        A token that may not attend to itself is a pad: causal, sliding and block-diagonal masks all let a real one.
+        """
+        if mask is None or mask.dim() != 4 or mask.shape[3] < new or mask.shape[2] != new:
+            return None
+        if self._mask is None or self._mask() is not mask:
+            own = mask[:, 0].diagonal(mask.shape[3] - new, dim1=-2, dim2=-1)
+            shown = own if own.dtype == torch.bool else own > _HIDDEN
+            self._valid = None if bool(shown.all()) else shown
+            self._mask = weakref.ref(mask)
+        return self._valid
+
+
+_PADS = _Pads()
+
+_FINGERPRINT = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def fingerprint(config: Any) -> dict[str, Any]:
+    """What tells one model's cache from another's."""
+    return {name: getattr(config, name, None) for name in _FINGERPRINT}
+
+
+def _check_model(layer: Any, module: nn.Module) -> None:
+    """Raises ModelMismatchError when `module` belongs to another model than the one its cache was made for."""
+    config = getattr(module, "config", None)
+    if config is None or config is layer.config or layer.config is None:
+        return
+    given, expected = fingerprint(config), fingerprint(layer.config)
+    different = [name for name in _FINGERPRINT if given[name] != expected[name]]
+    if different:
+        raise ModelMismatchError(
+            "this cache was made for another model: given "
+            + ", ".join(f"{name}={given[name]}" for name in different)
+            + "; expected "
+            + ", ".join(f"{name}={expected[name]}" for name in different)
+        )
+    layer.config = config  # the same model by another name: no need to compare again
+
+
+def register() -> None:
+    """Makes `attn_implementation="kvpack"` known to transformers."""
+    AttentionInterface.register(NAME, kvpack_attention)
+    # Without a mask function of the same name the attention function would never get a mask.
+    AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,233 @@
+"""PackedCache: what users pass to `generate` as `past_key_values`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from . import _kvpack
+from .errors import DeviceError, ModelMismatchError, OptionError
+from .layer import PackedLayer
+from .memory import Memory, readable_bytes
+from .methods import QUANTIZE, Exact, Quantize
+
+_PARTS = ("codes", "scales", "exact", "index", "other layers")
+
+
+class PackedCache(Cache):  # type: ignore[misc]
+    """A KV cache that holds keys and values packed, and is read as it is.
+
+    A drop-in for transformers' DynamicCache: `model.generate(**inputs, past_key_values=cache)`. It is right with any
+    attention implementation, and fast when the model runs with `attn_implementation="kvpack"`. Full-attention layers
+    are packed; sliding, linear and other layers keep transformers' own objects (`repr(cache)` says which).
+    """
+
+    def __init__(self, model_or_config: Any, *, quantize: Quantize | None = None) -> None:
+        """An empty cache for one model.
+
+        Args:
+            model_or_config: the transformers model on the CPU, or its configuration.
+            quantize: how tokens are stored; without it `Exact()`: nothing is lossy unless asked for.
+
+        Raises:
+            OptionError: an option is not accepted, does not fit the model, or the model is on another device.
+        """
+        config = _text_config(model_or_config)
+        self.quantize = _checked(quantize, config)
+        self.config = config
+        # transformers decides the structure (sliding, linear, layers that share keys and values ...);
+        # exactly the plain full-attention layers are replaced.
+        shared = bool(getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0))
+        layers: list[Any] = [
+            PackedLayer(self.quantize, config=config, shared=shared) if type(layer) is DynamicLayer else layer
+            for layer in DynamicCache(config=config).layers
+        ]
+        if not any(isinstance(layer, PackedLayer) for layer in layers):
+            kinds = sorted({type(layer).__name__ for layer in layers})
+            if not kinds:
+                raise OptionError(
+                    f"model_or_config: given a configuration without decoder layers ({type(config).__name__}), "
+                    "expected a decoder model"
+                )
+        super().__init__(layers=layers)
+
+    @classmethod
+    def from_cache(
+        cls,
+        cache: Cache,
+        model_or_config: Any,
+        *,
+        quantize: Quantize | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> PackedCache:
+        """Packs what a DynamicCache holds; that one stays as it is.
+
+        Args:
+            cache: the cache of a forward of this model.
+            model_or_config: the model, or its configuration.
+            quantize: as in the constructor.
+            attention_mask: `[B, tokens]`, 0 where a token is a pad; without it all tokens are real.
+
+        Raises:
+            OptionError: `cache` is not a DynamicCache.
+            ModelMismatchError: its layers are not this model's.
+            ShapeError: the mask's shape does not fit.
+        """
+        if not isinstance(cache, DynamicCache):
+            raise OptionError(f"cache: given a {type(cache).__name__}, expected a transformers DynamicCache")
+        packed = cls(model_or_config, quantize=quantize)
+        if len(cache.layers) > len(packed.layers):
+            raise ModelMismatchError(
+                f"cache: given one of {len(cache.layers)} layers, expected at most {len(packed.layers)}, as the model has"
+            )
+        for i, layer in enumerate(cache.layers):
+            own = packed.layers[i]
+            if not isinstance(own, PackedLayer):
+                packed.layers[i] = copy.deepcopy(layer)
+            elif layer.is_initialized and layer.get_seq_length() > 0:
+                own.load(layer.keys, layer.values, attention_mask)
+        return packed
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes a forward's keys and values of one layer; see `PackedLayer.update`.
+
+        Raises:
+            ModelMismatchError: there is no such layer: the cache was made for a model of fewer layers, or the
+                heads and dims are not those of the model that it was made for.
+        """
+        if not 0 <= layer_idx < len(self.layers):
+            raise ModelMismatchError(
+                f"layer_idx: given {layer_idx}, expected less than {len(self.layers)}, the layers of the model that this "
+                "cache was made for"
+            )
+        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    # ---- changing the batch and the length, all layers or none ----------------------------------------------------
+
+    @property
+    def _packed(self) -> Iterator[PackedLayer]:
+        return (layer for layer in self.layers if isinstance(layer, PackedLayer))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the `-tokens_to_remove` newest tokens; a positive number is the length to keep.
+
+        Raises:
+            CropError: tokens that are packed with loss would be cut and `activate_past_recording()` was not
+                called before; no layer has changed then.
+        """
+        for layer in self._packed:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes row `i` what row `beam_idx[i]` was (beam search); pages are shared, not copied."""
+        self._check_select(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows at `indices`; pages are shared, not copied."""
+        self._check_select(indices)
+        super().batch_select_indices(indices)
+
+    def _check_select(self, indices: Tensor) -> None:
+        for layer in self._packed:
+            if layer.is_initialized:
+                layer.check_select(indices)
+
+    def fork(self) -> PackedCache:
+        """A copy that shares all pages with this one; each side copies only what it changes.
+
+        Costs microseconds a layer: prefill a long prompt once, then fork it for every continuation.
+        """
+        other = copy.copy(self)
+        other.layers = [
+            layer.fork() if isinstance(layer, PackedLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedCache:
+        memo[id(self)] = other = self.fork()
+        return other
+
+    # ---- looking at it ---------------------------------------------------------------------------------------------
+
+    def memory(self) -> Memory:
+        """Bytes held, measured from the allocations: by part, by layer, in total."""
+        parts = dict.fromkeys(_PARTS, 0)
+        layers = []
+        for layer in self.layers:
+            held = layer.memory() if isinstance(layer, PackedLayer) else {"other layers": _tensor_bytes(layer)}
+            for part, n in held.items():
+                parts[part] += n
+            layers.append(sum(held.values()))
+        return Memory(parts, layers)
+
+    def info(self) -> dict[str, Any]:
+        """What really runs: version, instruction set, threads, codec, layers, and attention calls by path."""
+        packed = list(self._packed)
+        return {
+            "version": _kvpack.__version__,
+            "isa": _kvpack.isa(),
+            "threads": torch.get_num_threads(),
+            "quantize": repr(self.quantize),
+            "layers": [type(layer).__name__ for layer in self.layers],
+            "tokens": self.get_seq_length(),
+            **{path: sum(layer.counts[path] for layer in packed) for path in ("prefill", "fused", "materialised")},
+        }
+
+    def __repr__(self) -> str:
+        kinds: dict[str, int] = {}
+        for layer in self.layers:
+            kinds[type(layer).__name__] = kinds.get(type(layer).__name__, 0) + 1
+        layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        return (
+            f"PackedCache({self.quantize}, {self.get_seq_length()} tokens, "
+            f"{readable_bytes(self.memory().total)}, layers: {layers})"
+        )
+
+
+def _text_config(model_or_config: Any) -> Any:
+    """The decoder's configuration."""
+    config = getattr(model_or_config, "config", model_or_config)
+    if not hasattr(config, "get_text_config"):
+        raise OptionError(
+            f"model_or_config: given a {type(model_or_config).__name__}, expected a transformers model or its configuration"
+        )
+    device = getattr(model_or_config, "device", None)
+    if isinstance(device, torch.device) and device.type != "cpu":
+        raise DeviceError(f"model: given one on device {device}, expected cpu: kvpack computes in CPU memory")
+    return config.get_text_config(decoder=True)
+
+
+def _checked(quantize: Quantize | None, config: Any) -> Quantize:
+    """The codec, checked as far as the configuration tells."""
+    quantize = Exact() if quantize is None else quantize
+    if not isinstance(quantize, Quantize):
+        accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in QUANTIZE.values())
+        raise OptionError(f"quantize={quantize!r} is not accepted; accepted: {accepted}, or None for Exact()")
+    head_dim = getattr(config, "head_dim", None)
+    if isinstance(head_dim, int) and getattr(config, "kv_lora_rank", None) is None:
+        quantize.check_head_dim(head_dim)
+    return quantize
+
+
+def _tensor_bytes(holder: Any) -> int:
+    """Bytes of the tensors that one of transformers' own layers holds."""
+    storages = {}
+    stack = [vars(holder)] if hasattr(holder, "__dict__") else []
+    while stack:
+        for x in stack.pop().values():
+            if isinstance(x, Tensor):
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            elif isinstance(x, dict):
+                stack.append(x)
+    return sum(storages.values())

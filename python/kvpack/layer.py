@@ -1,0 +1,365 @@
+"""One packed attention layer: transformers' layer contract around the store in Rust."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from . import _kvpack
+from ._tensors import DTYPES, describe, plain, readable
+from .errors import ShapeError, StaleHandleError
+from .handle import LazyKV
+from .methods import Quantize
+
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+# Releases before past recording let assisted decoding crop without announcing it.
+_RECORDING_EXISTS = hasattr(Cache, "activate_past_recording")
+
+
+class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one full-attention layer.
+
+    A forward's keys and values wait in `_pending` until the attention function has seen its mask (pads are not
+    stored) and, when the cache was empty, until the exact prefill attention is done.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, quantize: Quantize, *, config: Any = None, shared: bool = False) -> None:
+        """An empty layer.
+
+        Args:
+            quantize: the codec.
+            config: the configuration of the model that this layer is for.
+            shared: whether other layers of the model read this layer's keys and values, so that packing waits
+                until the forward is over.
+        """
+        self.quantize = quantize
+        self.config = config
+        self.shared = shared
+        self.record_past = False
+        self.is_initialized = False
+        self.version = 0
+        self.counts = {"prefill": 0, "fused": 0, "materialised": 0}
+        self._store = quantize.make_store()
+        self._seen = 0
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return f"PackedLayer({self.quantize}, {self.get_seq_length()} tokens)"
+
+    # ---- writing -------------------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes dtype, device and batch size of the first keys."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size = key_states.shape[0]
+        self.is_initialized = True
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Takes a forward's keys `[B, Hkv, q, Dk]` and values `[B, Hkv, q, Dv]`, after RoPE.
+
+        Returns:
+            The same tensors when the cache was empty, else handles on all that is held.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, NonFiniteError, GradError, OptionError: the tensors do not fit;
+                the cache is unchanged.
+        """
+        keys, values = plain("keys", key_states), plain("values", value_states)
+        self.absorb()
+        self._store.check(describe(keys), describe(values))
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if not self.record_past:
+            self._store.settle()
+        self.version += 1
+        self._pending = keys, values
+        if self._seen == 0:
+            key_states._kvpack_prefill = (self, self.version)  # type: ignore[attr-defined]
+            return key_states, value_states
+        batch, heads, new, key_dim = keys.shape
+        logical = (batch, heads, self._seen + new)
+        return (
+            LazyKV(self, "keys", (*logical, key_dim), keys.dtype),
+            LazyKV(self, "values", (*logical, values.shape[-1]), values.dtype),
+        )
+
+    def absorb(self, valid: Tensor | None = None) -> None:
+        """Stores what is pending; `valid` `[B, q]` says which tokens are not pads."""
+        if self._pending is None:
+            return
+        keys, values = self._pending
+        _kvpack.set_threads(torch.get_num_threads())
+        if valid is not None:
+            valid = valid[:, None, None, :].expand(keys.shape[0], 1, 1, keys.shape[2]).contiguous()
+        self._store.append(describe(keys), describe(values), None if valid is None else describe(valid))
+        first, new = self._seen == 0, keys.shape[2]
+        self._seen += new
+        self._pending = None
+        # Few new tokens are left exact until the next forward begins, so that they can be cropped.
+        if first and not self.record_past:
+            self._store.settle()
+
+    def load(self, keys: Tensor, values: Tensor, attention_mask: Tensor | None) -> None:
+        """Stores another cache's keys and values in this empty layer; the mask `[B, tokens]` is 0 for pads."""
+        valid = None
+        if attention_mask is not None:
+            expected = (keys.shape[0], keys.shape[2])
+            if tuple(attention_mask.shape) != expected:
+                raise ShapeError(f"attention mask: given {tuple(attention_mask.shape)}, expected {expected}")
+            valid = attention_mask != 0
+        self.update(keys.detach(), values.detach())
+        self.absorb(valid)
+
+    def commit(self, version: int, valid: Tensor | None) -> None:
+        """Ends a prefill on an empty cache, after its attention.
+
+        Raises:
+            StaleHandleError: the layer was updated again since `version`.
+        """
+        if version != self.version:
+            raise StaleHandleError(
+                f"the keys of this prefill (given version {version}, expected {self.version}) are not the last that "
+                "the cache was given: is another thread using it?"
+            )
+        self.counts["prefill"] += 1
+        self.absorb(valid)
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        query: Tensor,
+        mask: Tensor | None,
+        valid: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of the newest positions' queries over all that is held.
+
+        Args:
+            query: `[B, Hq, q, Dk]`, rotated.
+            mask: `[B or 1, Hq or 1, q, seen]`, boolean (True: attend) or additive; None is causal.
+            valid: `[B, q]`, which of the newest tokens are not pads.
+            scaling: factor of the logits.
+            softcap: `c` of `c tanh(logit / c)`.
+            sinks: learned logits, one a query head, that take weight and add nothing.
+
+        Returns:
+            `[B, q, Hq, Dv]`, contiguous, in the query's dtype.
+        """
+        self.absorb(valid)
+        query = plain("queries", query)
+        shape = self._store.shape()
+        assert shape is not None  # absorb has stored at least the pending tokens
+        out = torch.empty((query.shape[0], query.shape[2], query.shape[1], shape[3]), dtype=query.dtype)
+        if mask is not None:
+            mask = _four_dimensional(mask)
+        _kvpack.set_threads(torch.get_num_threads())
+        self._store.attend(
+            describe(query),
+            describe(out),
+            None if mask is None else describe(mask),
+            scaling,
+            softcap,
+            None if sinks is None else sinks.detach().float().tolist(),
+        )
+        self.counts["fused"] += 1
+        if not (self.record_past or self.shared) and query.shape[2] > self._window:
+            self._store.settle()  # a long chunk would otherwise be held exactly in all layers at once
+        return out
+
+    @property
+    def _window(self) -> int:
+        return getattr(self.quantize, "window", 0)
+
+    def materialize(self, which: Literal["keys", "values"]) -> Tensor:
+        """All keys or values `[B, Hkv, seen, D]`, dequantised, in the model's dtype; zeros where a pad was."""
+        self.absorb()
+        shape = self._store.shape()
+        if shape is None:
+            raise ShapeError(f"{which}: given an empty cache, expected at least one token")
+        batch, heads, key_dim, value_dim, dtype = shape
+        dim = key_dim if which == "keys" else value_dim
+        out = torch.zeros((batch, heads, self._seen, dim), dtype=_TORCH_DTYPES[dtype])
+        write = self._store.write_keys if which == "keys" else self._store.write_values
+        write(describe(out))
+        self.counts["materialised"] += which == "keys"
+        return out
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """All keys, materialised; None before the first."""
+        return self.materialize("keys") if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """All values, materialised; None before the first."""
+        return self.materialize("values") if self.is_initialized else None
+
+    def positions(self, row: int, head: int) -> list[int]:
+        """Logical positions of the tokens that a KV head of a sequence holds."""
+        self.absorb()
+        return self._store.positions(row, head)
+
+    def packed(self, row: int, head: int) -> dict[str, Tensor | int]:
+        """What one KV head of a sequence stores packed.
+
+        Returns:
+            `key_codes` `[n, Dk]` uint8, `key_scale` and `key_zero` `[n / group, Dk]` float32; `value_codes`
+            `[n, Dv]`, `value_scale` and `value_zero` `[n, groups]`; `key_start` and `value_start`: exact tokens
+            before the packed ones. What is newer than the packed ones is held exactly.
+        """
+        self.absorb()
+        shape = self._store.shape()
+        out: dict[str, Tensor | int] = {}
+        for name, side, dim in zip(
+            ("key", "value"), self._store.packed(row, head), shape[2:4] if shape else (1, 1), strict=True
+        ):
+            start, codes, scale, zero = side
+            out[f"{name}_start"] = start
+            out[f"{name}_codes"] = torch.tensor(list(codes), dtype=torch.uint8).reshape(-1, dim)
+            groups = dim if name == "key" else len(scale) // max(len(codes) // dim, 1)
+            out[f"{name}_scale"] = torch.tensor(scale).reshape(-1, max(groups, 1))
+            out[f"{name}_zero"] = torch.tensor(zero).reshape(-1, max(groups, 1))
+        return out
+
+    # ---- lengths -------------------------------------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Positions seen, pads included."""
+        return self._seen + (self._pending[0].shape[2] if self._pending is not None else 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Mask columns for `query_length` new tokens, and the position of the first column."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    # ---- changing the batch and the length -----------------------------------------------------------------------
+
+    def tokens_to_remove(self, n: int) -> int:
+        """How many tokens `crop(n)` means: `-n`, or for the absolute length of older releases what lies beyond it."""
+        return -n if n <= 0 else max(self.get_seq_length() - n, 0)
+
+    def _may_cut_packed(self, n: int) -> bool:
+        return self.record_past or (n > 0 and not _RECORDING_EXISTS)
+
+    def check_crop(self, n: int) -> None:
+        """Raises what `crop(n)` would raise."""
+        self.absorb()
+        self._store.check_crop(self.tokens_to_remove(n), self._may_cut_packed(n))
+
+    def crop(self, n: int) -> None:
+        """Removes the `-n` newest tokens; a positive `n` is the length to keep, as in older releases.
+
+        With past recording on, it also packs what waited for it (`crop(0)` only does that).
+
+        Raises:
+            CropError: tokens that would remain, or go, are packed with loss and recording is off, or there are
+                fewer tokens; the cache is unchanged.
+        """
+        self.check_crop(n)
+        remove = self.tokens_to_remove(n)
+        if remove:
+            self._store.crop(remove, self._may_cut_packed(n))
+            self._seen -= remove
+            self.version += 1
+        if self.record_past:
+            self._store.settle()
+
+    def activate_past_recording(self) -> None:
+        """From now on packing waits for `crop`, which then reaches any token."""
+        self.record_past = True
+
+    def check_select(self, indices: Tensor) -> list[int]:
+        """The indices as a list, checked against the batch size."""
+        chosen = torch.arange(self._batch)[indices.to("cpu")] if indices.dtype == torch.bool else indices
+        chosen_list: list[int] = chosen.reshape(-1).tolist()
+        bad = [i for i in chosen_list if not -self._batch <= i < self._batch]
+        if bad or not chosen_list:
+            raise ShapeError(
+                f"batch indices: given {bad or 'none'}, expected at least one, each below the batch size {self._batch}"
+            )
+        return [i % self._batch for i in chosen_list]
+
+    @property
+    def _batch(self) -> int:
+        return self.batch_size if self.is_initialized else 0
+
+    def _select(self, indices: list[int]) -> None:
+        self.absorb()
+        self._store.select(indices)
+        self.batch_size = len(indices)
+        self.version += 1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes row `i` what row `beam_idx[i]` was; pages are shared, not copied."""
+        if self.is_initialized:
+            self._select(self.check_select(beam_idx))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows at `indices`, in their order."""
+        if self.is_initialized:
+            self._select(self.check_select(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times; pages are shared, not copied."""
+        if repeats < 1:
+            raise ShapeError(f"repeats: given {repeats}, expected at least 1")
+        if self.is_initialized:
+            self._select([i for i in range(self._batch) for _ in range(repeats)])
+
+    def reset(self) -> None:
+        """Forgets all tokens and frees their memory."""
+        self._pending = None
+        self._store.reset()
+        self._seen = 0
+        self.version += 1
+        self.record_past = False
+        if self.is_initialized:
+            self.is_initialized = False
+            del self.batch_size
+
+    def fork(self) -> PackedLayer:
+        """A copy that shares all pages; each side copies what it changes."""
+        self.absorb()
+        other = object.__new__(PackedLayer)
+        other.__dict__.update(self.__dict__)
+        other.counts = dict(self.counts)
+        other._store = self._store.fork()
+        return other
+
+    def memory(self) -> dict[str, int]:
+        """Bytes allocated, by part."""
+        self.absorb()
+        return dict(zip(("codes", "scales", "exact", "index"), self._store.memory(), strict=True))
+
+    def offload(self) -> None:
+        """Nothing to do: the cache lives in CPU memory."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: the cache lives in CPU memory."""
+
+
+def _four_dimensional(mask: Tensor) -> Tensor:
+    """The mask as Rust reads it."""
+    if mask.dim() != 4:
+        raise ShapeError(f"attention mask: given shape {tuple(mask.shape)}, expected 4 dimensions")
+    if mask.dtype not in DTYPES and mask.dtype != torch.bool:
+        mask = mask.float()
+    return readable(mask)

@@ -1,0 +1,50 @@
+"""What a cache holds, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a cache holds, measured from its allocations; what its sequences share is counted once.
+
+    Attributes:
+        parts: bytes by part: `codes`, `scales` (with zero-points), `exact` (sinks, recent window and exact pages,
+            in the model's dtype), `index` (positions, lists of pages, headers), and `other layers` (what
+            transformers' own layer objects hold).
+        layers: bytes by layer of the model.
+    """
+
+    parts: dict[str, int]
+    layers: list[int]
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.parts.values())
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name} {readable_bytes(n)}" for name, n in self.parts.items() if n)
+        return f"Memory({readable_bytes(self.total)}: {parts or 'empty'}; {len(self.layers)} layers)"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{name}</td><td style='text-align:right'>{readable_bytes(n)}</td>"
+            f"<td style='text-align:right'>{n / max(self.total, 1):.1%}</td></tr>"
+            for name, n in self.parts.items()
+        )
+        return (
+            f"<table><thead><tr><th>KV cache, {len(self.layers)} layers</th><th>{readable_bytes(self.total)}</th>"
+            f"<th>share</th></tr></thead><tbody>{rows}</tbody></table>"
+        )
+
+
+def readable_bytes(n: int) -> str:
+    """`n` bytes in a unit that leaves one to four digits before the point."""
+    size = float(n)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

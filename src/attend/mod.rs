@@ -1,0 +1,160 @@
+//! Reading: attention of some queries over the tokens that one KV head holds, in whatever form.
+//!
+//! The one idea is the segment: keys of consecutive tokens that can give their logits, and values of
+//! consecutive tokens that can add their weighted sum. Results over parts of the tokens are [`Partial`]s and
+//! merge by log-sum-exp, so that heads, ranges of tokens and threads split freely (flash-decoding,
+//! Dao et al. 2023, with the online softmax of Milakov and Gimelshein 2018).
+
+pub mod codes;
+mod decode;
+pub mod kernels;
+mod many;
+mod partial;
+mod visibility;
+
+pub use decode::attend_one;
+pub use many::attend_many;
+pub use partial::Partial;
+pub use visibility::{BoolView, Mask, MaskData, Visibility};
+
+use kernels::Kernels;
+
+/// Tokens that are scored at once: one softmax step, small enough for the first cache levels.
+pub const CHUNK: usize = 256;
+
+/// The kernels in use, and buffers that segments may need while they are read.
+pub struct Scratch {
+    /// The inner loops.
+    pub kernels: &'static Kernels,
+    /// Queries or weights with a page's scales folded in.
+    pub folded: Vec<f32>,
+    /// One number a query head.
+    pub offsets: Vec<f32>,
+}
+
+impl Scratch {
+    /// Empty buffers.
+    pub fn new(kernels: &'static Kernels) -> Self {
+        Self { kernels, folded: Vec::new(), offsets: Vec::new() }
+    }
+}
+
+/// Keys of consecutive tokens of one KV head.
+pub trait KeySegment: Sync {
+    /// Tokens held.
+    fn tokens(&self) -> usize;
+
+    /// Reads start at multiples of this many tokens.
+    fn unit(&self) -> usize;
+
+    /// Logits before scaling: `out[g, t] = q_g . k_(first + t)` for `t < n`; `q` is `[G, dim]`, rows of `out` are
+    /// `stride` apart, and `stride` is at least `n` rounded up to a multiple of 8.
+    fn scores(&self, q: &[f32], first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch);
+
+    /// The keys as f32, transposed: `out[c, t] = k_(first + t)[c]`, rows of `out` `stride` apart.
+    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch);
+}
+
+/// Values of consecutive tokens of one KV head.
+pub trait ValueSegment: Sync {
+    /// Tokens held.
+    fn tokens(&self) -> usize;
+
+    /// `acc[g, c] += sum_t w[g, t] v_(first + t)[c]` for `t < n`; rows of `w` are `w_stride`, of `acc` `acc_stride`
+    /// apart, and `acc_stride` is at least the dim rounded up to a multiple of 8.
+    #[allow(clippy::too_many_arguments)]
+    fn accumulate(
+        &self,
+        w: &[f32],
+        w_stride: usize,
+        first: usize,
+        n: usize,
+        acc: &mut [f32],
+        acc_stride: usize,
+        scratch: &mut Scratch,
+    );
+
+    /// The values as f32: `out[t, c] = v_(first + t)[c]`, rows of `out` `stride` apart (at least the dim rounded up
+    /// to a multiple of 8).
+    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch);
+}
+
+/// All that one KV head holds, oldest token first; keys and values may be cut into segments differently.
+pub struct Head<'a> {
+    /// Keys.
+    pub keys: Vec<&'a dyn KeySegment>,
+    /// Values of the same tokens.
+    pub values: Vec<&'a dyn ValueSegment>,
+    /// Numbers of a key.
+    pub key_dim: usize,
+    /// Numbers of a value.
+    pub value_dim: usize,
+}
+
+/// How logits become weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Softmax {
+    /// Factor of the logits.
+    pub scaling: f32,
+    /// `s -> c tanh(s / c)` after scaling.
+    pub softcap: Option<f32>,
+}
+
+impl Softmax {
+    /// Caps scaled logits.
+    fn cap(&self, scores: &mut [f32]) {
+        if let Some(cap) = self.softcap {
+            for s in scores {
+                *s = cap * (*s / cap).tanh();
+            }
+        }
+    }
+}
+
+/// `n` rounded up to a multiple of eight lanes.
+pub fn padded(n: usize) -> usize {
+    n.next_multiple_of(codes::BLOCK)
+}
+
+/// Walks the value segments in step with ranges of tokens that only grow.
+struct ValueCursor<'a> {
+    values: &'a [&'a dyn ValueSegment],
+    segment: usize,
+    /// The first token of `segment`.
+    base: usize,
+}
+
+impl<'a> ValueCursor<'a> {
+    fn new(values: &'a [&'a dyn ValueSegment]) -> Self {
+        Self { values, segment: 0, base: 0 }
+    }
+
+    /// Calls `read(segment, first token in it, tokens, offset from `start`)` for the pieces of `start .. start + n`.
+    fn read(&mut self, start: usize, n: usize, mut read: impl FnMut(&dyn ValueSegment, usize, usize, usize)) {
+        let mut done = 0;
+        while done < n {
+            let segment = self.values[self.segment];
+            let first = start + done - self.base;
+            if first >= segment.tokens() {
+                self.base += segment.tokens();
+                self.segment += 1;
+                continue;
+            }
+            let take = (n - done).min(segment.tokens() - first);
+            read(segment, first, take, done);
+            done += take;
+        }
+    }
+}
+
+/// Calls `visit(segment, first token in it, tokens, first token in the head)` for chunks of at most [`CHUNK`] tokens.
+fn key_chunks<'a>(keys: &[&'a dyn KeySegment], mut visit: impl FnMut(&'a dyn KeySegment, usize, usize, usize)) {
+    let mut base = 0;
+    for &segment in keys {
+        let step = CHUNK / segment.unit() * segment.unit();
+        for first in (0..segment.tokens()).step_by(step) {
+            visit(segment, first, step.min(segment.tokens() - first), base + first);
+        }
+        base += segment.tokens();
+    }
+}

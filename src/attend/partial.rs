@@ -1,0 +1,78 @@
+//! The state of an online softmax.
+
+use super::kernels::Kernels;
+use super::padded;
+
+/// Attention of some rows (queries) over some tokens, not yet divided by the weights' sum.
+#[derive(Clone, Debug)]
+pub struct Partial {
+    /// Largest logit of each row so far.
+    pub max: Vec<f32>,
+    /// Sum of `exp(logit - max)` of each row.
+    pub sum: Vec<f32>,
+    /// Weighted sums of values, `stride` apart.
+    pub acc: Vec<f32>,
+    /// The value dim, rounded up to whole vectors.
+    pub stride: usize,
+}
+
+impl Partial {
+    /// Nothing read yet.
+    pub fn new(rows: usize, value_dim: usize) -> Self {
+        let stride = padded(value_dim);
+        Self { max: vec![f32::NEG_INFINITY; rows], sum: vec![0.0; rows], acc: vec![0.0; rows * stride], stride }
+    }
+
+    /// Turns the logits of row `row` for further tokens into weights, and the state to their new maximum.
+    pub fn weigh(&mut self, row: usize, scores: &mut [f32], kernels: &Kernels) {
+        let max = scores.iter().copied().fold(self.max[row], f32::max);
+        if max == f32::NEG_INFINITY {
+            scores.fill(0.0); // nothing visible so far: exp(-inf - -inf) would be NaN
+            return;
+        }
+        self.rescale(row, max);
+        self.sum[row] += (kernels.exp_sum)(scores, max);
+    }
+
+    /// A logit without a value (a learned attention sink): it takes weight and adds nothing.
+    pub fn add_sink(&mut self, row: usize, logit: f32) {
+        let max = self.max[row].max(logit);
+        self.rescale(row, max);
+        self.sum[row] += (logit - max).exp();
+    }
+
+    fn rescale(&mut self, row: usize, max: f32) {
+        if max > self.max[row] {
+            let factor = (self.max[row] - max).exp();
+            self.sum[row] *= factor;
+            for a in &mut self.acc[row * self.stride..][..self.stride] {
+                *a *= factor;
+            }
+            self.max[row] = max;
+        }
+    }
+
+    /// Adds what another part of the tokens gave for the same rows.
+    pub fn merge(&mut self, other: &Self) {
+        for row in 0..self.max.len() {
+            if other.max[row] == f32::NEG_INFINITY {
+                continue;
+            }
+            self.rescale(row, other.max[row]);
+            let factor = (other.max[row] - self.max[row]).exp();
+            self.sum[row] += factor * other.sum[row];
+            let at = row * self.stride..(row + 1) * self.stride;
+            for (a, b) in self.acc[at.clone()].iter_mut().zip(&other.acc[at]) {
+                *a += factor * b;
+            }
+        }
+    }
+
+    /// The attention output of `row`; zeros when no token was visible.
+    pub fn output(&self, row: usize, out: &mut [f32]) {
+        let factor = if self.sum[row] > 0.0 { 1.0 / self.sum[row] } else { 0.0 };
+        for (o, a) in out.iter_mut().zip(&self.acc[row * self.stride..]) {
+            *o = a * factor;
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! The Python class around [`cache::Layer`].
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+
+use pyo3::prelude::*;
+
+use super::errors::to_python;
+use super::tensors::Tensor;
+use crate::attend::Softmax;
+use crate::attend::kernels::{self, Kernels};
+use crate::cache;
+use crate::error::{Error, Result};
+use crate::quantize::{Codec, Kivi};
+
+/// Keys and values of one attention layer. Tensors are `(pointer, dtype, shape, strides)`.
+#[pyclass(frozen)]
+pub(super) struct Layer(Mutex<cache::Layer>);
+
+impl Layer {
+    /// The one place that takes the lock, releases the GIL and turns errors and panics into exceptions.
+    pub(super) fn enter<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut cache::Layer) -> Result<R> + Send) -> PyResult<R> {
+        let result = py.detach(|| {
+            let mut layer = self.0.try_lock().map_err(|_| Error::Busy)?;
+            catch_unwind(AssertUnwindSafe(|| f(&mut layer))).unwrap_or_else(|panic| {
+                let text = panic.downcast_ref::<String>().cloned();
+                let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).into()));
+                Err(Error::Internal(text.unwrap_or_else(|| "unknown panic".into())))
+            })
+        });
+        result.map_err(|e| to_python(py, &e))
+    }
+}
+
+fn kernels() -> Result<&'static Kernels> {
+    kernels::chosen()
+}
+
+#[pymethods]
+impl Layer {
+    /// A layer that keeps everything in the model's dtype.
+    #[staticmethod]
+    fn exact() -> Self {
+        Self(Mutex::new(cache::Layer::new(Codec::Exact)))
+    }
+
+    /// A layer that packs with KIVI.
+    #[staticmethod]
+    fn kivi(py: Python<'_>, bits: u8, group: usize, window: usize, sinks: usize) -> PyResult<Self> {
+        let kivi = Kivi::new(bits, group, window, sinks).map_err(|e| to_python(py, &e))?;
+        Ok(Self(Mutex::new(cache::Layer::new(Codec::Kivi(kivi)))))
+    }
+
+    /// A copy that shares all pages.
+    fn fork(&self, py: Python<'_>) -> PyResult<Self> {
+        self.enter(py, |layer| Ok(Self(Mutex::new(layer.clone()))))
+    }
+
+    /// Raises what `append` would raise.
+    fn check(&self, py: Python<'_>, k: Tensor, v: Tensor) -> PyResult<()> {
+        // SAFETY: `kvpack._tensors` makes these tuples from tensors that its caller holds during the call.
+        self.enter(py, |layer| unsafe { layer.check(&k.view("keys")?, &v.view("values")?) })
+    }
+
+    /// Appends checked tokens; `valid` (booleans `[B, 1, 1, n]`) leaves pads out.
+    #[pyo3(signature = (k, v, valid=None))]
+    fn append(&self, py: Python<'_>, k: Tensor, v: Tensor, valid: Option<Tensor>) -> PyResult<()> {
+        // SAFETY: as in `check`.
+        self.enter(py, |layer| unsafe {
+            let valid = valid.map(|valid| valid.flags("valid")).transpose()?;
+            layer.append(&k.view("keys")?, &v.view("values")?, valid.as_deref())
+        })
+    }
+
+    /// Packs what is due.
+    fn settle(&self, py: Python<'_>) -> PyResult<()> {
+        self.enter(py, |layer| {
+            layer.settle();
+            Ok(())
+        })
+    }
+
+    /// Attention of the newest positions' queries, written to `out` `[B, Q, Hq, Dv]`.
+    #[pyo3(signature = (q, out, mask=None, scaling=1.0, softcap=None, sinks=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn attend(
+        &self,
+        py: Python<'_>,
+        q: Tensor,
+        out: Tensor,
+        mask: Option<Tensor>,
+        scaling: f32,
+        softcap: Option<f32>,
+        sinks: Option<Vec<f32>>,
+    ) -> PyResult<()> {
+        // SAFETY: as in `check`; `out` was made for this call.
+        self.enter(py, |layer| unsafe {
+            let mask = mask.map(|m| m.mask()).transpose()?;
+            let softmax = Softmax { scaling, softcap };
+            layer.attend(&q.view("query")?, mask, softmax, sinks.as_deref(), &out.view_mut("out")?, kernels()?)
+        })
+    }
+
+    /// Writes all keys to `out` `[B, H, seen, Dk]`, dequantised.
+    fn write_keys(&self, py: Python<'_>, out: Tensor) -> PyResult<()> {
+        // SAFETY: as in `attend`.
+        self.enter(py, |layer| unsafe { layer.write_keys(&out.view_mut("out")?, kernels()?) })
+    }
+
+    /// Writes all values to `out` `[B, H, seen, Dv]`, dequantised.
+    fn write_values(&self, py: Python<'_>, out: Tensor) -> PyResult<()> {
+        // SAFETY: as in `attend`.
+        self.enter(py, |layer| unsafe { layer.write_values(&out.view_mut("out")?, kernels()?) })
+    }
+
+    /// Raises what `crop` would raise.
+    fn check_crop(&self, py: Python<'_>, n: usize, lossy: bool) -> PyResult<()> {
+        self.enter(py, |layer| layer.check_crop(n, lossy))
+    }
+
+    /// Removes the `n` newest positions.
+    fn crop(&self, py: Python<'_>, n: usize, lossy: bool) -> PyResult<()> {
+        self.enter(py, |layer| layer.crop(n, lossy))
+    }
+
+    /// Makes the batch out of the rows at `indices`.
+    fn select(&self, py: Python<'_>, indices: Vec<usize>) -> PyResult<()> {
+        self.enter(py, |layer| layer.select(&indices))
+    }
+
+    /// Forgets everything.
+    fn reset(&self, py: Python<'_>) -> PyResult<()> {
+        self.enter(py, |layer| {
+            layer.reset();
+            Ok(())
+        })
+    }
+
+    /// Positions seen, pads included.
+    fn seen(&self, py: Python<'_>) -> PyResult<usize> {
+        self.enter(py, |layer| Ok(layer.seen()))
+    }
+
+    /// `(batch, KV heads, key dim, value dim, dtype)`, or `None` before the first tokens.
+    fn shape(&self, py: Python<'_>) -> PyResult<Option<(usize, usize, usize, usize, &'static str)>> {
+        self.enter(py, |layer| {
+            Ok(layer.shape().map(|s| (layer.batch(), s.heads, s.key_dim, s.value_dim, s.dtype.name())))
+        })
+    }
+
+    /// Bytes allocated: `(codes, scales, exact, index)`.
+    fn memory(&self, py: Python<'_>) -> PyResult<(usize, usize, usize, usize)> {
+        self.enter(py, |layer| {
+            let m = layer.memory();
+            Ok((m.codes, m.scales, m.exact, m.index))
+        })
+    }
+
+    /// Positions that a KV head of a sequence holds.
+    fn positions(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<Vec<u32>> {
+        self.enter(py, |layer| {
+            let positions = layer.head(row, head)?.positions();
+            let mut out = Vec::new();
+            positions.collect(0, positions.len(), &mut out);
+            Ok(out)
+        })
+    }
+
+    /// What a KV head of a sequence stores packed.
+    fn packed(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<(super::inspect::Packed, super::inspect::Packed)> {
+        self.enter(py, |layer| {
+            let head = layer.head(row, head)?;
+            Ok((super::inspect::keys(head), super::inspect::values(head)))
+        })
+    }
+}

@@ -1,0 +1,171 @@
+//! The keys, or the values, of one KV head: sealed segments and an exact tail.
+
+use std::sync::Arc;
+
+use crate::attend::{KeySegment, Scratch, ValueSegment};
+use crate::quantize::{Codec, KeyPage, Page, ValuePage};
+use crate::tensor::Rows;
+
+/// The first `len` tokens of a shared page; a crop shortens the length and leaves the page alone.
+#[derive(Clone)]
+pub struct Segment<P> {
+    /// The page.
+    pub page: Arc<P>,
+    /// Tokens of it that are held.
+    pub len: usize,
+}
+
+impl<P: Page> Segment<P> {
+    /// Whether the page has room and was not cropped.
+    fn is_open(&self) -> bool {
+        self.page.room() > 0 && self.len == self.page.tokens()
+    }
+}
+
+/// Keys or values of consecutive tokens, oldest first.
+#[derive(Clone)]
+pub(super) struct Column<P> {
+    pub(super) segments: Vec<Segment<P>>,
+    pub(super) tail: Rows,
+}
+
+impl<P: Page> Column<P> {
+    pub(super) fn new(tail: Rows) -> Self {
+        Self { segments: Vec::new(), tail }
+    }
+
+    fn sealed(&self) -> usize {
+        self.segments.iter().map(|s| s.len).sum()
+    }
+
+    /// Tokens at the front of the tail that stay exact when the first page is sealed.
+    fn sinks(&self, codec: &Codec) -> usize {
+        if self.segments.is_empty() { codec.sinks() } else { 0 }
+    }
+
+    fn due(&self, codec: &Codec) -> usize {
+        P::due(codec, self.tail.len().saturating_sub(self.sinks(codec)))
+    }
+
+    /// Whether something of the tail is due to be sealed.
+    pub(super) fn is_due(&self, codec: &Codec) -> bool {
+        self.due(codec) > 0
+    }
+
+    /// Seals what is due of the tail.
+    pub(super) fn settle(&mut self, codec: &Codec) {
+        let (sinks, mut due) = (self.sinks(codec), self.due(codec));
+        if due == 0 {
+            return;
+        }
+        if sinks > 0 {
+            self.push(P::exact(self.tail.copy_front(sinks)));
+            self.tail.drop_front(sinks);
+        }
+        while due > 0 {
+            let taken = if let Some(open) = self.segments.last_mut().filter(|s| s.is_open()) {
+                let n = due.min(open.page.room());
+                Arc::make_mut(&mut open.page).extend(&self.tail, n);
+                open.len += n;
+                n
+            } else {
+                let (page, n) = P::seal(codec, &self.tail, due);
+                self.push(page);
+                n
+            };
+            self.tail.drop_front(taken);
+            due -= taken;
+        }
+    }
+
+    fn push(&mut self, page: P) {
+        let len = page.tokens();
+        // Long lists grow by an eighth: the list of pages is counted as memory held.
+        if self.segments.len() == self.segments.capacity() {
+            self.segments.reserve_exact(4 + self.segments.len() / 8);
+        }
+        self.segments.push(Segment { page: Arc::new(page), len });
+    }
+
+    /// Whether keeping the `n` oldest tokens cuts only exact ones.
+    pub(super) fn cuts_exactly(&self, n: usize) -> bool {
+        let mut held = 0;
+        for s in &self.segments {
+            held += s.len;
+            if held > n && s.page.as_exact().is_none() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Keeps the `n` oldest tokens. What is left of an exact page that is cut goes back to the tail.
+    pub(super) fn truncate(&mut self, n: usize) {
+        let mut sealed = self.sealed();
+        if n >= sealed {
+            self.tail.truncate(n - sealed);
+            return;
+        }
+        self.tail.truncate(0);
+        while sealed > n {
+            let last = self.segments.last_mut().expect("sealed tokens are in segments");
+            let keep = last.len.saturating_sub(sealed - n);
+            sealed -= last.len - keep;
+            last.len = keep;
+            if let Some(rows) = last.page.as_exact() {
+                self.tail.prepend(rows.slice(0..keep));
+                self.segments.pop();
+                return;
+            }
+            if keep == 0 {
+                self.segments.pop();
+            }
+        }
+    }
+
+    /// Bytes of the list of segments.
+    pub(super) fn index_bytes(&self) -> usize {
+        self.segments.capacity() * size_of::<Segment<P>>()
+    }
+}
+
+impl KeySegment for Segment<KeyPage> {
+    fn tokens(&self) -> usize {
+        self.len
+    }
+
+    fn unit(&self) -> usize {
+        self.page.unit()
+    }
+
+    fn scores(&self, q: &[f32], first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
+        self.page.scores(q, first, n, out, stride, scratch);
+    }
+
+    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
+        self.page.tile(first, n, out, stride, scratch);
+    }
+}
+
+impl ValueSegment for Segment<ValuePage> {
+    fn tokens(&self) -> usize {
+        self.len
+    }
+
+    fn accumulate(
+        &self,
+        w: &[f32],
+        w_stride: usize,
+        first: usize,
+        n: usize,
+        acc: &mut [f32],
+        acc_stride: usize,
+        scratch: &mut Scratch,
+    ) {
+        self.page.accumulate(w, w_stride, first, n, acc, acc_stride, scratch);
+    }
+
+    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
+        self.page.tile(first, n, out, stride, scratch);
+    }
+}

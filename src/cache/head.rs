@@ -1,0 +1,134 @@
+//! What one KV head of one sequence holds.
+
+use super::column::Column;
+use super::positions::Positions;
+use crate::attend::{CHUNK, Head, KeySegment, Scratch, ValueSegment, padded};
+use crate::quantize::{Codec, KeyPage, ValuePage};
+use crate::tensor::{Dtype, Rows, View};
+
+/// Keys, values and positions of the tokens of one KV head.
+#[derive(Clone)]
+pub struct KvHead {
+    pub(super) keys: Column<KeyPage>,
+    pub(super) values: Column<ValuePage>,
+    pub(super) positions: Positions,
+}
+
+impl KvHead {
+    pub(super) fn new(dtype: Dtype, key_dim: usize, value_dim: usize) -> Self {
+        Self {
+            keys: Column::new(Rows::new(dtype, key_dim)),
+            values: Column::new(Rows::new(dtype, value_dim)),
+            positions: Positions::default(),
+        }
+    }
+
+    /// Appends the tokens of head `h` of batch row `b` for which `valid` says true (without it all), at positions
+    /// from `seen` on.
+    pub(super) fn append(&mut self, k: &View<'_>, v: &View<'_>, [b, h]: [usize; 2], valid: Option<&[bool]>, seen: usize) {
+        let n = k.shape()[2];
+        let kept = valid.map_or(n, |valid| valid.iter().filter(|&&x| x).count());
+        self.keys.tail.reserve(kept);
+        self.values.tail.reserve(kept);
+        for t in 0..n {
+            if valid.is_none_or(|valid| valid[t]) {
+                self.keys.tail.extend(k.row(b, h, t));
+                self.values.tail.extend(v.row(b, h, t));
+                self.positions.push(seen + t, 1);
+            }
+        }
+    }
+
+    /// Whether the codec's rule wants something packed.
+    pub(super) fn is_due(&self, codec: &Codec) -> bool {
+        self.keys.is_due(codec) || self.values.is_due(codec)
+    }
+
+    pub(super) fn settle(&mut self, codec: &Codec) {
+        self.keys.settle(codec);
+        self.values.settle(codec);
+    }
+
+    /// How many of the newest positions can be removed without cutting into a lossy page, at most `asked`, when
+    /// `seen` positions were seen.
+    pub(super) fn exactly_removable(&self, asked: usize, seen: usize) -> usize {
+        let exact = |n: usize| {
+            let kept = self.positions.count_below(seen - n);
+            self.keys.cuts_exactly(kept) && self.values.cuts_exactly(kept)
+        };
+        if exact(asked) { asked } else { (0..asked).rev().find(|&n| exact(n)).unwrap_or(0) }
+    }
+
+    /// Removes the tokens at positions from `end` on.
+    pub(super) fn truncate(&mut self, end: usize) {
+        let kept = self.positions.count_below(end);
+        self.keys.truncate(kept);
+        self.values.truncate(kept);
+        self.positions.truncate(end);
+    }
+
+    /// The head as the reading side sees it.
+    pub(super) fn view(&self) -> Head<'_> {
+        let mut keys: Vec<&dyn KeySegment> = Vec::with_capacity(self.keys.segments.len() + 1);
+        keys.extend(self.keys.segments.iter().map(|s| s as &dyn KeySegment));
+        keys.push(&self.keys.tail);
+        let mut values: Vec<&dyn ValueSegment> = Vec::with_capacity(self.values.segments.len() + 1);
+        values.extend(self.values.segments.iter().map(|s| s as &dyn ValueSegment));
+        values.push(&self.values.tail);
+        Head { keys, values, key_dim: self.keys.tail.dim(), value_dim: self.values.tail.dim() }
+    }
+
+    /// Calls `write(position, key)` for every token held, dequantised.
+    pub(super) fn each_key(&self, scratch: &mut Scratch, mut write: impl FnMut(u32, &[f32])) {
+        let d = self.keys.tail.dim();
+        let (mut tile, mut key) = (vec![0.0; padded(d) * CHUNK], vec![0.0; d]);
+        let mut positions = Vec::new();
+        let mut base = 0;
+        for segment in self.view().keys {
+            let step = CHUNK / segment.unit() * segment.unit();
+            for first in (0..segment.tokens()).step_by(step) {
+                let n = step.min(segment.tokens() - first);
+                segment.tile(first, n, &mut tile, CHUNK, scratch);
+                positions.clear();
+                self.positions.collect(base + first, n, &mut positions);
+                for (t, &p) in positions.iter().enumerate() {
+                    for (c, x) in key.iter_mut().enumerate() {
+                        *x = tile[c * CHUNK + t];
+                    }
+                    write(p, &key);
+                }
+            }
+            base += segment.tokens();
+        }
+    }
+
+    /// Calls `write(position, value)` for every token held, dequantised.
+    pub(super) fn each_value(&self, scratch: &mut Scratch, mut write: impl FnMut(u32, &[f32])) {
+        let d = self.values.tail.dim();
+        let mut tile = vec![0.0; padded(d) * CHUNK];
+        let mut positions = Vec::new();
+        let mut base = 0;
+        for segment in self.view().values {
+            for first in (0..segment.tokens()).step_by(CHUNK) {
+                let n = CHUNK.min(segment.tokens() - first);
+                segment.tile(first, n, &mut tile, padded(d), scratch);
+                positions.clear();
+                self.positions.collect(base + first, n, &mut positions);
+                for (t, &p) in positions.iter().enumerate() {
+                    write(p, &tile[t * padded(d)..][..d]);
+                }
+            }
+            base += segment.tokens();
+        }
+    }
+
+    /// Positions of the tokens held.
+    pub fn positions(&self) -> &Positions {
+        &self.positions
+    }
+
+    /// The sealed pages of keys and of values, oldest first.
+    pub fn pages(&self) -> (&[super::Segment<KeyPage>], &[super::Segment<ValuePage>]) {
+        (&self.keys.segments, &self.values.segments)
+    }
+}

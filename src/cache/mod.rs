@@ -1,0 +1,17 @@
+//! The manager: who holds which tokens, in how many bytes.
+//!
+//! A [`Layer`] holds the sequences of a batch, a sequence its KV heads, a head two columns (keys and values) and the
+//! positions of its tokens. A column is a list of sealed segments and an exact tail. Sequences and pages are shared
+//! behind `Arc` and copied before a change, so beams, returned sequences and forks of a prompt cost one prompt.
+
+mod column;
+mod head;
+mod layer;
+mod memory;
+mod positions;
+
+pub use column::Segment;
+pub use head::KvHead;
+pub use layer::{Layer, Shape};
+pub use memory::Memory;
+pub use positions::Positions;

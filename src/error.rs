@@ -1,0 +1,81 @@
+//! One error enum: what was wrong, what was given, what is accepted.
+
+/// Everything that kvpack refuses. Each variant becomes a Python exception of its own class (`kvpack.errors`).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// An option's value is not accepted.
+    #[error("{name}={given} is not accepted; accepted: {accepted}")]
+    Option {
+        /// The option's name as users write it.
+        name: &'static str,
+        /// The value that was given.
+        given: String,
+        /// The values that would do.
+        accepted: String,
+    },
+    /// A tensor's shape does not fit the cache or its own companions.
+    #[error("{what}: given {given}, expected {expected}")]
+    Shape {
+        /// Which tensor, and which of its sizes.
+        what: &'static str,
+        /// The size that was given.
+        given: String,
+        /// The size that would do.
+        expected: String,
+    },
+    /// A tensor's dtype is not supported, or not the one that this cache holds.
+    #[error("{what} has dtype {given}, expected {expected}")]
+    Dtype {
+        /// Which tensor.
+        what: &'static str,
+        /// Its dtype.
+        given: String,
+        /// The dtype that would do.
+        expected: String,
+    },
+    /// A key or a value is NaN or infinite.
+    #[error(
+        "{what} hold a NaN or an infinity at [batch {}, head {}, token {}, dim {}]; only finite numbers are accepted",
+        at[0], at[1], at[2], at[3]
+    )]
+    NonFinite {
+        /// `"keys"` or `"values"`.
+        what: &'static str,
+        /// Index of the first such number.
+        at: [usize; 4],
+    },
+    /// A key or a value is too large for the codec's scales.
+    #[error(
+        "{what} hold a number beyond {limit} in magnitude at [batch {}, head {}, token {}, dim {}]; this codec stores its \
+         scales as float16, use kvpack.Exact()",
+        at[0], at[1], at[2], at[3]
+    )]
+    TooLarge {
+        /// `"keys"` or `"values"`.
+        what: &'static str,
+        /// The largest magnitude accepted, rounded.
+        limit: u64,
+        /// Index of the first such number.
+        at: [usize; 4],
+    },
+    /// A crop reaches tokens that are no longer held exactly.
+    #[error(
+        "cannot remove {asked} tokens: at most {reachable} can be removed exactly, older ones are packed with loss; \
+         call activate_past_recording() before the tokens that may have to go, or keep a fork() of the cache"
+    )]
+    Crop {
+        /// Tokens that were to be removed.
+        asked: usize,
+        /// Tokens that can be removed.
+        reachable: usize,
+    },
+    /// The cache is in use by another thread at this moment.
+    #[error("this cache is in use by another thread; give each thread its own cache (cache.fork() shares the pages)")]
+    Busy,
+    /// A defect of kvpack itself.
+    #[error("internal error, please report it: {0}")]
+    Internal(String),
+}
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,26 @@
+//! kvpack makes the KV cache of transformers models small and fast on CPUs.
+//!
+//! The map of the house, from the bottom up; arrows run one way only:
+//!
+//! | room | what it is |
+//! |---|---|
+//! | [`error`] | one error enum: what was wrong, what was given, what is accepted |
+//! | [`tensor`] | borrowed views over f32 / f16 / bf16 memory, and exact rows |
+//! | [`pool`] | threads |
+//! | [`attend`] | reading: segments, online softmax, one query and many; `kernels` has one file an instruction set |
+//! | [`quantize`] | writing with fewer bits: one file a method |
+//! | [`cache`] | the manager: layers, sequences, KV heads, pages, tails, memory |
+//! | `binding` | `PyO3` only: extract, validate, release the GIL, call, map the error |
+//!
+//! A layer's life: [`cache::Layer::append`] takes a forward's keys and values into exact tails,
+//! [`cache::Layer::attend`] reads sealed pages and tails as they are, [`cache::Layer::settle`] seals what the codec's
+//! rule says is due.
+
+pub mod attend;
+#[cfg(feature = "python")]
+mod binding;
+pub mod cache;
+pub mod error;
+pub mod pool;
+pub mod quantize;
+pub mod tensor;

@@ -1,0 +1,102 @@
+"""The real model, its twin with kvpack's attention, and the run's settings."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import test_model as model_files
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _seeded_inference() -> Iterator[None]:
+    """Every test starts from the same seed, and without gradients as generation does."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    loaded = AutoTokenizer.from_pretrained(model_files.test_model_path())
+    loaded.padding_side = "left"
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.eos_token
+    return loaded
+
+
+def _load(dtype: torch.dtype, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model_files.test_model_path(), dtype=dtype, **options).eval()
+
+
+def _pair(dtype: torch.dtype) -> SimpleNamespace:
+    import kvpack  # noqa: F401  (registers the attention function)
+
+    return SimpleNamespace(
+        dtype=dtype,
+        reference=_load(dtype, attn_implementation="sdpa"),
+        packed=_load(dtype, attn_implementation="kvpack"),
+        draft=_load(dtype, attn_implementation="sdpa"),
+    )
+
+
+def _cut_layers(model: Any, keep: int) -> None:
+    """Make a worse, smaller model of `model`: only its first `keep` layers and its last one."""
+    layers = model.model.layers
+    model.model.layers = torch.nn.ModuleList([*layers[:keep], layers[-1]])
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = keep + 1
+
+
+@pytest.fixture(scope="session")
+def float32_models() -> Iterator[SimpleNamespace]:
+    """The test model in float32: `reference` with sdpa, `packed` with kvpack, `draft` with layers cut out."""
+    models = _pair(torch.float32)
+    _cut_layers(models.draft, keep=28)
+    yield models
+    models.__dict__.clear()
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def bfloat16_models() -> Iterator[SimpleNamespace]:
+    models = _pair(torch.bfloat16)
+    _cut_layers(models.draft, keep=28)
+    yield models
+    models.__dict__.clear()
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def document() -> str:
+    """A speech of about 4000 tokens."""
+    return model_files.document()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show what tests measured with `record_property`, beside whether they passed."""
+    measured = [
+        f"{report.nodeid.partition('::')[2]}: {name} = {value:.3g}"
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if isinstance(value, float)
+    ]
+    if measured:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(measured))

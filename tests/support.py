@@ -1,0 +1,139 @@
+"""What several test files share: the methods, tiny models, and direct calls of a cache and its attention function."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import kvpack
+from kvpack.attention import kvpack_attention
+
+# Every test of what all methods promise runs over this list: a new method is one more row.
+CODECS = [
+    kvpack.Exact(),
+    kvpack.KIVI(bits=2),
+    kvpack.KIVI(bits=3),
+    kvpack.KIVI(bits=4),
+    kvpack.KIVI(bits=8),
+]
+
+
+def codec_id(codec: Any) -> str:
+    return f"kivi{codec.bits}" if isinstance(codec, kvpack.KIVI) else type(codec).__name__.lower()
+
+
+every_codec = pytest.mark.parametrize("codec", CODECS, ids=codec_id)
+kivi_bits = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+
+
+def tiny_config(layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 32, **more: Any) -> LlamaConfig:
+    """A Llama that is small enough to run thousands of steps of."""
+    options: dict[str, Any] = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "max_position_embeddings": 20_000,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    options.update(more)
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        **options,
+    )
+
+
+def tiny_model(config: Any = None, attention: str = "kvpack", seed: int = 0) -> PreTrainedModel:
+    """A random model; equal seeds give equal weights whatever the attention."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config or tiny_config())).eval().float()
+    if attention != model.config._attn_implementation:
+        model.set_attn_implementation(attention)
+    return model
+
+
+class FakeAttention(torch.nn.Module):
+    """The attributes of a model's attention module that attention functions read."""
+
+    is_causal = True
+
+    def __init__(self, groups: int = 1, layer_idx: int = 0) -> None:
+        super().__init__()
+        self.num_key_value_groups = groups
+        self.layer_idx = layer_idx
+        self.eval()
+
+
+def random_kv(
+    batch: int, heads: int, tokens: int, dim: int, value_dim: int | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys with channels of very different scales and offsets, as real ones have, and values without."""
+    key = torch.randn(batch, heads, tokens, dim)
+    key = key * torch.logspace(-1, 0.6, dim) + torch.linspace(-2, 2, dim).flip(0)
+    value = torch.randn(batch, heads, tokens, value_dim or dim)
+    return key.to(dtype), value.to(dtype)
+
+
+def forward(
+    cache: kvpack.PackedCache,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    layer: int = 0,
+    **options: Any,
+) -> torch.Tensor:
+    """What a model's attention module does: hand K and V to the cache, then attend. Returns [B, q, Hq, Dv]."""
+    if query is None:
+        query = torch.zeros_like(key)
+    module = FakeAttention(query.shape[1] // key.shape[1], layer)
+    handles = cache.update(key, value, layer)
+    return kvpack_attention(module, query, *handles, mask, **options)[0]
+
+
+def causal_mask(valid: torch.Tensor, queries: int) -> torch.Tensor:
+    """The boolean mask [B, 1, q, kv] that transformers makes of `valid` [B, kv]: causal, and no pads."""
+    tokens = valid.shape[1]
+    causal = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)
+    return causal & valid.bool()[:, None, None, :]
+
+
+def left_padding(lengths: list[int]) -> torch.Tensor:
+    """The 2-d attention mask of left-padded rows that hold `lengths` tokens."""
+    width = max(lengths)
+    return torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+
+
+def contents(cache: kvpack.PackedCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of the materialised keys and values of every layer that holds any."""
+    return [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers if layer.get_seq_length()]
+
+
+def assert_same_contents(left: kvpack.PackedCache, right: kvpack.PackedCache) -> None:
+    assert left.get_seq_length() == right.get_seq_length()
+    pairs = list(zip(contents(left), contents(right), strict=True))
+    assert pairs or left.get_seq_length() == 0
+    for (left_key, left_value), (right_key, right_value) in pairs:
+        assert torch.equal(left_key, right_key)
+        assert torch.equal(left_value, right_value)
+
+
+def assert_same_packed(left: Any, right: Any, row: int, head: int, other_row: int | None = None) -> None:
+    """The codes, scales and starts of one KV head are the same in two layers, bit for bit."""
+    one, other = left.packed(row, head), right.packed(row if other_row is None else other_row, head)
+    assert one.keys() == other.keys()
+    for name, stored in one.items():
+        same = torch.equal(stored, other[name]) if isinstance(stored, torch.Tensor) else stored == other[name]
+        assert same, f"{name} differs"
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
