@@ -22,9 +22,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import torch
+from demo_environment import OtherPrograms, environment
 from demo_measure import ENGINES, FULL, attention_layers, equal_prefix, generate, prefill, teacher_forced
 from demo_picture import draw
-from demo_report import Report, environment
+from demo_report import Report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from test_model import FetchError, document, test_model_path
@@ -64,7 +65,9 @@ def main() -> int:
     )
 
     with progress_bars(console) as bars:
+        watch = OtherPrograms()
         forced = run_teacher_forced(bars, model, prompt, options)
+        surroundings["other_programs"] = watch.share()
         run_free(bars, model, prompt, options.tokens, forced.results)
 
     report = Report(Path(folder).name, options.question, surroundings, model.config, forced)

@@ -126,9 +126,11 @@ def _time_per_token(axes: Axes, report: Report) -> None:
             label += f"  ({_compared(report.speedup(result).median, 'faster', 'slower')})"
         _label(axes, spread.p90, row, label)
     empty = Spread.of(report.forced.empty_ms).median
-    _reference(axes, empty, f"the model itself: {empty:.1f} ms")
+    _reference(axes, empty, f"empty DynamicCache: {empty:.1f} ms")
     axes.set(xlim=(0, 1.5 * farthest), title="Time per decoded token (lower is better)")
     axes.set_xlabel("ms: median, with 10th and 90th percentile")
+    if report.disturbed:
+        axes.set_title("Time per decoded token: NOT FAIR, machine was busy", color=ORANGE)
 
 
 def _divergence(axes: Axes, report: Report) -> None:

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import kvpack
-import torch
+from demo_environment import environment_line
 from demo_measure import FULL, Forced, Result, Spread
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# The instruction sets that decide how fast a KV cache can be read.
-CPU_FLAGS = (
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512bw",
-    "avx512_vnni",
-    "avx_vnni",
-    "amx_int8",
-    "asimd",
-    "asimddp",
-)
-# A load average above this, before the run, means that other programs took part in the timing.
-BUSY = 0.5
+# The share of the machine that other programs may use before the timing is called disturbed.
+BUSY = 0.05
 COLUMNS = (
     "cache",
     "bytes held",
@@ -70,6 +51,18 @@ class Report:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * 2 * config.num_hidden_layers * heads * head_dim * self.forced.tokens_held
 
+    @property
+    def disturbed(self) -> str:
+        """Say what disturbed the timing; empty if nothing did.
+
+        Caches do not suffer alike from other programs. Torch's attention waits at the end of each parallel region for
+        all of its threads, and where one of them has lost its CPU the wait can be ten times the work.
+        """
+        others = self.surroundings["other_programs"]
+        if others is None or others <= BUSY:
+            return ""
+        return f"other programs used {others:.0%} of the CPUs meanwhile; run again on an idle machine"
+
     def speedup(self, result: Result) -> Spread:
         """Return how many times faster than DynamicCache a step was: ratios within a step, not of medians."""
         full = self.forced.results[FULL].step_ms
@@ -103,16 +96,13 @@ class Report:
             f"tokens; as float16 they would take {megabytes(self.fp16_bytes)}.",
             f"Time and KL: {forced.steps} teacher-forced steps, every cache in turn at every step. Time: the "
             "median; times faster: the median of the ratios within a step; KL to DynamicCache: the mean.",
-            f"A step with an empty cache takes {empty.median:.1f} ms ({empty.p10:.1f}-{empty.p90:.1f}): "
-            "the time of the model itself, which no cache can save.",
+            f"A step with an empty DynamicCache takes {empty.median:.1f} ms ({empty.p10:.1f}-{empty.p90:.1f}): "
+            "about the model's own share of every time.",
             "Tokens equal: greedy `generate` from the bare prompt, up to the first difference.",
             environment_line(self.surroundings),
         ]
-        if self.surroundings["load_average"] > BUSY:
-            notes.append(
-                f"The machine was busy before the run (load average {self.surroundings['load_average']}): "
-                "take its times with care."
-            )
+        if self.disturbed:
+            notes.append(f"NOT A FAIR TIMING: {self.disturbed}.")
         for result in self.results:
             if result.calls.get("materialised"):
                 count = result.calls["materialised"]
@@ -134,7 +124,8 @@ class Report:
         console.print()
         console.print(table)
         for note in self.notes():
-            console.print(f"  {note}", highlight=False, style="dim", markup=False)
+            style = "bold red" if note.startswith("NOT") else "dim"
+            console.print(f"  {note}", highlight=False, style=style, markup=False)
         console.print(f"\n[bold]{escape(self.question)}[/]", highlight=False)
         for result in self.results:
             answer = tokenizer.decode(result.generated, skip_special_tokens=True).strip()
@@ -180,57 +171,3 @@ class Report:
 def megabytes(count: int) -> str:
     """Return a number of bytes in MB (10^6 bytes)."""
     return f"{count / 1e6:.1f} MB"
-
-
-def environment(root: Path) -> dict[str, Any]:
-    """Return what the numbers depend on: CPU, threads, versions, commit, and how busy the machine was."""
-    name, flags = cpu()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": name,
-        "cpu_flags": flags,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "kvpack": kvpack.info(),
-        "commit": commit(root),
-    }
-
-
-def environment_line(surroundings: dict[str, Any]) -> str:
-    """Return the environment in one line."""
-    packed = surroundings["kvpack"]
-    return (
-        f"{surroundings['cpu']} ({surroundings['cpus']} CPUs; {' '.join(surroundings['cpu_flags'])}), "
-        f"{surroundings['threads']} threads, kvpack {packed['version']} ({packed['isa']}, commit "
-        f"{surroundings['commit'] or 'unknown'}), torch {surroundings['torch']}, transformers "
-        f"{surroundings['transformers']}, Python {surroundings['python']}."
-    )
-
-
-def cpu() -> tuple[str, list[str]]:
-    """Return the CPU's name and the flags among `CPU_FLAGS` that it has."""
-    fields: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip().lower(), value.strip())
-    except OSError:
-        pass  # no Linux: the name alone must do
-    present = set((fields.get("flags") or fields.get("features") or "").split())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return name, [flag for flag in CPU_FLAGS if flag in present]
-
-
-def commit(root: Path) -> str | None:
-    """Return the checkout's commit, with "-dirty" if files differ from it; None outside a git checkout."""
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None

@@ -50,8 +50,9 @@ class Kivi:
             self.pack()
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.key = torch.cat([self.key, key.float()]) if self.tokens else key.float()
-        self.value = torch.cat([self.value, value.float()]) if self.tokens else value.float()
+        old = self.tokens
+        self.key = torch.cat([self.key, key.float()]) if old else key.float()
+        self.value = torch.cat([self.value, value.float()]) if old else value.float()
         self.due = True
 
     def end(self, first: bool, tokens: int) -> None:

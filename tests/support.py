@@ -34,7 +34,7 @@ def tiny_config(layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: in
     """A Llama that is small enough to run thousands of steps of."""
     options: dict[str, Any] = {
         "vocab_size": 128,
-        "hidden_size": 64,
+        "hidden_size": 16 * heads,
         "intermediate_size": 96,
         "max_position_embeddings": 20_000,
         "pad_token_id": 0,

@@ -23,7 +23,7 @@ class LazyKV(Tensor):
 
     _layer: PackedLayer
     _which: Literal["keys", "values"]
-    _version: int
+    _made_at: int
     _full: Tensor | None
 
     @staticmethod
@@ -32,7 +32,7 @@ class LazyKV(Tensor):
     ) -> LazyKV:
         """A handle on what `layer` holds now."""
         handle: LazyKV = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu")
-        handle._layer, handle._which, handle._version, handle._full = layer, which, layer.version, None
+        handle._layer, handle._which, handle._made_at, handle._full = layer, which, layer.version, None
         return handle
 
     @property
@@ -42,9 +42,9 @@ class LazyKV(Tensor):
         Raises:
             StaleHandleError: the layer has changed since the handle was made.
         """
-        if self._version != self._layer.version:
+        if self._made_at != self._layer.version:
             raise StaleHandleError(
-                f"these {self._which} were returned by an earlier update (given version {self._version}, expected "
+                f"these {self._which} were returned by an earlier update (given version {self._made_at}, expected "
                 f"{self._layer.version}): the cache has changed since, use what the last update returned"
             )
         return self._layer
