@@ -55,8 +55,8 @@ class Report:
     def disturbed(self) -> str:
         """Say what disturbed the timing; empty if nothing did.
 
-        Caches do not suffer alike from other programs. Torch's attention waits at the end of each parallel region for
-        all of its threads, and where one of them has lost its CPU the wait can be ten times the work.
+        Caches do not suffer alike from other programs: torch's attention waits for all of its threads after
+        each parallel region, and where one of them has lost its CPU the wait can exceed the work many times.
         """
         others = self.surroundings["other_programs"]
         if others is None or others <= BUSY:
@@ -96,8 +96,8 @@ class Report:
             f"tokens; as float16 they would take {megabytes(self.fp16_bytes)}.",
             f"Time and KL: {forced.steps} teacher-forced steps, every cache in turn at every step. Time: the "
             "median; times faster: the median of the ratios within a step; KL to DynamicCache: the mean.",
-            f"A step with an empty DynamicCache takes {empty.median:.1f} ms ({empty.p10:.1f}-{empty.p90:.1f}): "
-            "about the model's own share of every time.",
+            f"A step with an empty DynamicCache takes {empty.median:.1f} ms "
+            f"({empty.p10:.1f}-{empty.p90:.1f}): about the model's own share of every time.",
             "Tokens equal: greedy `generate` from the bare prompt, up to the first difference.",
             environment_line(self.surroundings),
         ]

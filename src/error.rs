@@ -1,5 +1,7 @@
 //! One error enum: what was wrong, what was given, what is accepted.
 
+#![forbid(unsafe_code)]
+
 /// Everything that kvpack refuses. Each variant becomes a Python exception of its own class (`kvpack.errors`).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {

@@ -49,11 +49,7 @@ impl Dtype {
             "float32" => Ok(Self::F32),
             "float16" => Ok(Self::F16),
             "bfloat16" => Ok(Self::Bf16),
-            _ => Err(Error::Dtype {
-                what,
-                given: name.into(),
-                expected: "float32, float16 or bfloat16".into(),
-            }),
+            _ => Err(Error::Dtype { what, given: name.into(), expected: "float32, float16 or bfloat16".into() }),
         }
     }
 }
@@ -69,9 +65,10 @@ pub enum Slice<'a> {
     Bf16(&'a [bf16]),
 }
 
-impl<'a> Slice<'a> {
+impl Slice<'_> {
     /// The numbers in `range`.
-    pub fn sub(self, range: Range<usize>) -> Self {
+    #[must_use]
+    pub fn part(self, range: Range<usize>) -> Self {
         match self {
             Self::F32(x) => Self::F32(&x[range]),
             Self::F16(x) => Self::F16(&x[range]),
@@ -108,9 +105,7 @@ impl<'a> Slice<'a> {
         let ok = match self {
             Self::F32(x) => x.iter().map(|v| v.to_bits() & 0x7fff_ffff).max() <= Some(limit.to_bits()),
             Self::F16(x) => x.iter().map(|v| v.to_bits() & 0x7fff).max() <= Some(f16::MAX.to_bits()),
-            Self::Bf16(x) => {
-                x.iter().map(|v| v.to_bits() & 0x7fff).max() <= Some((limit.to_bits() >> 16) as u16)
-            }
+            Self::Bf16(x) => x.iter().map(|v| v.to_bits() & 0x7fff).max() <= Some((limit.to_bits() >> 16) as u16),
         };
         if ok {
             return None;
@@ -216,7 +211,11 @@ impl<'a> View<'a> {
             if let Some((c, x)) = self.row(b, h, t).first_beyond(limit) {
                 let at = [b, h, t, c];
                 let finite = x.is_finite();
-                return Err(if finite { Error::TooLarge { what, limit: limit as u64, at } } else { Error::NonFinite { what, at } });
+                return Err(if finite {
+                    Error::TooLarge { what, limit: limit as u64, at }
+                } else {
+                    Error::NonFinite { what, at }
+                });
             }
         }
         Ok(())
@@ -237,12 +236,10 @@ pub struct ViewMut<'a> {
     owner: PhantomData<&'a mut [u8]>,
 }
 
-// SAFETY: rows are written through `&mut self` or through disjoint indices, see `write_row_shared`.
+// SAFETY: a view owns its memory exclusively for 'a, by the contract of `ViewMut::new`.
 unsafe impl Send for ViewMut<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for ViewMut<'_> {}
 
-impl ViewMut<'_> {
+impl<'a> ViewMut<'a> {
     /// A contiguous tensor of `shape` numbers at `ptr`.
     ///
     /// # Safety
@@ -252,33 +249,33 @@ impl ViewMut<'_> {
         Self { ptr, dtype, shape, owner: PhantomData }
     }
 
+    /// A view of a slice, for tests and for callers in Rust.
+    ///
+    /// # Panics
+    /// When the slice's length is not the product of `shape`.
+    pub fn of_slice(data: &'a mut [f32], shape: [usize; 4]) -> Self {
+        assert_eq!(data.len(), shape.iter().product::<usize>());
+        // SAFETY: the slice is ours for 'a and has exactly the numbers of `shape`.
+        unsafe { Self::new(data.as_mut_ptr().cast(), Dtype::F32, shape) }
+    }
+
     /// The sizes, in the order of the strides.
     pub fn shape(&self) -> [usize; 4] {
         self.shape
     }
 
-    /// The number format.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
     /// Writes the row at index `[i, j, k]`, rounded to the tensor's dtype.
-    ///
-    /// # Safety
-    /// No two threads may write the same row.
     ///
     /// # Panics
     /// When an index is out of bounds or `row` has another length than the last dimension.
-    pub unsafe fn write_row_shared(&self, [i, j, k]: [usize; 3], row: &[f32]) {
+    pub fn write_row(&mut self, [i, j, k]: [usize; 3], row: &[f32]) {
         let [ni, nj, nk, d] = self.shape;
         assert!(i < ni && j < nj && k < nk && row.len() == d, "row [{i}, {j}, {k}] of {:?}", self.shape);
         let at = ((i * nj + j) * nk + k) * d;
-        // SAFETY: the indices are within `shape`, which `new` promised to be ours; the caller keeps threads apart.
+        // SAFETY: the indices are within `shape`, which `new` promised to be ours alone.
         unsafe {
             match self.dtype {
-                Dtype::F32 => {
-                    std::slice::from_raw_parts_mut(self.ptr.cast::<f32>().add(at), d).copy_from_slice(row);
-                }
+                Dtype::F32 => std::slice::from_raw_parts_mut(self.ptr.cast::<f32>().add(at), d).copy_from_slice(row),
                 Dtype::F16 => {
                     std::slice::from_raw_parts_mut(self.ptr.cast::<f16>().add(at), d).convert_from_f32_slice(row);
                 }
@@ -287,6 +284,16 @@ impl ViewMut<'_> {
                 }
             }
         }
+    }
+
+    /// The tensor cut at its two first dimensions, in their order, into parts that can be written apart.
+    pub fn split(self) -> Vec<ViewMut<'a>> {
+        let [ni, nj, nk, d] = self.shape;
+        let part = |i: usize| {
+            // SAFETY: part i is the i-th of ni * nj disjoint pieces of what `new` promised to be ours.
+            unsafe { ViewMut::new(self.ptr.add(i * nk * d * self.dtype.size()), self.dtype, [1, 1, nk, d]) }
+        };
+        (0..ni * nj).map(part).collect()
     }
 }
 
@@ -317,7 +324,7 @@ pub struct Rows {
 }
 
 /// Rows that a growing matrix takes beyond its need: enough to amortise, small beside a page.
-const SPARE_ROWS: usize = 32;
+const SPARE_ROWS: usize = 16;
 
 impl Rows {
     /// No rows of `dim` numbers.
@@ -414,6 +421,7 @@ impl Rows {
     }
 
     /// The `n` oldest rows as a matrix of their own, without spare room.
+    #[must_use]
     pub fn copy_front(&self, n: usize) -> Self {
         let mut rows = Self { data: self.empty_buffer(n), dim: self.dim, dropped: 0 };
         rows.extend(self.slice(0..n));

@@ -1,30 +1,16 @@
 """Small and fast KV caches for transformers models on CPUs.
 
-    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="kvpack")
-    cache = kvpack.PackedCache(model, quantize=kvpack.KIVI(bits=4))
-    model.generate(**inputs, past_key_values=cache)
-    cache.memory()
+model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="kvpack")
+cache = kvpack.PackedCache(model, quantize=kvpack.KIVI(bits=4))
+model.generate(**inputs, past_key_values=cache)
+cache.memory()
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-try:
-    import torch
-    import transformers
-except ImportError as missing:
-    raise ImportError(
-        "kvpack needs torch and transformers 5.4 or newer: pip install 'kvpack[transformers]'"
-    ) from missing
-
-_MINIMUM = (5, 4)
-if tuple(int(x) for x in transformers.__version__.split(".")[:2]) < _MINIMUM:
-    raise ImportError(
-        f"kvpack needs transformers 5.4 or newer, found {transformers.__version__}: pip install -U transformers"
-    )
-
-from . import _kvpack, attention
+from . import _kvpack, _requirements, attention
 from .attach import Attachment, attach
 from .cache import PackedCache
 from .errors import (
@@ -74,7 +60,7 @@ def info() -> dict[str, Any]:
         "version": __version__,
         "isa": _kvpack.isa(),
         "isa_available": _kvpack.isa_available(),
-        "threads": torch.get_num_threads(),
+        "threads": _requirements.torch.get_num_threads(),
     }
 
 

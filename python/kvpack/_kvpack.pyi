@@ -5,12 +5,15 @@ from typing import TypeAlias, final
 _Tensor: TypeAlias = tuple[int, str, tuple[int, int, int, int], tuple[int, int, int, int]]
 _Packed: TypeAlias = tuple[int, bytes, list[float], list[float]]
 
+__all__ = ["Layer", "__version__", "isa", "isa_available", "set_threads", "threads"]
+
 __version__: str
 
 def isa() -> str: ...
 def isa_available() -> list[str]: ...
 def set_threads(n: int) -> None: ...
 def threads() -> int: ...
+
 @final
 class Layer:
     @staticmethod

@@ -24,7 +24,7 @@ _NAMES = {**DTYPES, torch.bool: "bool"}
 
 def describe(x: Tensor) -> Description:
     """Pointer, dtype, shape and strides of a 4-D tensor whose last stride is 1."""
-    return x.data_ptr(), _NAMES[x.dtype], tuple(x.shape), x.stride()  # type: ignore[return-value]
+    return x.data_ptr(), _NAMES[x.dtype], tuple(x.shape), x.stride()
 
 
 def plain(what: str, x: Tensor) -> Tensor:

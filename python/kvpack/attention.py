@@ -64,7 +64,16 @@ def kvpack_attention(
     if prefill is not None:
         _check_model(prefill[0], module)
     out = _exact_attention(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, s_aux=s_aux, **kwargs
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=scaling,
+        dropout=dropout,
+        softcap=softcap,
+        s_aux=s_aux,
+        **kwargs,
     )
     if prefill is not None:
         layer, version = prefill
@@ -132,7 +141,14 @@ class _Pads:
 
 _PADS = _Pads()
 
-_FINGERPRINT = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_FINGERPRINT = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 def fingerprint(config: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .methods import QUANTIZE, Exact, Quantize
 _PARTS = ("codes", "scales", "exact", "index", "other layers")
 
 
-class PackedCache(Cache):  # type: ignore[misc]
+class PackedCache(Cache):
     """A KV cache that holds keys and values packed, and is read as it is.
 
     A drop-in for transformers' DynamicCache: `model.generate(**inputs, past_key_values=cache)`. It is right with any
@@ -84,7 +84,7 @@ class PackedCache(Cache):  # type: ignore[misc]
         packed = cls(model_or_config, quantize=quantize)
         if len(cache.layers) > len(packed.layers):
             raise ModelMismatchError(
-                f"cache: given one of {len(cache.layers)} layers, expected at most {len(packed.layers)}, as the model has"
+                f"cache: given one of {len(cache.layers)} layers, expected at most the model's {len(packed.layers)}"
             )
         for i, layer in enumerate(cache.layers):
             own = packed.layers[i]
@@ -105,8 +105,8 @@ class PackedCache(Cache):  # type: ignore[misc]
         """
         if not 0 <= layer_idx < len(self.layers):
             raise ModelMismatchError(
-                f"layer_idx: given {layer_idx}, expected less than {len(self.layers)}, the layers of the model that this "
-                "cache was made for"
+                f"layer_idx: given {layer_idx}, expected less than {len(self.layers)}, the layers of the model that "
+                "this cache was made for"
             )
         keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         return keys, values
@@ -200,7 +200,8 @@ def _text_config(model_or_config: Any) -> Any:
     config = getattr(model_or_config, "config", model_or_config)
     if not hasattr(config, "get_text_config"):
         raise OptionError(
-            f"model_or_config: given a {type(model_or_config).__name__}, expected a transformers model or its configuration"
+            f"model_or_config: given a {type(model_or_config).__name__}, "
+            "expected a transformers model or its configuration"
         )
     device = getattr(model_or_config, "device", None)
     if isinstance(device, torch.device) and device.type != "cpu":

@@ -20,7 +20,7 @@ _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _RECORDING_EXISTS = hasattr(Cache, "activate_past_recording")
 
 
-class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PackedLayer(CacheLayerMixin):
     """Keys and values of one full-attention layer.
 
     A forward's keys and values wait in `_pending` until the attention function has seen its mask (pads are not
@@ -84,7 +84,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.version += 1
         self._pending = keys, values
         if self._seen == 0:
-            key_states._kvpack_prefill = (self, self.version)  # type: ignore[attr-defined]
+            key_states._kvpack_prefill = (self, self.version)
             return key_states, value_states
         batch, heads, new, key_dim = keys.shape
         logical = (batch, heads, self._seen + new)
@@ -198,12 +198,12 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         return out
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """All keys, materialised; None before the first."""
         return self.materialize("keys") if self.is_initialized else None
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """All values, materialised; None before the first."""
         return self.materialize("values") if self.is_initialized else None
 

@@ -13,6 +13,8 @@
 //! | 2 | row `r` holds outer `4r .. 4r + 3`, two bits each from the lowest up |
 //! | 3 | rows 0 and 1: the two low bits, as for 2; row 2: bit `o` is the high bit of outer `o` |
 
+#![forbid(unsafe_code)]
+
 /// Outer rows in a block, and the unit of lanes.
 pub const BLOCK: usize = 8;
 

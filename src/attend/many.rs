@@ -1,31 +1,19 @@
 //! Many queries a head (chunked prefill, multi-turn, assisted decoding): every chunk of tokens is decoded
 //! once into a tile of f32 and used by all queries.
 
+#![forbid(unsafe_code)]
+
 use super::kernels::Matmul;
-use super::{CHUNK, Head, Partial, Scratch, Softmax, ValueCursor, Visibility, key_chunks, padded};
+use super::{CHUNK, Head, Partial, Queries, Scratch, ValueCursor, key_chunks, padded};
 
 /// Query rows that share one block of scores.
 const QUERY_BLOCK: usize = 64;
 
-/// Attention of `queries` queries for each of the `G` query heads of one KV head over all its tokens.
-///
-/// `q` is `[G, queries, key_dim]`, not yet scaled, the queries being numbers `first_query ..` of the forward;
-/// rows of the result are in the same order.
-#[allow(clippy::too_many_arguments)]
-pub fn attend_many(
-    head: &Head<'_>,
-    q: &[f32],
-    queries: usize,
-    first_query: usize,
-    softmax: Softmax,
-    visible: &Visibility<'_>,
-    first_head: usize,
-    positions: &dyn Fn(usize, usize, &mut Vec<u32>),
-    scratch: &mut Scratch,
-) -> Partial {
+/// Attention of some queries for each of the `G` query heads of a KV head, over all its tokens; rows of the result
+/// are `[G, queries]`.
+pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, scratch: &mut Scratch) -> Partial {
     let (dk, dv) = (head.key_dim, head.value_dim);
-    let rows = q.len() / dk;
-    let q: Vec<f32> = q.iter().map(|x| x * softmax.scaling).collect();
+    let rows = queries.q.len() / dk;
     let mut partial = Partial::new(rows, dv);
     let stride = partial.stride;
     let mut cursor = ValueCursor::new(&head.values);
@@ -34,10 +22,8 @@ pub fn attend_many(
     let mut scores = vec![0.0; QUERY_BLOCK * CHUNK];
     let mut held = Vec::new();
     key_chunks(&head.keys, |segment, first, n, at| {
-        held.clear();
-        positions(at, n, &mut held);
-        let (oldest, newest) = (held[0], held[n - 1]);
-        if visible.none(first_query + queries - 1, oldest) {
+        head.positions.collect_into(at, n, &mut held);
+        if queries.visible.none(queries.range.end - 1, held[0]) {
             return;
         }
         segment.tile(first, n, &mut key_tile, CHUNK, scratch);
@@ -51,18 +37,12 @@ pub fn attend_many(
                 m,
                 k: dk,
                 n,
-                a: (&q[block * dk..], dk),
+                a: (&queries.q[block * dk..], dk),
                 b: (&key_tile, CHUNK),
                 c: (&mut scores, CHUNK),
             });
-            for row in block..block + m {
-                let (g, i) = (row / queries, first_query + row % queries);
-                let scores = &mut scores[(row - block) * CHUNK..][..n];
-                softmax.cap(scores);
-                if !visible.all(i, newest) {
-                    visible.apply(first_head + g, i, &held, scores);
-                }
-                partial.weigh(row, scores, scratch.kernels);
+            for (scores, row) in scores.chunks_exact_mut(CHUNK).zip(block..block + m) {
+                weigh(queries, row, &held, &mut scores[..n], &mut partial, scratch);
             }
             (scratch.kernels.matmul)(Matmul {
                 m,
@@ -75,4 +55,21 @@ pub fn attend_many(
         }
     });
     partial
+}
+
+/// Turns the logits of row `row` for the tokens at positions `held` into weights.
+fn weigh(
+    queries: &Queries<'_>,
+    row: usize,
+    held: &[u32],
+    scores: &mut [f32],
+    partial: &mut Partial,
+    scratch: &Scratch,
+) {
+    let (g, i) = (row / queries.range.len(), queries.range.start + row % queries.range.len());
+    queries.softmax.cap(scores);
+    if !queries.visible.all(i, held[held.len() - 1]) {
+        queries.visible.apply(queries.first_head + g, i, held, scores);
+    }
+    partial.weigh(row, scores, scratch.kernels);
 }

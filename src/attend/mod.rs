@@ -10,11 +10,13 @@ mod decode;
 pub mod kernels;
 mod many;
 mod partial;
+mod positions;
 mod visibility;
 
 pub use decode::attend_one;
 pub use many::attend_many;
 pub use partial::Partial;
+pub use positions::Positions;
 pub use visibility::{BoolView, Mask, MaskData, Visibility};
 
 use kernels::Kernels;
@@ -85,10 +87,26 @@ pub struct Head<'a> {
     pub keys: Vec<&'a dyn KeySegment>,
     /// Values of the same tokens.
     pub values: Vec<&'a dyn ValueSegment>,
+    /// Their positions.
+    pub positions: &'a Positions,
     /// Numbers of a key.
     pub key_dim: usize,
     /// Numbers of a value.
     pub value_dim: usize,
+}
+
+/// Queries of one KV head's query heads.
+pub struct Queries<'a> {
+    /// `[G, queries, key_dim]`, scaled.
+    pub q: Vec<f32>,
+    /// Which of the forward's queries these are.
+    pub range: std::ops::Range<usize>,
+    /// The first of the `G` query heads.
+    pub first_head: usize,
+    /// How logits become weights.
+    pub softmax: Softmax,
+    /// Which positions they see.
+    pub visible: Visibility<'a>,
 }
 
 /// How logits become weights.

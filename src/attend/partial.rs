@@ -1,5 +1,7 @@
 //! The state of an online softmax.
 
+#![forbid(unsafe_code)]
+
 use super::kernels::Kernels;
 use super::padded;
 
@@ -21,6 +23,11 @@ impl Partial {
     pub fn new(rows: usize, value_dim: usize) -> Self {
         let stride = padded(value_dim);
         Self { max: vec![f32::NEG_INFINITY; rows], sum: vec![0.0; rows], acc: vec![0.0; rows * stride], stride }
+    }
+
+    /// Queries of all heads.
+    pub fn rows(&self) -> usize {
+        self.max.len()
     }
 
     /// Turns the logits of row `row` for further tokens into weights, and the state to their new maximum.

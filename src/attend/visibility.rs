@@ -1,5 +1,8 @@
 //! Which held tokens a query may see.
 
+#![forbid(unsafe_code)]
+
+use super::Positions;
 use crate::tensor::{Slice, View};
 
 /// A mask's numbers.
@@ -52,14 +55,16 @@ impl Mask<'_> {
         }
     }
 
-    /// Whether a boolean mask shows all of `runs` (start, length) to the one query of batch row `b`.
-    fn shows_all(&self, b: usize, runs: &[(u32, u32)]) -> bool {
-        let MaskData::Bool(m) = self.0 else { return false };
+    /// Whether a boolean mask shows all of `held` to the one query of batch row `b`.
+    fn shows_all(&self, b: usize, held: &Positions) -> bool {
+        let MaskData::Bool(m) = self.0 else {
+            return false;
+        };
         if m.shape[1] != 1 || m.shape[2] != 1 {
             return false;
         }
         let row = m.row(b.min(m.shape[0] - 1), 0, 0);
-        runs.iter().all(|&(start, len)| row[start as usize..][..len as usize].iter().all(|&x| x != 0))
+        held.runs().iter().all(|&(start, len)| row[start as usize..][..len as usize].iter().all(|&x| x != 0))
     }
 }
 
@@ -72,9 +77,9 @@ pub struct Visibility<'a> {
 }
 
 impl<'a> Visibility<'a> {
-    /// For the `queries` newest of `seen` positions of batch row `batch_row`, which holds tokens at `runs`.
-    pub fn new(mask: Option<Mask<'a>>, batch_row: usize, seen: usize, queries: usize, runs: &[(u32, u32)]) -> Self {
-        let mask = mask.filter(|m| !(queries == 1 && m.shows_all(batch_row, runs)));
+    /// For the `queries` newest of `seen` positions of batch row `batch_row`, which holds tokens at `held`.
+    pub fn new(mask: Option<Mask<'a>>, batch_row: usize, seen: usize, queries: usize, held: &Positions) -> Self {
+        let mask = mask.filter(|m| !(queries == 1 && m.shows_all(batch_row, held)));
         Self { mask, batch_row, first_query: seen - queries }
     }
 

@@ -9,7 +9,7 @@ use super::errors::to_python;
 use super::tensors::Tensor;
 use crate::attend::Softmax;
 use crate::attend::kernels::{self, Kernels};
-use crate::cache;
+use crate::cache::{self, Request};
 use crate::error::{Error, Result};
 use crate::quantize::{Codec, Kivi};
 
@@ -19,7 +19,11 @@ pub(super) struct Layer(Mutex<cache::Layer>);
 
 impl Layer {
     /// The one place that takes the lock, releases the GIL and turns errors and panics into exceptions.
-    pub(super) fn enter<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut cache::Layer) -> Result<R> + Send) -> PyResult<R> {
+    pub(super) fn enter<R: Send>(
+        &self,
+        py: Python<'_>,
+        f: impl FnOnce(&mut cache::Layer) -> Result<R> + Send,
+    ) -> PyResult<R> {
         let result = py.detach(|| {
             let mut layer = self.0.try_lock().map_err(|_| Error::Busy)?;
             catch_unwind(AssertUnwindSafe(|| f(&mut layer))).unwrap_or_else(|panic| {
@@ -31,6 +35,9 @@ impl Layer {
         result.map_err(|e| to_python(py, &e))
     }
 }
+
+/// Batch, KV heads, key dim, value dim, dtype.
+type Sizes = (usize, usize, usize, usize, &'static str);
 
 fn kernels() -> Result<&'static Kernels> {
     kernels::chosen()
@@ -95,22 +102,26 @@ impl Layer {
     ) -> PyResult<()> {
         // SAFETY: as in `check`; `out` was made for this call.
         self.enter(py, |layer| unsafe {
-            let mask = mask.map(|m| m.mask()).transpose()?;
-            let softmax = Softmax { scaling, softcap };
-            layer.attend(&q.view("query")?, mask, softmax, sinks.as_deref(), &out.view_mut("out")?, kernels()?)
+            let request = Request {
+                query: q.view("query")?,
+                mask: mask.map(|m| m.mask()).transpose()?,
+                softmax: Softmax { scaling, softcap },
+                sinks: sinks.as_deref(),
+            };
+            layer.attend(&request, &mut out.view_mut("out")?, kernels()?)
         })
     }
 
     /// Writes all keys to `out` `[B, H, seen, Dk]`, dequantised.
     fn write_keys(&self, py: Python<'_>, out: Tensor) -> PyResult<()> {
         // SAFETY: as in `attend`.
-        self.enter(py, |layer| unsafe { layer.write_keys(&out.view_mut("out")?, kernels()?) })
+        self.enter(py, |layer| unsafe { layer.write_keys(out.view_mut("out")?, kernels()?) })
     }
 
     /// Writes all values to `out` `[B, H, seen, Dv]`, dequantised.
     fn write_values(&self, py: Python<'_>, out: Tensor) -> PyResult<()> {
         // SAFETY: as in `attend`.
-        self.enter(py, |layer| unsafe { layer.write_values(&out.view_mut("out")?, kernels()?) })
+        self.enter(py, |layer| unsafe { layer.write_values(out.view_mut("out")?, kernels()?) })
     }
 
     /// Raises what `crop` would raise.
@@ -142,7 +153,7 @@ impl Layer {
     }
 
     /// `(batch, KV heads, key dim, value dim, dtype)`, or `None` before the first tokens.
-    fn shape(&self, py: Python<'_>) -> PyResult<Option<(usize, usize, usize, usize, &'static str)>> {
+    fn shape(&self, py: Python<'_>) -> PyResult<Option<Sizes>> {
         self.enter(py, |layer| {
             Ok(layer.shape().map(|s| (layer.batch(), s.heads, s.key_dim, s.value_dim, s.dtype.name())))
         })
@@ -161,13 +172,18 @@ impl Layer {
         self.enter(py, |layer| {
             let positions = layer.head(row, head)?.positions();
             let mut out = Vec::new();
-            positions.collect(0, positions.len(), &mut out);
+            positions.collect_into(0, positions.len(), &mut out);
             Ok(out)
         })
     }
 
     /// What a KV head of a sequence stores packed.
-    fn packed(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<(super::inspect::Packed, super::inspect::Packed)> {
+    fn packed(
+        &self,
+        py: Python<'_>,
+        row: usize,
+        head: usize,
+    ) -> PyResult<(super::inspect::Packed, super::inspect::Packed)> {
         self.enter(py, |layer| {
             let head = layer.head(row, head)?;
             Ok((super::inspect::keys(head), super::inspect::values(head)))

@@ -2,6 +2,9 @@
 //!
 //! Private to the Python package: tensors cross as pointers, and only `kvpack._tensors` may make those.
 
+// Arguments arrive by value from Python.
+#![allow(clippy::needless_pass_by_value)]
+
 mod errors;
 mod inspect;
 mod layer;

@@ -56,7 +56,11 @@ impl Tensor {
         self.check(what, dtype.size())?;
         let s = self.2;
         if self.3 != [s[1] * s[2] * s[3], s[2] * s[3], s[3], 1] {
-            return Err(Error::Shape { what, given: format!("strides {:?}", self.3), expected: "a contiguous tensor".into() });
+            return Err(Error::Shape {
+                what,
+                given: format!("strides {:?}", self.3),
+                expected: "a contiguous tensor".into(),
+            });
         }
         // SAFETY: by this function's contract; alignment and strides were checked.
         Ok(unsafe { ViewMut::new(self.0 as *mut u8, dtype, s) })
@@ -101,7 +105,11 @@ impl Tensor {
         const WHAT: &str = "attention mask";
         // SAFETY: by this function's contract.
         unsafe {
-            Ok(Mask(if self.1 == "bool" { MaskData::Bool(self.bools(WHAT)?) } else { MaskData::Bias(self.view(WHAT)?) }))
+            Ok(Mask(if self.1 == "bool" {
+                MaskData::Bool(self.bools(WHAT)?)
+            } else {
+                MaskData::Bias(self.view(WHAT)?)
+            }))
         }
     }
 }

@@ -1,8 +1,7 @@
 //! What one KV head of one sequence holds.
 
 use super::column::Column;
-use super::positions::Positions;
-use crate::attend::{CHUNK, Head, KeySegment, Scratch, ValueSegment, padded};
+use crate::attend::{CHUNK, Head, KeySegment, Positions, Scratch, ValueSegment, padded};
 use crate::quantize::{Codec, KeyPage, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
 
@@ -25,7 +24,14 @@ impl KvHead {
 
     /// Appends the tokens of head `h` of batch row `b` for which `valid` says true (without it all), at positions
     /// from `seen` on.
-    pub(super) fn append(&mut self, k: &View<'_>, v: &View<'_>, [b, h]: [usize; 2], valid: Option<&[bool]>, seen: usize) {
+    pub(super) fn append(
+        &mut self,
+        k: &View<'_>,
+        v: &View<'_>,
+        [b, h]: [usize; 2],
+        valid: Option<&[bool]>,
+        seen: usize,
+    ) {
         let n = k.shape()[2];
         let kept = valid.map_or(n, |valid| valid.iter().filter(|&&x| x).count());
         self.keys.tail.reserve(kept);
@@ -75,7 +81,13 @@ impl KvHead {
         let mut values: Vec<&dyn ValueSegment> = Vec::with_capacity(self.values.segments.len() + 1);
         values.extend(self.values.segments.iter().map(|s| s as &dyn ValueSegment));
         values.push(&self.values.tail);
-        Head { keys, values, key_dim: self.keys.tail.dim(), value_dim: self.values.tail.dim() }
+        Head {
+            keys,
+            values,
+            positions: &self.positions,
+            key_dim: self.keys.tail.dim(),
+            value_dim: self.values.tail.dim(),
+        }
     }
 
     /// Calls `write(position, key)` for every token held, dequantised.
@@ -89,8 +101,7 @@ impl KvHead {
             for first in (0..segment.tokens()).step_by(step) {
                 let n = step.min(segment.tokens() - first);
                 segment.tile(first, n, &mut tile, CHUNK, scratch);
-                positions.clear();
-                self.positions.collect(base + first, n, &mut positions);
+                self.positions.collect_into(base + first, n, &mut positions);
                 for (t, &p) in positions.iter().enumerate() {
                     for (c, x) in key.iter_mut().enumerate() {
                         *x = tile[c * CHUNK + t];
@@ -112,8 +123,7 @@ impl KvHead {
             for first in (0..segment.tokens()).step_by(CHUNK) {
                 let n = CHUNK.min(segment.tokens() - first);
                 segment.tile(first, n, &mut tile, padded(d), scratch);
-                positions.clear();
-                self.positions.collect(base + first, n, &mut positions);
+                self.positions.collect_into(base + first, n, &mut positions);
                 for (t, &p) in positions.iter().enumerate() {
                     write(p, &tile[t * padded(d)..][..d]);
                 }

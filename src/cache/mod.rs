@@ -4,14 +4,16 @@
 //! positions of its tokens. A column is a list of sealed segments and an exact tail. Sequences and pages are shared
 //! behind `Arc` and copied before a change, so beams, returned sequences and forks of a prompt cost one prompt.
 
+#![forbid(unsafe_code)]
+
 mod column;
 mod head;
 mod layer;
 mod memory;
-mod positions;
+mod read;
 
 pub use column::Segment;
 pub use head::KvHead;
 pub use layer::{Layer, Shape};
 pub use memory::Memory;
-pub use positions::Positions;
+pub use read::Request;

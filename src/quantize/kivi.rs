@@ -280,7 +280,8 @@ impl PackedValues {
         for (i, row) in x.chunks_exact(dim).enumerate() {
             let t = self.tokens + i;
             for (j, x) in row.chunks(self.kivi.group).enumerate() {
-                let (min, max) = x.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(lo, hi), &x| (lo.min(x), hi.max(x)));
+                let (min, max) =
+                    x.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(lo, hi), &x| (lo.min(x), hi.max(x)));
                 let (scale, zero) = self.kivi.grid(min, max);
                 let grids = &mut self.grids[j * 2 * VALUE_PAGE..];
                 (grids[t], grids[VALUE_PAGE + t]) = (scale, zero);

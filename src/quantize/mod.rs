@@ -4,6 +4,8 @@
 //! keys or the values of consecutive tokens of one KV head; it is shared behind an `Arc` and copied before a change.
 //! To add a method: one file with its two page types, one variant in each enum below.
 
+#![forbid(unsafe_code)]
+
 mod exact;
 mod kivi;
 

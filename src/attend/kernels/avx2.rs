@@ -1,6 +1,6 @@
 //! AVX2 + FMA + F16C: eight lanes of f32, tiles of query heads kept in registers.
 
-#![allow(clippy::wildcard_imports)]
+#![allow(clippy::wildcard_imports, clippy::inline_always)]
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -18,7 +18,8 @@ pub(super) fn detected() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
-/// Loads eight numbers as f32.
+/// Loads eight numbers as f32. Always inlined: only inside a function with the CPU features do the intrinsics become
+/// instructions.
 trait Load: Copy {
     /// # Safety
     /// Eight numbers at `p` must be readable, and the CPU must have AVX2 and F16C.
@@ -79,10 +80,22 @@ macro_rules! tiles_of_heads {
             // SAFETY: see the function that uses the macro.
             unsafe {
                 match heads - $g {
-                    1 => { const $G: usize = 1; $call; }
-                    2 => { const $G: usize = 2; $call; }
-                    3 => { const $G: usize = 3; $call; }
-                    _ => { const $G: usize = 4; $call; }
+                    1 => {
+                        const $G: usize = 1;
+                        $call;
+                    }
+                    2 => {
+                        const $G: usize = 2;
+                        $call;
+                    }
+                    3 => {
+                        const $G: usize = 3;
+                        $call;
+                    }
+                    _ => {
+                        const $G: usize = 4;
+                        $call;
+                    }
                 }
             }
             $g += 4;
@@ -198,17 +211,41 @@ macro_rules! each_outer {
             4 => {
                 for r in 0..4 {
                     let x = byte_row(r);
-                    { let $o = 2 * r; let $code = _mm256_and_si256(x, _mm256_set1_epi32(15)); $body }
-                    { let $o = 2 * r + 1; let $code = _mm256_srli_epi32(x, 4); $body }
+                    {
+                        let $o = 2 * r;
+                        let $code = _mm256_and_si256(x, _mm256_set1_epi32(15));
+                        $body
+                    }
+                    {
+                        let $o = 2 * r + 1;
+                        let $code = _mm256_srli_epi32(x, 4);
+                        $body
+                    }
                 }
             }
             2 => {
                 for r in 0..2 {
                     let (x, three) = (byte_row(r), _mm256_set1_epi32(3));
-                    { let $o = 4 * r; let $code = _mm256_and_si256(x, three); $body }
-                    { let $o = 4 * r + 1; let $code = _mm256_and_si256(_mm256_srli_epi32(x, 2), three); $body }
-                    { let $o = 4 * r + 2; let $code = _mm256_and_si256(_mm256_srli_epi32(x, 4), three); $body }
-                    { let $o = 4 * r + 3; let $code = _mm256_srli_epi32(x, 6); $body }
+                    {
+                        let $o = 4 * r;
+                        let $code = _mm256_and_si256(x, three);
+                        $body
+                    }
+                    {
+                        let $o = 4 * r + 1;
+                        let $code = _mm256_and_si256(_mm256_srli_epi32(x, 2), three);
+                        $body
+                    }
+                    {
+                        let $o = 4 * r + 2;
+                        let $code = _mm256_and_si256(_mm256_srli_epi32(x, 4), three);
+                        $body
+                    }
+                    {
+                        let $o = 4 * r + 3;
+                        let $code = _mm256_srli_epi32(x, 6);
+                        $body
+                    }
                 }
             }
             _ => {
@@ -217,9 +254,15 @@ macro_rules! each_outer {
                     let x = byte_row(r);
                     for s in 0..4 {
                         let $o = 4 * r + s;
-                        let low = _mm256_and_si256(_mm256_srlv_epi32(x, _mm256_set1_epi32(2 * s as i32)), _mm256_set1_epi32(3));
+                        let low = _mm256_and_si256(
+                            _mm256_srlv_epi32(x, _mm256_set1_epi32(2 * s as i32)),
+                            _mm256_set1_epi32(3),
+                        );
                         let top = _mm256_and_si256(
-                            _mm256_sllv_epi32(_mm256_srlv_epi32(high, _mm256_set1_epi32($o as i32)), _mm256_set1_epi32(2)),
+                            _mm256_sllv_epi32(
+                                _mm256_srlv_epi32(high, _mm256_set1_epi32($o as i32)),
+                                _mm256_set1_epi32(2),
+                            ),
                             _mm256_set1_epi32(4),
                         );
                         let $code = _mm256_or_si256(low, top);
@@ -360,8 +403,7 @@ fn exp_sum_all(x: &mut [f32], max: f32) -> f32 {
 fn exp(x: __m256) -> __m256 {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    const POLY: [f32; 6] =
-        [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1];
+    const POLY: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1];
     let tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-87.3), _CMP_LT_OQ);
     let x = _mm256_max_ps(x, _mm256_set1_ps(-87.3));
     let n = _mm256_round_ps(

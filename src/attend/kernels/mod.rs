@@ -2,9 +2,9 @@
 //!
 //! `scalar` reads like the equations and is what the others are tested against.
 
-mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod scalar;
 #[cfg(test)]
 mod tests;
 

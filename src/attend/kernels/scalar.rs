@@ -6,13 +6,12 @@ use super::{Kernels, Matmul};
 use crate::attend::codes::Codes;
 use crate::tensor::Slice;
 
-pub(super) static KERNELS: Kernels =
-    Kernels { name: "scalar", dot_rows, add_rows, add_codes, unpack, exp_sum, matmul };
+pub(super) static KERNELS: Kernels = Kernels { name: "scalar", dot_rows, add_rows, add_codes, unpack, exp_sum, matmul };
 
 fn dot_rows(q: &[f32], rows: Slice<'_>, d: usize, out: &mut [f32], stride: usize) {
     let mut row = vec![0.0; d];
     for t in 0..rows.len() / d {
-        rows.sub(t * d..(t + 1) * d).to_f32(&mut row);
+        rows.part(t * d..(t + 1) * d).to_f32(&mut row);
         for (g, q) in q.chunks_exact(d).enumerate() {
             out[g * stride + t] = q.iter().zip(&row).map(|(q, k)| q * k).sum();
         }
@@ -22,7 +21,7 @@ fn dot_rows(q: &[f32], rows: Slice<'_>, d: usize, out: &mut [f32], stride: usize
 fn add_rows(w: &[f32], w_stride: usize, rows: Slice<'_>, d: usize, acc: &mut [f32], acc_stride: usize) {
     let mut row = vec![0.0; d];
     for t in 0..rows.len() / d {
-        rows.sub(t * d..(t + 1) * d).to_f32(&mut row);
+        rows.part(t * d..(t + 1) * d).to_f32(&mut row);
         for (g, acc) in acc.chunks_mut(acc_stride).enumerate() {
             for (a, v) in acc.iter_mut().zip(&row) {
                 *a += w[g * w_stride + t] * v;

@@ -1,5 +1,7 @@
 //! Positions travel with tokens.
 
+#![forbid(unsafe_code)]
+
 /// The logical positions of held tokens, ascending, as runs of consecutive ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Positions {
@@ -49,8 +51,9 @@ impl Positions {
         self.runs.retain(|&(_, n)| n > 0);
     }
 
-    /// Appends the positions of tokens `first .. first + n` to `out`.
-    pub fn collect(&self, first: usize, n: usize, out: &mut Vec<u32>) {
+    /// The positions of tokens `first .. first + n`, in place of what `out` held.
+    pub fn collect_into(&self, first: usize, n: usize, out: &mut Vec<u32>) {
+        out.clear();
         let (mut skip, mut left) = (first as u32, n as u32);
         for &(start, len) in &self.runs {
             let take = len.saturating_sub(skip).min(left);
@@ -96,7 +99,7 @@ mod tests {
             for first in 0..list.len() {
                 for n in 0..=list.len() - first {
                     let mut out = Vec::new();
-                    runs.collect(first, n, &mut out);
+                    runs.collect_into(first, n, &mut out);
                     prop_assert_eq!(&out[..], &list[first..first + n]);
                 }
             }

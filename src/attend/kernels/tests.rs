@@ -1,0 +1,173 @@
+//! The scalar kernels against f64, and every other instruction set against the scalar one, at odd sizes.
+
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+use super::{Kernels, Matmul, available, choose, scalar};
+use crate::attend::codes::{BLOCK, Codes, pack_block};
+use crate::tensor::Slice;
+
+/// Reproducible numbers in about -1 .. 1.
+fn numbers(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+fn random_codes(bits: u8, outer: usize, lanes: usize, seed: u64) -> Vec<u8> {
+    let codes: Vec<u8> =
+        numbers(outer * lanes, seed).iter().map(|x| ((x + 1.0) * 1e6) as u8 & (u8::MAX >> (8 - bits))).collect();
+    let mut data = vec![0; outer / BLOCK * usize::from(bits) * lanes];
+    for (block, packed) in codes.chunks_exact(BLOCK * lanes).zip(data.chunks_exact_mut(usize::from(bits) * lanes)) {
+        pack_block(bits, block, packed);
+    }
+    data
+}
+
+fn close(what: &str, got: &[f32], want: &[f64], terms: usize) {
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        let bound = 1e-6 * (terms as f64).sqrt() * w.abs().max(1.0) * 8.0;
+        assert!((f64::from(*g) - w).abs() <= bound, "{what}[{i}]: {g} is not {w}");
+    }
+}
+
+/// Calls `test` with the rows in each dtype and as f64.
+fn each_dtype(rows: &[f32], mut test: impl FnMut(Slice<'_>, &[f64])) {
+    test(Slice::F32(rows), &rows.iter().map(|&x| x.into()).collect::<Vec<_>>());
+    let half: Vec<f16> = rows.iter().map(|&x| f16::from_f32(x)).collect();
+    test(Slice::F16(&half), &half.iter().map(|x| x.to_f64()).collect::<Vec<_>>());
+    let brain: Vec<bf16> = rows.iter().map(|&x| bf16::from_f32(x)).collect();
+    test(Slice::Bf16(&brain), &brain.iter().map(|x| x.to_f64()).collect::<Vec<_>>());
+}
+
+fn each_isa(mut test: impl FnMut(&'static Kernels)) {
+    for kernels in available() {
+        test(kernels);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn dot_rows(heads in 1usize..10, n in 0usize..20, d in 1usize..70, seed: u64) {
+        let (q, rows, stride) = (numbers(heads * d, seed), numbers(n * d, seed ^ 1), n + 3);
+        each_dtype(&rows, |rows, exact| {
+            let want: Vec<f64> = (0..heads * n)
+                .map(|i| (0..d).map(|c| f64::from(q[i / n * d + c]) * exact[i % n * d + c]).sum())
+                .collect();
+            each_isa(|k| {
+                let mut out = vec![7.0; heads * stride];
+                (k.dot_rows)(&q, rows, d, &mut out, stride);
+                let got: Vec<f32> = (0..heads * n).map(|i| out[i / n * stride + i % n]).collect();
+                close(k.name, &got, &want, d);
+                assert!((0..heads).all(|g| out[g * stride + n..(g + 1) * stride].iter().all(|&x| x == 7.0)));
+            });
+        });
+    }
+
+    #[test]
+    fn add_rows(heads in 1usize..10, n in 0usize..20, d in 1usize..70, seed: u64) {
+        let (w_stride, acc_stride) = (n + 2, d.next_multiple_of(8));
+        let (w, rows) = (numbers(heads * w_stride, seed), numbers(n * d, seed ^ 1));
+        each_dtype(&rows, |rows, exact| {
+            let want: Vec<f64> = (0..heads * d)
+                .map(|i| 1.0 + (0..n).map(|t| f64::from(w[i / d * w_stride + t]) * exact[t * d + i % d]).sum::<f64>())
+                .collect();
+            each_isa(|k| {
+                let mut acc = vec![1.0; heads * acc_stride];
+                (k.add_rows)(&w, w_stride, rows, d, &mut acc, acc_stride);
+                let got: Vec<f32> = (0..heads * d).map(|i| acc[i / d * acc_stride + i % d]).collect();
+                close(k.name, &got, &want, n + 1);
+            });
+        });
+    }
+
+    #[test]
+    fn codes(
+        bits in prop::sample::select(vec![2u8, 3, 4, 8]),
+        heads in 1usize..10,
+        outer in 1usize..9,
+        lanes in 1usize..9,
+        first in 0usize..4,
+        seed: u64,
+    ) {
+        let (outer, lanes) = (outer * BLOCK, lanes * BLOCK);
+        let data = random_codes(bits, outer, lanes, seed);
+        let codes = Codes::new(bits, lanes, &data);
+        let w = numbers(heads * outer, seed ^ 1);
+        let range = (first * BLOCK).min(lanes)..lanes;
+        let stride = lanes + 8;
+        let want: Vec<f64> = (0..heads * lanes)
+            .map(|i| {
+                let (g, l) = (i / lanes, i % lanes);
+                let sum = (0..outer).map(|o| f64::from(w[g * outer + o]) * f64::from(codes.get(o, l))).sum::<f64>();
+                1.0 + if range.contains(&l) { sum } else { 0.0 }
+            })
+            .collect();
+        each_isa(|k| {
+            let mut acc = vec![1.0; heads * stride];
+            (k.add_codes)(&w, codes, range.clone(), &mut acc, stride);
+            let got: Vec<f32> = (0..heads * lanes).map(|i| acc[i / lanes * stride + i % lanes]).collect();
+            close(k.name, &got, &want, outer << bits);
+            let mut out = vec![0.0; outer * stride];
+            (k.unpack)(codes, &mut out, stride);
+            assert!((0..outer * lanes).all(|i| out[i / lanes * stride + i % lanes] == f32::from(codes.get(i / lanes, i % lanes))));
+        });
+    }
+
+    #[test]
+    fn exp_sum(n in 0usize..40, spread in 0f32..200.0, seed: u64) {
+        let x: Vec<f32> = numbers(n, seed).iter().map(|x| x * spread).collect();
+        let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let want: Vec<f64> = x.iter().map(|&x| (f64::from(x) - f64::from(max)).exp()).collect();
+        each_isa(|k| {
+            let mut got = x.clone();
+            let sum = (k.exp_sum)(&mut got, max);
+            for (g, w) in got.iter().zip(&want) {
+                // Far below the maximum the argument itself is rounded: allow for its last place.
+                assert!((f64::from(*g) - w).abs() <= w * 2e-5 + 2e-38, "{}: {g} is not {w}", k.name);
+            }
+            close(k.name, &[sum], &[want.iter().sum()], n + 1);
+        });
+    }
+
+    #[test]
+    fn matmul(m in 0usize..10, k in 1usize..20, n in 0usize..40, pad in 0usize..3, seed: u64) {
+        let (lda, ldb, ldc) = (k + pad, n + pad, n + pad);
+        let (a, b) = (numbers(m * lda, seed), numbers(k * ldb, seed ^ 1));
+        let want: Vec<f64> = (0..m * n)
+            .map(|i| 1.0 + (0..k).map(|p| f64::from(a[i / n * lda + p]) * f64::from(b[p * ldb + i % n])).sum::<f64>())
+            .collect();
+        each_isa(|isa| {
+            let mut c = vec![1.0; m * ldc];
+            (isa.matmul)(Matmul { m, k, n, a: (&a, lda), b: (&b, ldb), c: (&mut c, ldc) });
+            let got: Vec<f32> = (0..m * n).map(|i| c[i / n * ldc + i % n]).collect();
+            close(isa.name, &got, &want, k + 1);
+        });
+    }
+}
+
+#[test]
+fn masked_logits_weigh_nothing() {
+    each_isa(|k| {
+        let mut x = vec![0.0; 19];
+        x[3] = f32::NEG_INFINITY;
+        x[18] = f32::NEG_INFINITY;
+        assert_eq!((k.exp_sum)(&mut x, 0.0), 17.0, "{}", k.name);
+        assert_eq!((x[3], x[18], x[0]), (0.0, 0.0, 1.0));
+    });
+}
+
+#[test]
+fn the_environment_chooses() {
+    assert_eq!(choose(Some("scalar")).unwrap().name, scalar::KERNELS.name);
+    assert_eq!(choose(None).unwrap().name, available()[0].name);
+    let refused = choose(Some("mmx")).err().expect("no such instruction set").to_string();
+    assert!(refused.contains("KVPACK_ISA=mmx") && refused.contains("scalar"), "{refused}");
+}

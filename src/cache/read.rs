@@ -1,0 +1,215 @@
+//! Reading a layer: the work cut into tasks, the results put together.
+
+use std::ops::Range;
+
+use super::head::KvHead;
+use super::layer::{Layer, Shape, expect};
+use crate::attend::kernels::Kernels;
+use crate::attend::{Mask, Partial, Queries, Scratch, Softmax, Visibility, attend_many, attend_one};
+use crate::error::{Error, Result};
+use crate::pool;
+use crate::tensor::{View, ViewMut};
+
+/// Tokens that are worth a task of their own when one KV head is split over threads.
+const TOKENS_A_TASK: usize = 2048;
+
+/// Queries that are.
+const QUERIES_A_TASK: usize = 16;
+
+/// What is asked of a layer.
+#[derive(Clone, Copy)]
+pub struct Request<'a> {
+    /// Queries `[B, Hq, Q, Dk]` of the `Q` newest positions, rotated.
+    pub query: View<'a>,
+    /// Which positions each query sees; without it, causality.
+    pub mask: Option<Mask<'a>>,
+    /// Scaling and cap of the logits.
+    pub softmax: Softmax,
+    /// Learned logits, one a query head, that take weight and add nothing.
+    pub sinks: Option<&'a [f32]>,
+}
+
+/// One KV head of one sequence, and a part of its tokens or of the queries.
+struct Task {
+    row: usize,
+    head: usize,
+    tokens: Range<usize>,
+    queries: Range<usize>,
+}
+
+impl Layer {
+    /// Attention over all tokens held, written to `out` `[B, Q, Hq, Dv]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Dtype`] when something of the request, or `out`, does not fit.
+    pub fn attend(&self, request: &Request<'_>, out: &mut ViewMut<'_>, kernels: &'static Kernels) -> Result<()> {
+        let shape = self.check_request(request, out)?;
+        let [batch, query_heads, queries, _] = request.query.shape();
+        let tokens = self.rows.iter().map(|row| row[0].positions.len()).max().unwrap_or(0);
+        let work = batch * query_heads * queries * tokens * (shape.key_dim + shape.value_dim) / 2;
+        let tasks = self.tasks(tokens, queries, shape.heads);
+        let places: Vec<_> = tasks.iter().map(|task| (task.row, task.head, task.queries.start)).collect();
+        let partials = pool::map(work, tasks, |task| self.run(request, &task, query_heads / shape.heads, kernels));
+        write_out(places, partials, request.sinks, query_heads / shape.heads, shape.value_dim, out);
+        Ok(())
+    }
+
+    /// Every KV head of every sequence; few heads are split further, so that all threads have work.
+    fn tasks(&self, tokens: usize, queries: usize, heads: usize) -> Vec<Task> {
+        let threads = pool::threads();
+        let wanted = if threads == 1 { 1 } else { (2 * threads).div_ceil(self.batch() * heads) };
+        let cut = |n: usize, least: usize| {
+            let parts = wanted.min(n / least).max(1);
+            let len = n.div_ceil(parts).max(1);
+            (0..n).step_by(len).map(move |start| start..(start + len).min(n))
+        };
+        let mut tasks = Vec::new();
+        for row in 0..self.batch() {
+            for head in 0..heads {
+                if queries == 1 {
+                    tasks.extend(cut(tokens, TOKENS_A_TASK).map(|tokens| Task { row, head, tokens, queries: 0..1 }));
+                } else {
+                    let all = 0..tokens;
+                    let task = |queries| Task { row, head, tokens: all.clone(), queries };
+                    tasks.extend(cut(queries, QUERIES_A_TASK).map(task));
+                }
+            }
+        }
+        tasks
+    }
+
+    fn run(&self, request: &Request<'_>, task: &Task, group: usize, kernels: &'static Kernels) -> Partial {
+        let head: &KvHead = &self.rows[task.row][task.head];
+        let queries = Queries {
+            q: gather(request, task, group),
+            range: task.queries.clone(),
+            first_head: task.head * group,
+            softmax: request.softmax,
+            visible: Visibility::new(request.mask, task.row, self.seen(), request.query.shape()[2], &head.positions),
+        };
+        let mut scratch = Scratch::new(kernels);
+        if request.query.shape()[2] == 1 {
+            attend_one(&head.view(), &queries, task.tokens.clone(), &mut scratch)
+        } else {
+            attend_many(&head.view(), &queries, &mut scratch)
+        }
+    }
+
+    fn check_request(&self, request: &Request<'_>, out: &ViewMut<'_>) -> Result<Shape> {
+        let [batch, query_heads, queries, dim] = request.query.shape();
+        let shape = self.shape().ok_or_else(|| Error::Shape {
+            what: "cache",
+            given: "no tokens".into(),
+            expected: "at least one token to attend to".into(),
+        })?;
+        expect("query: batch size", batch, self.batch())?;
+        expect("query: head dim", dim, shape.key_dim)?;
+        let refuse =
+            |what, given: String, expected: String| -> Result<Shape> { Err(Error::Shape { what, given, expected }) };
+        if queries == 0 || queries > self.seen() {
+            return refuse("query: tokens", queries.to_string(), format!("1 to {}, the positions seen", self.seen()));
+        }
+        if query_heads == 0 || !query_heads.is_multiple_of(shape.heads) {
+            let expected = format!("a multiple of {} KV heads", shape.heads);
+            return refuse("query: heads", query_heads.to_string(), expected);
+        }
+        if let Some(mask) = request.mask {
+            let [mb, mh, mq, mn] = mask.shape();
+            let fits = |n: usize, of: usize| n == 1 || n == of;
+            if !(fits(mb, batch) && fits(mh, query_heads) && mq == queries && mn == self.seen()) {
+                let expected = format!("[1 or {batch}, 1 or {query_heads}, {queries}, {}]", self.seen());
+                return refuse("attention mask", format!("{:?}", mask.shape()), expected);
+            }
+        }
+        if let Some(sinks) = request.sinks {
+            expect("sink logits", sinks.len(), query_heads)?;
+        }
+        let expected = [batch, queries, query_heads, shape.value_dim];
+        if out.shape() != expected {
+            return refuse("out", format!("{:?}", out.shape()), format!("{expected:?}"));
+        }
+        Ok(shape)
+    }
+
+    /// Writes all keys to `out` `[B, H, seen, Dk]`, dequantised, each at its position; other positions are left alone.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when `out` has another shape.
+    pub fn write_keys(&self, out: ViewMut<'_>, kernels: &'static Kernels) -> Result<()> {
+        self.write(out, self.shape().map_or(0, |s| s.key_dim), |head, out| {
+            head.each_key(&mut Scratch::new(kernels), |p, key| out.write_row([0, 0, p as usize], key));
+        })
+    }
+
+    /// Writes all values to `out` `[B, H, seen, Dv]`, as [`Self::write_keys`] does.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when `out` has another shape.
+    pub fn write_values(&self, out: ViewMut<'_>, kernels: &'static Kernels) -> Result<()> {
+        self.write(out, self.shape().map_or(0, |s| s.value_dim), |head, out| {
+            head.each_value(&mut Scratch::new(kernels), |p, value| out.write_row([0, 0, p as usize], value));
+        })
+    }
+
+    fn write(
+        &self,
+        out: ViewMut<'_>,
+        dim: usize,
+        each: impl Fn(&KvHead, &mut ViewMut<'_>) + Sync + Send,
+    ) -> Result<()> {
+        let heads = self.shape().map_or(0, |s| s.heads);
+        let expected = [self.batch(), heads, self.seen(), dim];
+        if out.shape() != expected {
+            let given = format!("{:?}", out.shape());
+            return Err(Error::Shape { what: "out", given, expected: format!("{expected:?}") });
+        }
+        let heads = self.rows.iter().flat_map(|row| row.iter());
+        pool::map(expected.iter().product(), heads.zip(out.split()).collect(), |(head, mut out)| each(head, &mut out));
+        Ok(())
+    }
+}
+
+/// A task's queries as f32 `[G, queries, dim]`, scaled.
+fn gather(request: &Request<'_>, task: &Task, group: usize) -> Vec<f32> {
+    let d = request.query.shape()[3];
+    let heads = task.head * group..(task.head + 1) * group;
+    let mut q = vec![0.0; group * task.queries.len() * d];
+    let rows = heads.flat_map(|h| task.queries.clone().map(move |i| (h, i)));
+    for (row, (h, i)) in q.chunks_exact_mut(d).zip(rows) {
+        request.query.row(task.row, h, i).to_f32(row);
+    }
+    for x in &mut q {
+        *x *= request.softmax.scaling;
+    }
+    q
+}
+
+/// Merges partials of the same queries, which follow each other, and writes them out.
+fn write_out(
+    places: Vec<(usize, usize, usize)>,
+    partials: Vec<Partial>,
+    sinks: Option<&[f32]>,
+    group: usize,
+    value_dim: usize,
+    out: &mut ViewMut<'_>,
+) {
+    let mut merged: Vec<((usize, usize, usize), Partial)> = Vec::with_capacity(places.len());
+    for (place, partial) in places.into_iter().zip(partials) {
+        match merged.last_mut() {
+            Some((last, all)) if *last == place => all.merge(&partial),
+            _ => merged.push((place, partial)),
+        }
+    }
+    let mut row_out = vec![0.0; value_dim];
+    for ((row, head, first), mut partial) in merged {
+        let queries = partial.rows() / group;
+        for i in 0..partial.rows() {
+            let query_head = head * group + i / queries;
+            if let Some(sinks) = sinks {
+                partial.add_sink(i, sinks[query_head]);
+            }
+            partial.output(i, &mut row_out);
+            out.write_row([row, first + i % queries, query_head], &row_out);
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! `Layer::memory` against what the allocator really gave, and what sharing saves.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicIsize, Ordering};
+
+use kvpack::cache::Layer;
+use kvpack::quantize::{Codec, Kivi};
+use kvpack::tensor::{Slice, View};
+
+struct Counting;
+
+static HELD: AtomicIsize = AtomicIsize::new(0);
+/// One test at a time may look at the counter.
+static TURN: Mutex<()> = Mutex::new(());
+
+// SAFETY: everything is passed on to the system's allocator; only sizes are counted.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        HELD.fetch_add(layout.size() as isize, Ordering::Relaxed);
+        // SAFETY: the caller's contract is the system allocator's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        HELD.fetch_sub(layout.size() as isize, Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn held() -> isize {
+    HELD.load(Ordering::Relaxed)
+}
+
+fn numbers(n: usize) -> Vec<f32> {
+    (0..n).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect()
+}
+
+fn append(layer: &mut Layer, [batch, heads, n, d]: [usize; 4], x: &[f32]) {
+    let view = View::of_slice(Slice::F32(&x[..batch * heads * n * d]), [batch, heads, n, d]);
+    layer.append(&view, &view, None).unwrap();
+    layer.settle();
+}
+
+fn codecs() -> Vec<Codec> {
+    let kivi = |bits| Codec::Kivi(Kivi::new(bits, 32, 128, 4).unwrap());
+    vec![Codec::Exact, kivi(8), kivi(4), kivi(3), kivi(2)]
+}
+
+#[test]
+fn memory_is_what_was_allocated() {
+    let _turn = TURN.lock().unwrap();
+    kvpack::pool::set_threads(1);
+    for codec in codecs() {
+        for [heads, d] in [[3, 64], [8, 128], [1, 256]] {
+            let x = numbers(heads * 16384 * d);
+            for prompt in [1000, 4096, 16384] {
+                let before = held();
+                let mut layer = Layer::new(codec.clone());
+                append(&mut layer, [1, heads, prompt, d], &x);
+                for _ in 0..70 {
+                    append(&mut layer, [1, heads, 1, d], &x);
+                }
+                let (counted, real) = (layer.memory().total() as f64, (held() - before) as f64);
+                assert!(
+                    (counted / real - 1.0).abs() < 0.02,
+                    "{codec:?} {heads}x{d} {prompt}: {counted} of {real} bytes"
+                );
+                drop(layer);
+                assert_eq!(held(), before, "a dropped layer holds nothing");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_long_decode_grows_as_its_tokens_do() {
+    let _turn = TURN.lock().unwrap();
+    let kivi = Codec::Kivi(Kivi::new(4, 32, 128, 4).unwrap());
+    let x = numbers(3 * 64);
+    let mut layer = Layer::new(kivi);
+    let mut at = Vec::new();
+    for _ in 0..3 {
+        for _ in 0..1280 {
+            append(&mut layer, [1, 3, 1, 64], &x);
+        }
+        at.push(layer.memory().total() as f64);
+    }
+    // 10 pages of keys and of values a stretch, 5 bits a number; the tail keeps its size.
+    let per_token = (at[2] - at[1]) / 1280.0;
+    let packed = 3.0 * 2.0 * 64.0 * 5.0 / 8.0;
+    assert!(per_token / packed < 1.06, "{per_token} bytes a token, packed {packed}");
+    assert!(at[0] - 1280.0 * per_token < 2.0 * 3.0 * 2.0 * 64.0 * 4.0 * 200.0);
+}
+
+#[test]
+fn copies_of_a_prompt_cost_one_prompt() {
+    let _turn = TURN.lock().unwrap();
+    let x = numbers(4 * 3 * 4096 * 64);
+    for codec in codecs() {
+        let mut single = Layer::new(codec.clone());
+        append(&mut single, [1, 3, 4096, 64], &x);
+        let one = single.memory().total() as f64;
+
+        // Beams that arrive as four equal rows.
+        let before = held();
+        let mut beams = Layer::new(codec.clone());
+        let rows: Vec<f32> = (0..4).flat_map(|_| x[..3 * 4096 * 64].to_vec()).collect();
+        append(&mut beams, [4, 3, 4096, 64], &rows);
+        drop(rows);
+        let real = (held() - before) as f64;
+        assert!(beams.memory().total() as f64 / one < 1.01 && real / one < 1.01, "{codec:?}: {real} for {one}");
+
+        // After a decoded token each, every beam has its own tail, and no more.
+        append(&mut beams, [4, 3, 1, 64], &x);
+        let tail = 2.0 * 3.0 * 64.0 * 4.0 * 300.0;
+        let extra = beams.memory().total() as f64 - one;
+        assert!(extra < 3.0 * tail + 20e3, "{codec:?}: {extra} bytes more after a step");
+
+        let mut repeated = single.clone();
+        repeated.select(&[0, 0, 0, 0]).unwrap();
+        assert!(repeated.memory().total() as f64 / one < 1.01);
+    }
+}

@@ -1,0 +1,131 @@
+"""Instruction sets can be chosen and agree with each other; `kvpack.info()` tells what runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvpack
+
+# Run in a process of its own: argv = where to save what attention gave and what was stored.
+SEEDED = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+from support import CODECS, codec_id, forward, random_kv, tiny_config
+import kvpack
+
+results = {"isa": kvpack.info()["isa"]}
+torch.set_num_threads(1)
+with torch.no_grad():
+    for codec in CODECS:
+        for dim in (40, 64, 128):
+            torch.manual_seed(dim)
+            cache = kvpack.PackedCache(tiny_config(layers=1, heads=6, kv_heads=2, head_dim=dim), quantize=codec)
+            out = [
+                forward(cache, *random_kv(2, 2, new, dim), query=torch.randn(2, 6, new, dim))
+                for new in (333, 1, 5, 1, 33, 140, 1)
+            ]
+            results[f"{codec_id(codec)} {dim} attention"] = torch.cat([x.flatten() for x in out])
+            stored = cache.layers[0].packed(1, 1)
+            results[f"{codec_id(codec)} {dim} stored"] = stored
+torch.save(results, sys.argv[1])
+"""
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+def results(isa: str, folder: Path) -> dict[str, Any]:
+    saved = folder / f"{isa}.pt"
+    done = python("-c", SEEDED, str(saved), str(Path(__file__).parent), KVPACK_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    return torch.load(saved)
+
+
+def test_every_instruction_set_gives_the_scalar_results(tmp_path: Path) -> None:
+    scalar = results("scalar", tmp_path)
+    assert scalar.pop("isa") == "scalar"
+    others = [isa for isa in kvpack.info()["isa_available"] if isa != "scalar"]
+    for isa in others:
+        found = results(isa, tmp_path)
+        assert found.pop("isa") == isa
+        assert found.keys() == scalar.keys()
+        for name, expected in scalar.items():
+            if name.endswith("stored"):
+                for part, stored in expected.items():
+                    same = torch.equal(torch.as_tensor(stored), torch.as_tensor(found[name][part]))
+                    assert same, f"{isa} {name} {part}"
+            else:
+                error = (found[name] - expected).abs().max() / expected.abs().max()
+                assert error < 1e-5, f"{isa} {name}"
+
+
+def test_scalar_is_always_there_and_the_one_in_use_is_available() -> None:
+    info = kvpack.info()
+    assert info["isa"] in info["isa_available"]
+    assert "scalar" in info["isa_available"]
+
+
+@pytest.mark.parametrize("isa", ["sse9", "AVX2 ", ""])
+def test_an_unknown_instruction_set_is_refused_at_import(isa: str) -> None:
+    done = python("-c", "import kvpack", KVPACK_ISA=isa)
+    if isa == "":  # as good as not set
+        assert done.returncode == 0, done.stderr
+        return
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1
+    assert re.match(r"(kvpack\.errors\.OptionError|ImportError): ", last)
+    assert "KVPACK_ISA" in last
+    assert isa in last
+    assert "scalar" in last
+    assert "avx2" in last
+
+
+def test_info() -> None:
+    info = kvpack.info()
+    assert set(info) == {"version", "isa", "isa_available", "threads"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", info["version"])
+    assert info["version"] == kvpack.__version__
+    assert info["threads"] == torch.get_num_threads()
+
+
+def test_threads_are_torchs() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert kvpack.info()["threads"] == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_without_torch_the_import_says_what_to_install() -> None:
+    code = "import sys; sys.modules['torch'] = None; import kvpack"
+    done = python("-c", code)
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr
+    assert "pip install 'kvpack[transformers]'" in done.stderr
+
+
+def test_with_too_old_a_transformers_the_import_says_which_it_needs() -> None:
+    code = "import transformers; transformers.__version__ = '5.3.0'; import kvpack"
+    done = python("-c", code)
+    assert done.returncode == 1
+    assert re.search(r"ImportError: .*5\.4.*5\.3\.0", done.stderr)
+
+
+@pytest.mark.parametrize("error", [name for name in kvpack.__all__ if name.endswith("Error") and name != "KvpackError"])
+def test_every_error_is_a_kvpack_error_and_a_built_in_one(error: str) -> None:
+    kind = getattr(kvpack, error)
+    assert issubclass(kind, kvpack.KvpackError)
+    assert issubclass(kind, (ValueError, TypeError, RuntimeError))
+    assert getattr(kvpack.errors, error) is kind

@@ -1,0 +1,107 @@
+"""Packing an existing DynamicCache is the same as packing during the prefill; other layers stay transformers'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    assert_same_contents,
+    assert_same_packed,
+    every_codec,
+    left_padding,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
+from test_architectures import FUSED, config_of
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+import kvpack
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+@every_codec
+@pytest.mark.parametrize("lengths", [[300, 300], [300, 171]], ids=["full", "left-padded"])
+def test_from_cache_equals_packing_during_prefill(codec: Any, lengths: list[int]) -> None:
+    model = tiny_model()
+    ids = torch.randint(3, 128, (2, 300))
+    mask = left_padding(lengths)
+    full, packed = DynamicCache(config=model.config), kvpack.PackedCache(model, quantize=codec)
+    for cache in (full, packed):
+        model(ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache)
+    held = [(layer.keys.clone(), layer.values.clone()) for layer in full.layers]
+    made = kvpack.PackedCache.from_cache(full, model, quantize=codec, attention_mask=mask)
+    assert_same_contents(made, packed)
+    for one, other in zip(made.layers, packed.layers, strict=True):
+        for row in range(2):
+            assert one.positions(row, 1) == list(range(300 - lengths[row], 300))
+            assert_same_packed(one, other, row, 1)
+    assert made.memory().total == packed.memory().total
+    for layer, (key, value) in zip(full.layers, held, strict=True):
+        assert torch.equal(layer.keys, key)
+        assert torch.equal(layer.values, value)
+    step = torch.tensor([[9], [10]])
+    after = torch.cat([mask, torch.ones_like(step)], dim=1)
+    logits = [
+        model(step, attention_mask=after, position_ids=positions(after)[:, -1:], past_key_values=cache).logits
+        for cache in (made, packed)
+    ]
+    assert torch.equal(*logits)
+
+
+def test_the_two_caches_do_not_share_memory() -> None:
+    model = tiny_model()
+    full = DynamicCache(config=model.config)
+    model(torch.randint(3, 128, (1, 50)), past_key_values=full)
+    packed = kvpack.PackedCache.from_cache(full, model)
+    expected = packed.layers[0].keys.clone()
+    full.layers[0].keys.zero_()
+    assert torch.equal(packed.layers[0].keys, expected)
+    assert expected.any()
+
+
+def test_from_an_empty_cache() -> None:
+    packed = kvpack.PackedCache.from_cache(DynamicCache(config=tiny_config()), tiny_config())
+    assert packed.get_seq_length() == 0
+    assert len(packed.layers) == 2
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gemma2", "gpt_oss", "qwen3_next"])
+def test_hybrid_models_keep_transformers_own_layers(name: str) -> None:
+    config = config_of(name, FUSED[name])
+    model = tiny_model(config)
+    full = DynamicCache(config=model.config)
+    ids = torch.randint(3, 128, (2, 40))
+    model(ids, past_key_values=full)
+    made = kvpack.PackedCache.from_cache(full, model)
+    prefilled = kvpack.PackedCache(model)
+    model(ids, past_key_values=prefilled)
+    packed = [type(layer).__name__ == "PackedLayer" for layer in made.layers]
+    assert any(packed)
+    assert not all(packed)
+    for is_packed, layer, own, original in zip(packed, made.layers, prefilled.layers, full.layers, strict=True):
+        assert type(layer) is type(own)
+        if not is_packed:
+            assert type(layer) is type(original)
+            assert layer is not original
+    steps = [torch.randint(3, 128, (2, 1)) for _ in range(12)]
+    for step in steps:
+        logits = [model(step, past_key_values=cache).logits for cache in (full, made, prefilled)]
+        assert relative_error(logits[1], logits[0]) < 1e-5
+        assert relative_error(logits[2], logits[0]) < 1e-5
+
+
+def test_repr_says_which_layers_are_packed() -> None:
+    config = config_of("gemma3_text", FUSED["gemma3_text"])
+    cache = kvpack.PackedCache(config, quantize=kvpack.KIVI(bits=4, group=16))
+    sliding = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    assert len(sliding) == 5
+    assert "DynamicSlidingWindowLayer" in repr(cache)
+    assert "PackedLayer" in repr(cache)
+    assert "KIVI(bits=4" in repr(cache)

@@ -1,0 +1,160 @@
+"""What `memory()` says is what the process really holds, and it is as little as promised."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from support import codec_id, every_codec, forward, random_kv, tiny_config
+
+import kvpack
+
+TOKENS = 16_384
+SHAPES = [(3, 64), (8, 128)]
+
+# Run in a process of its own: argv = codec, layers. Prints what memory() says and what the process grew by.
+RSS = """
+import ctypes, gc, resource, sys
+import torch
+import kvpack
+from transformers import LlamaConfig
+
+def resident():
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+def fill(layers, tokens):
+    config = LlamaConfig(num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, head_dim=128,
+                         hidden_size=1024, vocab_size=16, intermediate_size=16)
+    cache = kvpack.PackedCache(config, quantize=eval(sys.argv[1], {"kvpack": kvpack}))
+    for layer in range(layers):
+        for first in range(0, tokens, 1024):
+            part = torch.randn(2, 1, 8, 1024, 128).bfloat16()
+            cache.update(part[0], part[1], layer)
+        cache.update(part[0][:, :, :1], part[1][:, :, :1], layer)
+    return cache
+
+with torch.no_grad():
+    fill(1, 4096)  # threads, buffers and code are there before the first measurement
+    before = resident()
+    cache = fill(int(sys.argv[2]), 16384)
+    print(cache.memory().total, resident() - before)
+"""
+
+
+@every_codec
+def test_the_process_grows_by_what_memory_says(codec: Any, record_property: Any) -> None:
+    layers = 3 if isinstance(codec, kvpack.Exact) else 8
+    command = [sys.executable, "-c", RSS, f"kvpack.{codec}", str(layers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    told, grown = map(int, done.stdout.split())
+    record_property("growth of the process over memory().total", grown / told)
+    assert told > 80e6  # far above the noise of a process
+    assert abs(grown / told - 1) < 0.1
+
+
+def filled(codec: Any, heads: int, dim: int, dtype: torch.dtype, tokens: int = TOKENS) -> kvpack.PackedCache:
+    """One layer as it is after a prompt of that length."""
+    cache = kvpack.PackedCache(tiny_config(layers=1, heads=heads, kv_heads=heads, head_dim=dim), quantize=codec)
+    for first in range(0, tokens, 2048):
+        new = min(2048, tokens - first)
+        cache.update(*random_kv(1, heads, new, dim, dtype=dtype), 0)
+    cache.update(*random_kv(1, heads, 1, dim, dtype=dtype), 0)
+    return cache
+
+
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.6), (4, 0.36), (3, 0.3), (2, 0.24)])
+@pytest.mark.parametrize(("heads", "dim"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kivi_is_as_small_as_promised_at_16k(
+    bits: int, share: float, heads: int, dim: int, dtype: torch.dtype, record_property: Any
+) -> None:
+    cache = filled(kvpack.KIVI(bits=bits), heads, dim, dtype)
+    bfloat16 = cache.get_seq_length() * heads * dim * 2 * 2
+    record_property("share of bfloat16's bytes", cache.memory().total / bfloat16)
+    assert cache.memory().total <= share * bfloat16
+    numbers = 2 * TOKENS * heads * dim
+    assert cache.memory().total > numbers * bits / 8  # what was promised includes every code
+
+
+@pytest.mark.parametrize(("heads", "dim"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1024, 4096, TOKENS])
+def test_exact_holds_hardly_more_than_the_numbers(heads: int, dim: int, dtype: torch.dtype, tokens: int) -> None:
+    total = filled(kvpack.Exact(), heads, dim, dtype, tokens).memory().total
+    numbers = 2 * (tokens + 1) * heads * dim * dtype.itemsize
+    assert numbers <= total <= 1.1 * numbers
+
+
+@every_codec
+def test_parts_and_layers_sum_to_the_total(codec: Any) -> None:
+    cache = kvpack.PackedCache(tiny_config(layers=3), quantize=codec)
+    for layer in range(3):
+        forward(cache, *random_kv(2, 2, 400, 32), layer=layer)
+    memory = cache.memory()
+    assert isinstance(memory.total, int)
+    assert memory.total == sum(memory.parts.values()) == sum(memory.layers) > 0
+    assert len(memory.layers) == 3
+    assert {"codes", "scales", "exact", "index", "other layers"} <= memory.parts.keys()
+    assert all(isinstance(size, int) and size >= 0 for size in [*memory.parts.values(), *memory.layers])
+    assert (memory.parts["codes"] > 0) == isinstance(codec, kvpack.KIVI)
+    assert memory.parts["exact"] > 0
+
+
+def test_the_parts_are_what_they_are_called() -> None:
+    memory = filled(kvpack.KIVI(bits=4), 8, 128, torch.bfloat16).memory()
+    numbers = 2 * TOKENS * 8 * 128
+    assert memory.parts["codes"] == pytest.approx(numbers / 2, rel=0.03)
+    assert memory.parts["scales"] == pytest.approx(numbers / 32 * 4, rel=0.03)
+    assert memory.parts["exact"] < 8 * 2 * 128 * 2 * (2 * 128 + 2048)  # sinks, window, and the last chunk
+    assert memory.parts["index"] < 0.02 * memory.total
+
+
+def test_what_transformers_holds_is_counted_too() -> None:
+    from test_architectures import FUSED, config_of
+
+    config = config_of("gemma3_text", FUSED["gemma3_text"])
+    cache = kvpack.PackedCache(config)
+    for layer in range(config.num_hidden_layers):
+        cache.update(*random_kv(1, 2, 100, 16), layer)
+    sliding = [layer for layer in cache.layers if layer.is_sliding]
+    assert len(sliding) == 5
+    expected = sum(layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes() for layer in sliding)
+    assert cache.memory().parts["other layers"] == pytest.approx(expected, rel=0.02)
+
+
+@every_codec
+def test_long_decode_grows_evenly(codec: Any) -> None:
+    cache = kvpack.PackedCache(tiny_config(layers=1, heads=2, head_dim=64), quantize=codec)
+    key, value = random_kv(1, 2, 4000, 64)
+    totals, exact = [], []
+    for token in range(4000):
+        forward(cache, key[:, :, token : token + 1], value[:, :, token : token + 1])
+        if token % 512 == 511:
+            totals.append(cache.memory().total)
+            exact.append(cache.memory().parts["exact"])
+    steps = [after - before for before, after in zip(totals[1:], totals[2:], strict=False)]
+    per_token = (totals[-1] - totals[1]) / (512 * len(steps))
+    bits = 32 if isinstance(codec, kvpack.Exact) else codec.bits + 1
+    assert per_token == pytest.approx(2 * 2 * 64 * bits / 8, rel=0.15)
+    if isinstance(codec, kvpack.KIVI):
+        assert max(exact) <= 2 * (4 + 2 * 128 + 64) * 2 * 64 * 4
+
+
+def test_memory_reads_well() -> None:
+    memory = filled(kvpack.KIVI(), 3, 64, torch.bfloat16, tokens=2048).memory()
+    assert "codes" in repr(memory)
+    assert "MB" in repr(memory) or "KB" in repr(memory)
+    html = memory._repr_html_()
+    assert html.startswith("<table>")
+    assert all(part in html for part in memory.parts)
+
+
+def test_an_empty_cache_holds_nothing() -> None:
+    assert kvpack.PackedCache(tiny_config()).memory().total == 0
+    assert codec_id(kvpack.PackedCache(tiny_config()).quantize) == "exact"

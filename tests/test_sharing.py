@@ -1,0 +1,341 @@
+"""Rows and forks share pages; crop, reorder, select, repeat and reset change who holds what, never what is stored."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from reference import Kivi
+from support import (
+    assert_same_contents,
+    assert_same_packed,
+    causal_mask,
+    contents,
+    every_codec,
+    forward,
+    left_padding,
+    random_kv,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
+from torch import Tensor
+
+import kvpack
+
+LOSSY = pytest.mark.parametrize("bits", [2, 4, 8])
+
+
+def filled(codec: Any, tokens: int, batch: int = 1, seed: int = 0, layers: int = 2) -> kvpack.PackedCache:
+    """A cache that was given `tokens` tokens in one prompt; equal seeds give equal tokens."""
+    torch.manual_seed(seed)
+    cache = kvpack.PackedCache(tiny_config(layers=layers), quantize=codec)
+    for layer in range(layers):
+        forward(cache, *random_kv(batch, 2, tokens, 32), layer=layer)
+    return cache
+
+
+def grow(cache: kvpack.PackedCache, sizes: list[int], seed: int) -> list[Tensor]:
+    """Feeds random tokens, equal for equal seeds, and returns what attention gave."""
+    torch.manual_seed(seed)
+    batch = cache.layers[0].batch_size
+    return [
+        forward(cache, *random_kv(batch, 2, new, 32), query=torch.randn(batch, 4, new, 32), layer=layer)
+        for new in sizes
+        for layer in range(len(cache.layers))
+    ]
+
+
+# ---- bytes and time ----------------------------------------------------------------------------------------------
+
+
+@every_codec
+def test_four_beams_share_the_prompt(codec: Any) -> None:
+    cache = filled(codec, 4096)
+    one = cache.memory().total
+    cache.batch_repeat_interleave(4)
+    assert cache.layers[0].batch_size == 4
+    assert cache.memory().total <= 1.15 * one
+
+
+@every_codec
+def test_beam_search_shares_the_prompt(codec: Any) -> None:
+    model = tiny_model(tiny_config(layers=2, head_dim=64))
+    ids = torch.randint(3, 128, (1, 4096))
+    one = kvpack.PackedCache(model, quantize=codec)
+    model(ids, past_key_values=one)
+    beams = kvpack.PackedCache(model, quantize=codec)
+    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=beams, num_beams=4, max_new_tokens=1)
+    assert beams.layers[0].batch_size == 4
+    assert beams.memory().total <= 1.15 * one.memory().total
+
+
+@every_codec
+def test_beams_that_part_hold_only_their_own_tokens_twice(codec: Any) -> None:
+    cache = filled(codec, 4096)
+    cache.batch_repeat_interleave(4)
+    shared = cache.memory().total
+    grow(cache, [1] * 8, seed=1)
+    per_token = 4 * 2 * 2 * (32 + 32) * 4  # rows, layers, heads, dims, bytes
+    window = 4 * 2 * 2 * (32 + 32) * 4 * (2 * 128 + 64)  # a row's exact tail is its own once written to
+    assert cache.memory().total <= 1.02 * shared + window + 8 * per_token
+
+
+@every_codec
+def test_fork_of_16k_tokens_takes_less_than_a_millisecond(codec: Any) -> None:
+    config = tiny_config(layers=30, heads=9, kv_heads=3, head_dim=64)
+    cache = kvpack.PackedCache(config, quantize=codec)
+    key, value = random_kv(1, 3, 16_384, 64, dtype=torch.bfloat16)
+    for layer in range(30):
+        cache.update(key, value, layer)
+        cache.update(key[:, :, :1], value[:, :, :1], layer)
+    before = cache.memory().total
+    cache.fork()
+    seconds = []
+    forks = []
+    for _ in range(15):
+        start = time.perf_counter()
+        forks.append(cache.fork())
+        seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds) < 1e-3
+    assert forks[-1].get_seq_length() == 16_385
+    assert cache.memory().total == before
+    assert torch.equal(forks[-1].layers[29].keys, cache.layers[29].keys)
+
+
+# ---- forks are apart ---------------------------------------------------------------------------------------------
+
+
+@every_codec
+@pytest.mark.parametrize("sizes", [[1], [1] * 40, [150, 1]], ids=str)
+def test_writes_after_a_fork_stay_on_their_side(codec: Any, sizes: list[int]) -> None:
+    cache = filled(codec, 300, batch=2)
+    before = contents(cache)
+    fork = cache.fork()
+    there = grow(fork, sizes, seed=1)
+    for layer, held in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, held[0])
+        assert torch.equal(layer.values, held[1])
+    here = grow(cache, sizes, seed=1)
+    assert_same_contents(cache, fork)
+    assert all(torch.equal(*pair) for pair in zip(here, there, strict=True))
+    grow(cache, sizes, seed=2)
+    alone = filled(codec, 300, batch=2)
+    grow(alone, sizes, seed=1)
+    assert_same_contents(fork, alone)
+
+
+@every_codec
+def test_a_fork_outlives_its_origin(codec: Any) -> None:
+    cache = filled(codec, 300)
+    fork = cache.fork()
+    cache.reset()
+    del cache
+    assert_same_contents(fork, filled(codec, 300))
+
+
+@every_codec
+def test_cropping_a_fork_leaves_the_origin_whole(codec: Any) -> None:
+    cache = filled(codec, 300)
+    fork = cache.fork()
+    fork.crop(-40)
+    grow(fork, [50], seed=1)
+    assert fork.get_seq_length() == 310
+    assert_same_contents(cache, filled(codec, 300))
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def reorder(cache: kvpack.PackedCache, rows: list[int]) -> None:
+    cache.reorder_cache(torch.tensor(rows))
+
+
+def select(cache: kvpack.PackedCache, rows: list[int]) -> None:
+    cache.batch_select_indices(torch.tensor(rows))
+
+
+@every_codec
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [(reorder, [0, 1, 2]), (reorder, [2, 2, 0]), (select, [1]), (select, [2, 0])],
+    ids=["keep", "reorder", "select one", "select two"],
+)
+def test_rows_move_with_their_codes(codec: Any, change: Callable[..., None], rows: list[int]) -> None:
+    cache = filled(codec, 300, batch=3)
+    before = cache.fork()
+    change(cache, rows)
+    assert cache.layers[1].batch_size == len(rows)
+    for new, old in enumerate(rows):
+        assert torch.equal(cache.layers[1].keys[new], before.layers[1].keys[old])
+        assert torch.equal(cache.layers[1].values[new], before.layers[1].values[old])
+        for head in range(2):
+            assert cache.layers[1].positions(new, head) == before.layers[1].positions(old, head)
+            assert_same_packed(cache.layers[1], before.layers[1], new, head, old)
+
+
+@every_codec
+def test_repeat_interleave_copies_each_row_in_place(codec: Any) -> None:
+    cache = filled(codec, 300, batch=2)
+    before = cache.fork()
+    cache.batch_repeat_interleave(3)
+    for new, old in enumerate([0, 0, 0, 1, 1, 1]):
+        assert torch.equal(cache.layers[0].keys[new], before.layers[0].keys[old])
+        for head in range(2):
+            assert_same_packed(cache.layers[0], before.layers[0], new, head, old)
+
+
+@every_codec
+def test_moved_rows_go_on_as_rows_that_were_always_there(codec: Any) -> None:
+    """A reordered cache equals one that was built in that order from the start, also in what it packs later."""
+    rows = [1, 1, 0]
+    moved = filled(codec, 300, batch=2)
+    moved.batch_select_indices(torch.tensor(rows))
+    rebuilt = kvpack.PackedCache(tiny_config(layers=2), quantize=codec)
+    torch.manual_seed(0)
+    for layer in range(2):
+        key, value = random_kv(2, 2, 300, 32)
+        forward(rebuilt, key[rows], value[rows], layer=layer)
+    sizes = [1] * 140
+    for one, other in zip(grow(moved, sizes, seed=3), grow(rebuilt, sizes, seed=3), strict=True):
+        assert relative_error(one, other) < 1e-6
+    assert_same_contents(moved, rebuilt)
+    for row in range(3):
+        assert_same_packed(moved.layers[0], rebuilt.layers[0], row, 1)
+
+
+# ---- length ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [299, 260, 131, 5, 4, 3, 1])
+@pytest.mark.parametrize("absolute", [False, True], ids=["tokens to remove", "length to keep"])
+def test_exact_crops_to_any_length(left: int, absolute: bool) -> None:
+    key, value = random_kv(2, 2, 300, 32)
+    cache = kvpack.PackedCache(tiny_config(layers=1))
+    forward(cache, key, value)
+    cache.crop(left if absolute else left - 300)
+    assert cache.get_seq_length() == left
+    assert torch.equal(cache.layers[0].keys, key[:, :, :left])
+    assert torch.equal(cache.layers[0].values, value[:, :, :left])
+    rebuilt = kvpack.PackedCache(tiny_config(layers=1))
+    forward(rebuilt, key[:, :, :left], value[:, :, :left])
+    assert all(torch.equal(*pair) for pair in zip(grow(cache, [3, 1], 5), grow(rebuilt, [3, 1], 5), strict=True))
+    assert_same_contents(cache, rebuilt)
+
+
+@every_codec
+def test_crop_of_nothing_changes_nothing(codec: Any) -> None:
+    cache = filled(codec, 300)
+    cache.crop(0)
+    assert_same_contents(cache, filled(codec, 300))
+
+
+@every_codec
+def test_the_last_forward_can_be_cropped_and_written_again(codec: Any) -> None:
+    """What speculation does: each round appends candidates and takes the wrong ones back."""
+    cache, straight = filled(codec, 260), filled(codec, 260)
+    for round_ in range(120):
+        grow(cache, [5], seed=1000 + round_)
+        cache.crop(-5)
+        one, other = grow(cache, [2], seed=round_), grow(straight, [2], seed=round_)
+        assert relative_error(one[0], other[0]) < 1e-6
+    assert_same_contents(cache, straight)
+    assert_same_packed(cache.layers[0], straight.layers[0], 0, 0)
+
+
+@LOSSY
+def test_kivi_crops_within_what_is_exact(bits: int) -> None:
+    codec = kvpack.KIVI(bits=bits)
+    reference = Kivi(bits)
+    key, value = random_kv(1, 2, 300, 32)
+    reference.forward(key[0, 0], value[0, 0], first=True)
+    assert 0 < reference.croppable < 128
+    for remove in (1, reference.croppable):
+        cache = kvpack.PackedCache(tiny_config(layers=1), quantize=codec)
+        forward(cache, key, value)
+        whole = cache.fork()
+        cache.crop(-remove)
+        assert torch.equal(cache.layers[0].keys, whole.layers[0].keys[:, :, :-remove])
+        assert torch.equal(cache.layers[0].values, whole.layers[0].values[:, :, :-remove])
+        assert_same_packed(cache.layers[0], whole.layers[0], 0, 0)
+
+
+@LOSSY
+@pytest.mark.parametrize("prompt", [300, 517, 1000])
+def test_kivi_refuses_to_crop_what_it_packed(bits: int, prompt: int) -> None:
+    cache = filled(kvpack.KIVI(bits=bits), prompt)
+    reference = Kivi(bits)
+    reference.forward(torch.randn(prompt, 32), torch.randn(prompt, 32), first=True)
+    before = contents(cache)
+    with pytest.raises(kvpack.CropError, match=rf"{reference.croppable + 1}\b.*\b{reference.croppable}\b"):
+        cache.crop(-reference.croppable - 1)
+    assert cache.get_seq_length() == prompt
+    assert all(torch.equal(a, b) for old, new in zip(before, contents(cache), strict=True) for a, b in zip(old, new, strict=True))
+    cache.crop(-reference.croppable)
+
+
+@LOSSY
+@pytest.mark.parametrize("left", [299, 250, 140, 133, 60, 4, 2])
+def test_recording_lets_kivi_crop_anywhere_without_new_codes(bits: int, left: int) -> None:
+    cache = filled(kvpack.KIVI(bits=bits), 300)
+    whole = cache.fork()
+    cache.activate_past_recording()
+    cache.crop(left - 300)
+    assert cache.get_seq_length() == left
+    for layer, old in zip(cache.layers, whole.layers, strict=True):
+        assert torch.equal(layer.keys, old.keys[:, :, :left])
+        assert torch.equal(layer.values, old.values[:, :, :left])
+    new = grow(cache, [7], seed=4)
+    assert all(torch.isfinite(x).all() for x in new)
+    assert torch.equal(cache.layers[0].keys[:, :, : min(left, 4)], whole.layers[0].keys[:, :, : min(left, 4)])
+    assert cache.get_seq_length() == left + 7
+
+
+@LOSSY
+def test_recording_postpones_packing_to_the_next_crop(bits: int) -> None:
+    cache = filled(kvpack.KIVI(bits=bits), 300)
+    stored = cache.layers[0].packed(0, 0)["value_codes"].shape[0]
+    cache.activate_past_recording()
+    grow(cache, [50] * 4, seed=6)
+    assert cache.layers[0].packed(0, 0)["value_codes"].shape[0] == stored
+    cache.crop(-50)
+    assert cache.layers[0].packed(0, 0)["value_codes"].shape[0] == 450 - 4 - 128
+    straight = filled(kvpack.KIVI(bits=bits), 300)
+    grow(straight, [50] * 4, seed=6)
+    straight.activate_past_recording()
+    straight.crop(-50)
+    assert_same_contents(cache, straight)
+
+
+def test_left_padded_rows_crop_by_position() -> None:
+    lengths = [40, 30]
+    key, value = random_kv(2, 2, 40, 32)
+    valid = left_padding(lengths)
+    cache = kvpack.PackedCache(tiny_config(layers=1))
+    forward(cache, key, value, mask=causal_mask(valid, 40))
+    for left in (35, 12, 9):  # at 9 the second row holds nothing but pads
+        cache.crop(left - cache.get_seq_length())
+        shown = valid[:, None, :left, None]
+        assert torch.equal(cache.layers[0].keys, key[:, :, :left] * shown)
+        assert cache.layers[0].positions(1, 1) == list(range(10, left))
+    key, value = random_kv(2, 2, 1, 32)
+    mask = causal_mask(torch.cat([valid[:, :9], torch.ones(2, 1)], dim=1), 1)
+    out = forward(cache, key, value, mask=mask)
+    assert torch.allclose(out[1, 0], value[1, :, 0])  # alone with itself
+
+
+@every_codec
+def test_reset_gives_the_memory_back_and_starts_anew(codec: Any) -> None:
+    cache = filled(codec, 300)
+    held = cache.memory().total
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.memory().total < held / 50
+    torch.manual_seed(3)
+    for layer in range(2):
+        forward(cache, *random_kv(3, 2, 150, 32), layer=layer)  # another batch size is fine again
+    assert_same_contents(cache, filled(codec, 150, batch=3, seed=3))
