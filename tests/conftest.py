@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import test_model as model_files
 
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Two of torch's threads that wait for each other are very slow on a machine that is busy otherwise, and the models
+# are small. Tests of threads ask for more themselves.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import kvpack
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-
-import kvpack
 from kvpack.attention import kvpack_attention
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 # Every test of what all methods promise runs over this list: a new method is one more row.
 CODECS = [

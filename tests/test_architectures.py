@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import kvpack
 import pytest
 import torch
 from support import tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
-
-import kvpack
 
 BASE = {
     "vocab_size": 128,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import kvpack
 import pytest
 import torch
 from support import tiny_model
 from transformers import DynamicCache, PreTrainedModel, TextStreamer, pipeline
-
-import kvpack
 
 IDS = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
 GREEDY = {"do_sample": False, "max_new_tokens": 6}

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import kvpack
 import pytest
 import torch
+from kvpack.attention import kvpack_attention
 from support import (
     FakeAttention,
     assert_same_contents,
@@ -22,9 +24,6 @@ from support import (
 )
 from torch import Tensor
 from transformers import DynamicCache
-
-import kvpack
-from kvpack.attention import kvpack_attention
 
 TOKENS = 300
 
@@ -316,8 +315,9 @@ def test_queries_and_masks_that_do_not_fit(
     cache = filled(kvpack.KIVI())
     key, value = random_kv(2, 2, 3, 32)
     handles = cache.update(key, value, 0)
+    spoilt = None if mask is None else torch.ones(mask).bool()
     with pytest.raises(kvpack.ShapeError) as caught:
-        kvpack_attention(FakeAttention(2), torch.randn(query), *handles, None if mask is None else torch.ones(mask).bool())
+        kvpack_attention(FakeAttention(2), torch.randn(query), *handles, spoilt)
     assert caught.type is kvpack.ShapeError
     assert all(str(number) in str(caught.value) for number in named)
     good = torch.randn(2, 4, 3, 32)

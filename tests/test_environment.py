@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import kvpack
 import pytest
 import torch
-
-import kvpack
 
 # Run in a process of its own: argv = where to save what attention gave and what was stored.
 SEEDED = """

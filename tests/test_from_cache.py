@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import kvpack
 import pytest
 import torch
 from support import (
@@ -18,8 +19,6 @@ from support import (
 from test_architectures import FUSED, config_of
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
-
-import kvpack
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import kvpack
 import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, pipeline
-
-import kvpack
 
 PROMPTS = [
     "The capital of France is",

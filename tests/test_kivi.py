@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import kvpack
 import pytest
 import torch
 from reference import Kivi, attention
@@ -19,8 +20,6 @@ from support import (
     tiny_model,
 )
 from torch import Tensor
-
-import kvpack
 
 
 class Mirror:
@@ -41,7 +40,7 @@ class Mirror:
 
     def feed(self, key: Tensor, value: Tensor, query: Tensor | None = None, **options: object) -> tuple[Tensor, Tensor]:
         """One forward of both. Returns kvpack's attention and the reference's, [B, q, Hq, Dv]."""
-        batch, kv_heads, new, dim = key.shape
+        batch, _, new, dim = key.shape
         first = self.cache.get_seq_length() == 0
         if not first:
             self.valid = torch.cat([self.valid, torch.ones(batch, new, dtype=torch.bool)], dim=1)
@@ -133,7 +132,9 @@ def test_every_head_size_and_group(bits: int, group: int, dim: int) -> None:
 
 
 @kivi_bits
-@pytest.mark.parametrize("sizes", [[300, *[1] * 150], [1] * 300, [5, 130, 1, 1, 64, 129, 2, 260, 1, 1], [300, 300]], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[300, *[1] * 150], [1] * 300, [5, 130, 1, 1, 64, 129, 2, 260, 1, 1], [300, 300]], ids=len
+)
 def test_every_way_of_feeding(bits: int, sizes: list[int]) -> None:
     parts = chunks(*random_kv(1, 2, sum(sizes), 32), sizes)
     mirror = Mirror(kvpack.KIVI(bits=bits), *next(parts), heads=4)
@@ -314,7 +315,10 @@ def test_rows_of_a_padded_batch_equal_single_rows(bits: int) -> None:
     codec = kvpack.KIVI(bits=bits)
     key, value = random_kv(2, 2, 300, 64)
     batch = Mirror(codec, key, value, lengths=lengths, heads=4)
-    singles = [Mirror(codec, *(x[row : row + 1, :, -n:] for x in (key, value)), heads=4) for row, n in enumerate(lengths)]
+    singles = [
+        Mirror(codec, key[row : row + 1, :, -n:], value[row : row + 1, :, -n:], heads=4)
+        for row, n in enumerate(lengths)
+    ]
     for new in (1, 4, 1):
         key, value = random_kv(2, 2, new, 64)
         query = torch.randn(2, 4, new, 64)

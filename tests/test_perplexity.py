@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from perplexity import Result, evaluate, full_method, packed_method, streaming_nll, table, transformers_method
@@ -39,7 +41,9 @@ def test_perplexity_of_even_odds() -> None:
     assert Result("coin", nll=10 * torch.tensor(2.0).log().item(), tokens=10).perplexity == pytest.approx(2)
 
 
-@pytest.mark.parametrize(("make", "name"), [(packed_method, "kivi"), (packed_method, "h2o"), (transformers_method, "gptq4")])
-def test_unknown_methods_are_refused(make: object, name: str) -> None:
+@pytest.mark.parametrize(
+    ("make", "name"), [(packed_method, "kivi"), (packed_method, "h2o"), (transformers_method, "gptq4")]
+)
+def test_unknown_methods_are_refused(make: Callable[[str], object], name: str) -> None:
     with pytest.raises(SystemExit, match=name):
         make(name)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+import kvpack
 import pytest
 import torch
 from reference import Kivi, attention
 from support import causal_mask, forward, left_padding, random_kv, relative_error, tiny_config
 from torch import Tensor
 
-import kvpack
-
 HEADS, DIM = 2, 32
+# What may be done, and how often; "one" is an append of one token.
+OPERATIONS = {"append": 6, "one": 6, "crop": 4, "reorder": 2, "select": 1, "repeat": 1, "fork": 2}
 
 
 class ExactRows:
@@ -189,7 +190,7 @@ def walk(codec: kvpack.Exact | kvpack.KIVI, seed: int, steps: int = 40) -> dict[
     for _ in range(steps):
         pair = choose.choice(pairs)
         batch, tokens = pair.valid.shape
-        step = choose.choices(["append", "one", "crop", "reorder", "select", "repeat", "fork"], [6, 6, 4, 2, 1, 1, 2])[0]
+        step = choose.choices(list(OPERATIONS), list(OPERATIONS.values()))[0]
         shortest = int(pair.valid.sum(dim=1).min())
         within = min(pair.mirror.croppable(), shortest - 1)
         if step in ("append", "one") and tokens < 1500:

@@ -24,10 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import kvpack
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
-
-import kvpack
 
 GROUP = 32
 WINDOW = 128
@@ -55,7 +54,7 @@ class Result:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood in nats."""
+        """The exp of the mean negative log-likelihood in nats."""
         return math.exp(self.nll / self.tokens)
 
 
@@ -178,7 +177,8 @@ def main() -> None:
         raise SystemExit(f"--tokens {options.tokens}: the text has {len(ids)}, and --context is {options.context}")
     steps = len(ids) // options.context * len(methods)
     results: dict[str, Result] = {}
-    for done, results in evaluate(model, ids, methods, options.context, options.chunk):
+    for done, so_far in evaluate(model, ids, methods, options.context, options.chunk):
+        results = so_far
         print(f"\r{done}/{steps} windows", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     print(

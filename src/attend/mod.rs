@@ -43,9 +43,6 @@ impl Scratch {
 
 /// Keys of consecutive tokens of one KV head.
 pub trait KeySegment: Sync {
-    /// Tokens held.
-    fn tokens(&self) -> usize;
-
     /// Reads start at multiples of this many tokens.
     fn unit(&self) -> usize;
 
@@ -59,9 +56,6 @@ pub trait KeySegment: Sync {
 
 /// Values of consecutive tokens of one KV head.
 pub trait ValueSegment: Sync {
-    /// Tokens held.
-    fn tokens(&self) -> usize;
-
     /// `acc[g, c] += sum_t w[g, t] v_(first + t)[c]` for `t < n`; rows of `w` are `w_stride`, of `acc` `acc_stride`
     /// apart, and `acc_stride` is at least the dim rounded up to a multiple of 8.
     #[allow(clippy::too_many_arguments)]
@@ -81,12 +75,20 @@ pub trait ValueSegment: Sync {
     fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch);
 }
 
+/// The first `tokens` tokens of a segment.
+pub struct Part<'a, S: ?Sized> {
+    /// The segment.
+    pub segment: &'a S,
+    /// Tokens of it to read.
+    pub tokens: usize,
+}
+
 /// All that one KV head holds, oldest token first; keys and values may be cut into segments differently.
 pub struct Head<'a> {
     /// Keys.
-    pub keys: Vec<&'a dyn KeySegment>,
+    pub keys: Vec<Part<'a, dyn KeySegment>>,
     /// Values of the same tokens.
-    pub values: Vec<&'a dyn ValueSegment>,
+    pub values: Vec<Part<'a, dyn ValueSegment>>,
     /// Their positions.
     pub positions: &'a Positions,
     /// Numbers of a key.
@@ -136,43 +138,46 @@ pub fn padded(n: usize) -> usize {
 
 /// Walks the value segments in step with ranges of tokens that only grow.
 struct ValueCursor<'a> {
-    values: &'a [&'a dyn ValueSegment],
-    segment: usize,
-    /// The first token of `segment`.
+    values: &'a [Part<'a, dyn ValueSegment>],
+    part: usize,
+    /// The first token of that part.
     base: usize,
 }
 
 impl<'a> ValueCursor<'a> {
-    fn new(values: &'a [&'a dyn ValueSegment]) -> Self {
-        Self { values, segment: 0, base: 0 }
+    fn new(values: &'a [Part<'a, dyn ValueSegment>]) -> Self {
+        Self { values, part: 0, base: 0 }
     }
 
     /// Calls `read(segment, first token in it, tokens, offset from `start`)` for the pieces of `start .. start + n`.
     fn read(&mut self, start: usize, n: usize, mut read: impl FnMut(&dyn ValueSegment, usize, usize, usize)) {
         let mut done = 0;
         while done < n {
-            let segment = self.values[self.segment];
+            let part = &self.values[self.part];
             let first = start + done - self.base;
-            if first >= segment.tokens() {
-                self.base += segment.tokens();
-                self.segment += 1;
+            if first >= part.tokens {
+                self.base += part.tokens;
+                self.part += 1;
                 continue;
             }
-            let take = (n - done).min(segment.tokens() - first);
-            read(segment, first, take, done);
+            let take = (n - done).min(part.tokens - first);
+            read(part.segment, first, take, done);
             done += take;
         }
     }
 }
 
 /// Calls `visit(segment, first token in it, tokens, first token in the head)` for chunks of at most [`CHUNK`] tokens.
-fn key_chunks<'a>(keys: &[&'a dyn KeySegment], mut visit: impl FnMut(&'a dyn KeySegment, usize, usize, usize)) {
+pub fn key_chunks<'a>(
+    keys: &[Part<'a, dyn KeySegment>],
+    mut visit: impl FnMut(&'a dyn KeySegment, usize, usize, usize),
+) {
     let mut base = 0;
-    for &segment in keys {
-        let step = CHUNK / segment.unit() * segment.unit();
-        for first in (0..segment.tokens()).step_by(step) {
-            visit(segment, first, step.min(segment.tokens() - first), base + first);
+    for part in keys {
+        let step = CHUNK / part.segment.unit() * part.segment.unit();
+        for first in (0..part.tokens).step_by(step) {
+            visit(part.segment, first, step.min(part.tokens - first), base + first);
         }
-        base += segment.tokens();
+        base += part.tokens;
     }
 }

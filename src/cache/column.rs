@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::attend::{KeySegment, Scratch, ValueSegment};
-use crate::quantize::{Codec, KeyPage, Page, ValuePage};
+use crate::attend::Part;
+use crate::quantize::{Codec, Page};
 use crate::tensor::Rows;
 
 /// The first `len` tokens of a shared page; a crop shortens the length and leaves the page alone.
@@ -123,49 +123,15 @@ impl<P: Page> Column<P> {
         }
     }
 
+    /// Segments and tail as the reading side sees them.
+    pub(super) fn parts(&self) -> Vec<Part<'_, P::Segment>> {
+        let sealed = self.segments.iter().map(|s| Part { segment: s.page.segment(), tokens: s.len });
+        let tail = Part { segment: P::tail(&self.tail), tokens: self.tail.len() };
+        sealed.chain([tail]).collect()
+    }
+
     /// Bytes of the list of segments.
     pub(super) fn index_bytes(&self) -> usize {
         self.segments.capacity() * size_of::<Segment<P>>()
-    }
-}
-
-impl KeySegment for Segment<KeyPage> {
-    fn tokens(&self) -> usize {
-        self.len
-    }
-
-    fn unit(&self) -> usize {
-        self.page.unit()
-    }
-
-    fn scores(&self, q: &[f32], first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
-        self.page.scores(q, first, n, out, stride, scratch);
-    }
-
-    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
-        self.page.tile(first, n, out, stride, scratch);
-    }
-}
-
-impl ValueSegment for Segment<ValuePage> {
-    fn tokens(&self) -> usize {
-        self.len
-    }
-
-    fn accumulate(
-        &self,
-        w: &[f32],
-        w_stride: usize,
-        first: usize,
-        n: usize,
-        acc: &mut [f32],
-        acc_stride: usize,
-        scratch: &mut Scratch,
-    ) {
-        self.page.accumulate(w, w_stride, first, n, acc, acc_stride, scratch);
-    }
-
-    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
-        self.page.tile(first, n, out, stride, scratch);
     }
 }

@@ -1,7 +1,7 @@
 //! What one KV head of one sequence holds.
 
 use super::column::Column;
-use crate::attend::{CHUNK, Head, KeySegment, Positions, Scratch, ValueSegment, padded};
+use crate::attend::{CHUNK, Head, Positions, Scratch, key_chunks, padded};
 use crate::quantize::{Codec, KeyPage, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
 
@@ -75,15 +75,9 @@ impl KvHead {
 
     /// The head as the reading side sees it.
     pub(super) fn view(&self) -> Head<'_> {
-        let mut keys: Vec<&dyn KeySegment> = Vec::with_capacity(self.keys.segments.len() + 1);
-        keys.extend(self.keys.segments.iter().map(|s| s as &dyn KeySegment));
-        keys.push(&self.keys.tail);
-        let mut values: Vec<&dyn ValueSegment> = Vec::with_capacity(self.values.segments.len() + 1);
-        values.extend(self.values.segments.iter().map(|s| s as &dyn ValueSegment));
-        values.push(&self.values.tail);
         Head {
-            keys,
-            values,
+            keys: self.keys.parts(),
+            values: self.values.parts(),
             positions: &self.positions,
             key_dim: self.keys.tail.dim(),
             value_dim: self.values.tail.dim(),
@@ -95,22 +89,16 @@ impl KvHead {
         let d = self.keys.tail.dim();
         let (mut tile, mut key) = (vec![0.0; padded(d) * CHUNK], vec![0.0; d]);
         let mut positions = Vec::new();
-        let mut base = 0;
-        for segment in self.view().keys {
-            let step = CHUNK / segment.unit() * segment.unit();
-            for first in (0..segment.tokens()).step_by(step) {
-                let n = step.min(segment.tokens() - first);
-                segment.tile(first, n, &mut tile, CHUNK, scratch);
-                self.positions.collect_into(base + first, n, &mut positions);
-                for (t, &p) in positions.iter().enumerate() {
-                    for (c, x) in key.iter_mut().enumerate() {
-                        *x = tile[c * CHUNK + t];
-                    }
-                    write(p, &key);
+        key_chunks(&self.keys.parts(), |segment, first, n, at| {
+            segment.tile(first, n, &mut tile, CHUNK, scratch);
+            self.positions.collect_into(at, n, &mut positions);
+            for (t, &p) in positions.iter().enumerate() {
+                for (c, x) in key.iter_mut().enumerate() {
+                    *x = tile[c * CHUNK + t];
                 }
+                write(p, &key);
             }
-            base += segment.tokens();
-        }
+        });
     }
 
     /// Calls `write(position, value)` for every token held, dequantised.
@@ -119,16 +107,16 @@ impl KvHead {
         let mut tile = vec![0.0; padded(d) * CHUNK];
         let mut positions = Vec::new();
         let mut base = 0;
-        for segment in self.view().values {
-            for first in (0..segment.tokens()).step_by(CHUNK) {
-                let n = CHUNK.min(segment.tokens() - first);
-                segment.tile(first, n, &mut tile, padded(d), scratch);
+        for part in self.values.parts() {
+            for first in (0..part.tokens).step_by(CHUNK) {
+                let n = CHUNK.min(part.tokens - first);
+                part.segment.tile(first, n, &mut tile, padded(d), scratch);
                 self.positions.collect_into(base + first, n, &mut positions);
                 for (t, &p) in positions.iter().enumerate() {
                     write(p, &tile[t * padded(d)..][..d]);
                 }
             }
-            base += segment.tokens();
+            base += part.tokens;
         }
     }
 

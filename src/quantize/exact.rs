@@ -17,10 +17,6 @@ pub(super) fn seal(rows: &Rows, n: usize) -> (Rows, usize) {
 }
 
 impl KeySegment for Rows {
-    fn tokens(&self) -> usize {
-        self.len()
-    }
-
     fn unit(&self) -> usize {
         1
     }
@@ -43,10 +39,6 @@ impl KeySegment for Rows {
 }
 
 impl ValueSegment for Rows {
-    fn tokens(&self) -> usize {
-        self.len()
-    }
-
     fn accumulate(
         &self,
         w: &[f32],

@@ -145,6 +145,10 @@ impl PackedKeys {
         self.grids[i * 2 * self.dim..(i + 1) * 2 * self.dim].split_at(self.dim)
     }
 
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
     /// Numbers of a key.
     pub fn dim(&self) -> usize {
         self.dim
@@ -196,10 +200,6 @@ fn pack_key_group(kivi: &Kivi, x: &[f32], dim: usize, packed: &mut [u8], grids: 
 }
 
 impl KeySegment for PackedKeys {
-    fn tokens(&self) -> usize {
-        self.tokens
-    }
-
     fn unit(&self) -> usize {
         self.group
     }
@@ -314,6 +314,10 @@ impl PackedValues {
         self.grids[j * 2 * VALUE_PAGE..(j + 1) * 2 * VALUE_PAGE].split_at(VALUE_PAGE)
     }
 
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
     /// Numbers of a value.
     pub fn dim(&self) -> usize {
         self.dim
@@ -337,10 +341,6 @@ impl PackedValues {
 }
 
 impl ValueSegment for PackedValues {
-    fn tokens(&self) -> usize {
-        self.tokens
-    }
-
     fn accumulate(
         &self,
         w: &[f32],

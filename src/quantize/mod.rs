@@ -11,7 +11,7 @@ mod kivi;
 
 pub use kivi::{Kivi, PackedKeys, PackedValues};
 
-use crate::attend::{KeySegment, Scratch, ValueSegment};
+use crate::attend::{KeySegment, ValueSegment};
 use crate::error::Result;
 use crate::tensor::Rows;
 
@@ -74,6 +74,15 @@ pub struct PageBytes {
 
 /// Keys or values of consecutive tokens, sealed by a [`Codec`].
 pub trait Page: Clone + Send + Sync {
+    /// How such pages are read: `dyn KeySegment` or `dyn ValueSegment`.
+    type Segment: ?Sized;
+
+    /// The page as the reading side sees it.
+    fn segment(&self) -> &Self::Segment;
+
+    /// Exact rows as the reading side sees them.
+    fn tail(rows: &Rows) -> &Self::Segment;
+
     /// How many of `n` unpacked tokens are due to be sealed, oldest first.
     fn due(codec: &Codec, n: usize) -> usize;
 
@@ -118,6 +127,19 @@ pub enum ValuePage {
 }
 
 impl Page for KeyPage {
+    type Segment = dyn KeySegment;
+
+    fn segment(&self) -> &Self::Segment {
+        match self {
+            Self::Exact(rows) => rows,
+            Self::Kivi(page) => page,
+        }
+    }
+
+    fn tail(rows: &Rows) -> &Self::Segment {
+        rows
+    }
+
     fn due(codec: &Codec, n: usize) -> usize {
         match codec {
             Codec::Exact => exact::due(n),
@@ -158,7 +180,10 @@ impl Page for KeyPage {
     }
 
     fn tokens(&self) -> usize {
-        self.segment().tokens()
+        match self {
+            Self::Exact(rows) => rows.len(),
+            Self::Kivi(page) => page.tokens(),
+        }
     }
 
     fn bytes(&self) -> PageBytes {
@@ -170,6 +195,19 @@ impl Page for KeyPage {
 }
 
 impl Page for ValuePage {
+    type Segment = dyn ValueSegment;
+
+    fn segment(&self) -> &Self::Segment {
+        match self {
+            Self::Exact(rows) => rows,
+            Self::Kivi(page) => page,
+        }
+    }
+
+    fn tail(rows: &Rows) -> &Self::Segment {
+        rows
+    }
+
     fn due(codec: &Codec, n: usize) -> usize {
         match codec {
             Codec::Exact => exact::due(n),
@@ -218,7 +256,10 @@ impl Page for ValuePage {
     }
 
     fn tokens(&self) -> usize {
-        self.segment().tokens()
+        match self {
+            Self::Exact(rows) => rows.len(),
+            Self::Kivi(page) => page.tokens(),
+        }
     }
 
     fn bytes(&self) -> PageBytes {
@@ -226,64 +267,5 @@ impl Page for ValuePage {
             Self::Exact(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
             Self::Kivi(page) => page.bytes(),
         }
-    }
-}
-
-impl KeyPage {
-    fn segment(&self) -> &dyn KeySegment {
-        match self {
-            Self::Exact(rows) => rows,
-            Self::Kivi(page) => page,
-        }
-    }
-}
-
-impl ValuePage {
-    fn segment(&self) -> &dyn ValueSegment {
-        match self {
-            Self::Exact(rows) => rows,
-            Self::Kivi(page) => page,
-        }
-    }
-}
-
-impl KeySegment for KeyPage {
-    fn tokens(&self) -> usize {
-        self.segment().tokens()
-    }
-
-    fn unit(&self) -> usize {
-        self.segment().unit()
-    }
-
-    fn scores(&self, q: &[f32], first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
-        self.segment().scores(q, first, n, out, stride, scratch);
-    }
-
-    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
-        self.segment().tile(first, n, out, stride, scratch);
-    }
-}
-
-impl ValueSegment for ValuePage {
-    fn tokens(&self) -> usize {
-        self.segment().tokens()
-    }
-
-    fn accumulate(
-        &self,
-        w: &[f32],
-        w_stride: usize,
-        first: usize,
-        n: usize,
-        acc: &mut [f32],
-        acc_stride: usize,
-        scratch: &mut Scratch,
-    ) {
-        self.segment().accumulate(w, w_stride, first, n, acc, acc_stride, scratch);
-    }
-
-    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
-        self.segment().tile(first, n, out, stride, scratch);
     }
 }
