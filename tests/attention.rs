@@ -36,7 +36,7 @@ fn append(layer: &mut Layer, case: &Case, n: usize, valid: Option<&[bool]>, seed
     let k = View::of_slice(Slice::F32(&k), [case.batch, case.heads, n, case.key_dim]);
     let v = View::of_slice(Slice::F32(&v), [case.batch, case.heads, n, case.value_dim]);
     layer.check(&k, &v).unwrap();
-    layer.append(&k, &v, valid).unwrap();
+    layer.append(&k, &v, valid, false).unwrap();
 }
 
 /// All keys and values, at their positions.

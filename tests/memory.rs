@@ -42,8 +42,7 @@ fn numbers(n: usize) -> Vec<f32> {
 
 fn append(layer: &mut Layer, [batch, heads, n, d]: [usize; 4], x: &[f32]) {
     let view = View::of_slice(Slice::F32(&x[..batch * heads * n * d]), [batch, heads, n, d]);
-    layer.append(&view, &view, None).unwrap();
-    layer.settle();
+    layer.append(&view, &view, None, true).unwrap();
 }
 
 fn codecs() -> Vec<Codec> {

@@ -12,6 +12,7 @@ from typing import Any
 import kvpack
 import pytest
 import torch
+from support import every_codec, forward, random_kv, relative_error, tiny_config
 
 # Run in a process of its own: argv = where to save what attention gave and what was stored.
 SEEDED = """
@@ -98,13 +99,26 @@ def test_info() -> None:
     assert info["threads"] == torch.get_num_threads()
 
 
-def test_threads_are_torchs() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert kvpack.info()["threads"] == 1
-    finally:
+@every_codec
+@pytest.mark.parametrize("queries", [1, 40])
+def test_threads_are_torchs_and_change_no_result(codec: Any, queries: int) -> None:
+    config = tiny_config(layers=1, heads=8, kv_heads=4, head_dim=64)
+    results = []
+    for threads in (1, 2, 3):
+        torch.manual_seed(0)
         torch.set_num_threads(threads)
+        try:
+            cache = kvpack.PackedCache(config, quantize=codec)
+            assert cache.info()["threads"] == kvpack.info()["threads"] == threads
+            cache.update(*random_kv(2, 4, 8192, 64), 0)
+            out = forward(cache, *random_kv(2, 4, queries, 64), query=torch.randn(2, 8, queries, 64))
+        finally:
+            torch.set_num_threads(1)
+        results.append((out, cache.layers[0].keys, cache.layers[0].values))
+    for out, keys, values in results[1:]:
+        assert relative_error(out, results[0][0]) < 1e-5
+        assert torch.equal(keys, results[0][1])
+        assert torch.equal(values, results[0][2])
 
 
 def test_without_torch_the_import_says_what_to_install() -> None:

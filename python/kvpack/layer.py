@@ -101,13 +101,11 @@ class PackedLayer(CacheLayerMixin):
         _kvpack.set_threads(torch.get_num_threads())
         if valid is not None:
             valid = valid[:, None, None, :].expand(keys.shape[0], 1, 1, keys.shape[2]).contiguous()
-        self._store.append(describe(keys), describe(values), None if valid is None else describe(valid))
-        first, new = self._seen == 0, keys.shape[2]
-        self._seen += new
-        self._pending = None
         # Few new tokens are left exact until the next forward begins, so that they can be cropped.
-        if first and not self.record_past:
-            self._store.settle()
+        settle = self._seen == 0 and not self.record_past
+        self._store.append(describe(keys), describe(values), None if valid is None else describe(valid), settle)
+        self._seen += keys.shape[2]
+        self._pending = None
 
     def load(self, keys: Tensor, values: Tensor, attention_mask: Tensor | None) -> None:
         """Stores another cache's keys and values in this empty layer; the mask `[B, tokens]` is 0 for pads."""

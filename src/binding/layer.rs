@@ -69,13 +69,13 @@ impl Layer {
         self.enter(py, |layer| unsafe { layer.check(&k.view("keys")?, &v.view("values")?) })
     }
 
-    /// Appends checked tokens; `valid` (booleans `[B, 1, 1, n]`) leaves pads out.
-    #[pyo3(signature = (k, v, valid=None))]
-    fn append(&self, py: Python<'_>, k: Tensor, v: Tensor, valid: Option<Tensor>) -> PyResult<()> {
+    /// Appends checked tokens; `valid` (booleans `[B, 1, 1, n]`) leaves pads out, `settle` packs what is due.
+    #[pyo3(signature = (k, v, valid=None, settle=false))]
+    fn append(&self, py: Python<'_>, k: Tensor, v: Tensor, valid: Option<Tensor>, settle: bool) -> PyResult<()> {
         // SAFETY: as in `check`.
         self.enter(py, |layer| unsafe {
             let valid = valid.map(|valid| valid.flags("valid")).transpose()?;
-            layer.append(&k.view("keys")?, &v.view("values")?, valid.as_deref())
+            layer.append(&k.view("keys")?, &v.view("values")?, valid.as_deref(), settle)
         })
     }
 

@@ -5,6 +5,9 @@ use crate::attend::{CHUNK, Head, Positions, Scratch, key_chunks, padded};
 use crate::quantize::{Codec, KeyPage, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
 
+/// Tokens of a long prompt that are copied and packed at a time.
+const APPEND_STEP: usize = 256;
+
 /// Keys, values and positions of the tokens of one KV head.
 #[derive(Clone)]
 pub struct KvHead {
@@ -23,7 +26,7 @@ impl KvHead {
     }
 
     /// Appends the tokens of head `h` of batch row `b` for which `valid` says true (without it all), at positions
-    /// from `seen` on.
+    /// from `seen` on. With a codec it packs what is due as it goes, so that a long prompt is never copied whole.
     pub(super) fn append(
         &mut self,
         k: &View<'_>,
@@ -31,16 +34,22 @@ impl KvHead {
         [b, h]: [usize; 2],
         valid: Option<&[bool]>,
         seen: usize,
+        codec: Option<&Codec>,
     ) {
         let n = k.shape()[2];
-        let kept = valid.map_or(n, |valid| valid.iter().filter(|&&x| x).count());
-        self.keys.tail.reserve(kept);
-        self.values.tail.reserve(kept);
-        for t in 0..n {
-            if valid.is_none_or(|valid| valid[t]) {
+        let step = if codec.is_some() { APPEND_STEP } else { n };
+        for start in (0..n).step_by(step) {
+            let tokens = (start..n.min(start + step)).filter(|&t| valid.is_none_or(|valid| valid[t]));
+            let kept = tokens.clone().count();
+            self.keys.tail.reserve(kept);
+            self.values.tail.reserve(kept);
+            for t in tokens {
                 self.keys.tail.extend(k.row(b, h, t));
                 self.values.tail.extend(v.row(b, h, t));
                 self.positions.push(seen + t, 1);
+            }
+            if let Some(codec) = codec {
+                self.settle(codec);
             }
         }
     }

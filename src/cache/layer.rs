@@ -133,10 +133,11 @@ impl Layer {
     }
 
     /// Appends tokens that were [checked](Self::check). `valid` `[B, n]` says which are not pads; pads are not stored.
+    /// With `settle` it also packs what is due, as [`Self::settle`] does.
     ///
     /// # Errors
     /// As `check`, apart from the numbers' magnitude, which is not looked at again.
-    pub fn append(&mut self, k: &View<'_>, v: &View<'_>, valid: Option<&[bool]>) -> Result<()> {
+    pub fn append(&mut self, k: &View<'_>, v: &View<'_>, valid: Option<&[bool]>, settle: bool) -> Result<()> {
         let shape = self.shape_of(k, v)?;
         let [batch, heads, n, _] = k.shape();
         if let Some(valid) = valid {
@@ -155,12 +156,14 @@ impl Layer {
             let empty = || Arc::new(vec![KvHead::new(shape.dtype, shape.key_dim, shape.value_dim); heads]);
             self.rows = (0..batch).map(|_| empty()).collect();
         }
-        let seen = self.seen;
+        let (seen, codec) = (self.seen, settle.then_some(&self.codec));
         let mut work = Vec::with_capacity(batch * heads);
         for (b, row) in self.rows.iter_mut().enumerate().filter(|&(b, _)| source[b] == b) {
             work.extend(Arc::make_mut(row).iter_mut().enumerate().map(|(h, head)| (b, h, head)));
         }
-        pool::map(k.shape().iter().product(), work, |(b, h, head)| head.append(k, v, [b, h], row_valid(b), seen));
+        pool::map(k.shape().iter().product(), work, |(b, h, head)| {
+            head.append(k, v, [b, h], row_valid(b), seen, codec);
+        });
         for (b, &source) in source.iter().enumerate() {
             if source != b {
                 self.rows[b] = Arc::clone(&self.rows[source]);
@@ -172,7 +175,19 @@ impl Layer {
 
     /// Packs what the codec's rule says is due.
     pub fn settle(&mut self) {
-        let codec = &self.codec;
+        let codec = self.codec.clone();
+        self.each_unique(
+            |row| row.iter().any(|head| head.is_due(&codec)),
+            |heads| {
+                let work = heads.iter().map(|head| head.keys.tail.len() * head.keys.tail.dim()).sum();
+                pool::map(work, heads, |head| head.settle(&codec));
+            },
+        );
+    }
+
+    /// Calls `change` with the heads of all sequences for which `wanted` says true; rows that share a sequence still
+    /// share it afterwards.
+    fn each_unique(&mut self, wanted: impl Fn(&Sequence) -> bool, change: impl FnOnce(Vec<&mut KvHead>)) {
         let mut unique: Vec<Arc<Sequence>> = Vec::new();
         let mut which = Vec::with_capacity(self.rows.len());
         for row in self.rows.drain(..) {
@@ -182,14 +197,9 @@ impl Layer {
                 unique.push(row);
             }
         }
-        let heads: Vec<&mut KvHead> = unique
-            .iter_mut()
-            .filter(|row| row.iter().any(|head| head.is_due(codec)))
-            .flat_map(|row| Arc::make_mut(row).iter_mut())
-            .collect();
-        let work = heads.iter().map(|head| head.keys.tail.len() * head.keys.tail.dim()).sum();
-        pool::map(work, heads, |head| head.settle(codec));
-        self.rows = which.into_iter().map(|i| Arc::clone(&unique[i])).collect();
+        let heads = unique.iter_mut().filter(|row| wanted(row)).flat_map(|row| Arc::make_mut(row).iter_mut());
+        change(heads.collect());
+        self.rows.extend(which.into_iter().map(|i| Arc::clone(&unique[i])));
     }
 
     /// Checks that [`Self::crop`] can be done.
@@ -217,11 +227,8 @@ impl Layer {
         self.check_crop(n, lossy)?;
         if n > 0 {
             self.seen -= n;
-            for row in &mut self.rows {
-                for head in Arc::make_mut(row) {
-                    head.truncate(self.seen);
-                }
-            }
+            let seen = self.seen;
+            self.each_unique(|_| true, |heads| heads.into_iter().for_each(|head| head.truncate(seen)));
         }
         Ok(())
     }

@@ -1,0 +1,168 @@
+//! Exact rows: the model's own numbers, appended at the end and dropped at the front.
+
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+
+use super::{Dtype, Slice};
+
+#[derive(Clone)]
+enum Buffer {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+macro_rules! each_buffer {
+    ($buffer:expr, $x:ident => $body:expr) => {
+        match $buffer {
+            Buffer::F32($x) => $body,
+            Buffer::F16($x) => $body,
+            Buffer::Bf16($x) => $body,
+        }
+    };
+}
+
+/// A growable matrix of exact rows in the model's dtype: appended at the end, dropped at the front.
+#[derive(Clone)]
+pub struct Rows {
+    data: Buffer,
+    dim: usize,
+    /// Rows at the front that are dropped but not yet reclaimed.
+    dropped: usize,
+}
+
+/// Rows that a growing matrix takes beyond its need: enough to amortise, small beside a page.
+const SPARE_ROWS: usize = 16;
+
+impl Rows {
+    /// No rows of `dim` numbers.
+    pub fn new(dtype: Dtype, dim: usize) -> Self {
+        let data = match dtype {
+            Dtype::F32 => Buffer::F32(Vec::new()),
+            Dtype::F16 => Buffer::F16(Vec::new()),
+            Dtype::Bf16 => Buffer::Bf16(Vec::new()),
+        };
+        Self { data, dim, dropped: 0 }
+    }
+
+    /// Rows held.
+    pub fn len(&self) -> usize {
+        each_buffer!(&self.data, x => x.len()) / self.dim - self.dropped
+    }
+
+    /// Whether no row is held.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Numbers in a row.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// Bytes allocated.
+    pub fn bytes(&self) -> usize {
+        each_buffer!(&self.data, x => x.capacity() * size_of_element(x))
+    }
+
+    /// The numbers of rows `range`, one row after the other.
+    pub fn slice(&self, range: Range<usize>) -> Slice<'_> {
+        let at = (range.start + self.dropped) * self.dim..(range.end + self.dropped) * self.dim;
+        match &self.data {
+            Buffer::F32(x) => Slice::F32(&x[at]),
+            Buffer::F16(x) => Slice::F16(&x[at]),
+            Buffer::Bf16(x) => Slice::Bf16(&x[at]),
+        }
+    }
+
+    /// Makes room for `n` more rows; amortised over many small calls.
+    pub fn reserve(&mut self, n: usize) {
+        let need = self.len() + n;
+        each_buffer!(&mut self.data, x => {
+            if x.len() + n * self.dim > x.capacity() {
+                if self.dropped > 0 {
+                    x.drain(..self.dropped * self.dim);
+                    self.dropped = 0;
+                }
+                let rows = need + SPARE_ROWS + need / 8;
+                if need * self.dim > x.capacity() {
+                    x.reserve_exact(rows * self.dim - x.len());
+                }
+            }
+        });
+    }
+
+    /// Appends rows; `rows` holds a whole number of them, in this matrix's dtype.
+    ///
+    /// # Panics
+    /// When the dtype differs (checked at the boundary).
+    pub fn extend(&mut self, rows: Slice<'_>) {
+        self.reserve(rows.len() / self.dim);
+        match (&mut self.data, rows) {
+            (Buffer::F32(x), Slice::F32(r)) => x.extend_from_slice(r),
+            (Buffer::F16(x), Slice::F16(r)) => x.extend_from_slice(r),
+            (Buffer::Bf16(x), Slice::Bf16(r)) => x.extend_from_slice(r),
+            _ => panic!("rows of another dtype"),
+        }
+    }
+
+    /// Drops the `n` oldest rows and gives back memory that is no longer of use.
+    pub fn drop_front(&mut self, n: usize) {
+        self.dropped += n;
+        let held = self.len();
+        each_buffer!(&mut self.data, x => {
+            let wasteful = x.capacity() > (2 * held + 2 * SPARE_ROWS) * self.dim;
+            if wasteful || self.dropped > held + SPARE_ROWS {
+                x.drain(..self.dropped * self.dim);
+                self.dropped = 0;
+            }
+            if wasteful {
+                x.shrink_to((held + SPARE_ROWS) * self.dim);
+            }
+        });
+    }
+
+    /// Keeps the `n` oldest rows.
+    pub fn truncate(&mut self, n: usize) {
+        let n = (self.dropped + n) * self.dim;
+        each_buffer!(&mut self.data, x => x.truncate(n));
+    }
+
+    /// The `n` oldest rows as a matrix of their own, without spare room.
+    #[must_use]
+    pub fn copy_front(&self, n: usize) -> Self {
+        let mut rows = Self { data: self.empty_buffer(n), dim: self.dim, dropped: 0 };
+        rows.extend(self.slice(0..n));
+        rows
+    }
+
+    fn empty_buffer(&self, rows: usize) -> Buffer {
+        match &self.data {
+            Buffer::F32(_) => Buffer::F32(Vec::with_capacity(rows * self.dim)),
+            Buffer::F16(_) => Buffer::F16(Vec::with_capacity(rows * self.dim)),
+            Buffer::Bf16(_) => Buffer::Bf16(Vec::with_capacity(rows * self.dim)),
+        }
+    }
+
+    /// Rows `range` as f32.
+    pub fn to_f32(&self, range: Range<usize>) -> Vec<f32> {
+        let mut out = vec![0.0; range.len() * self.dim];
+        self.slice(range).to_f32(&mut out);
+        out
+    }
+
+    /// Puts `rows` before the ones held.
+    pub fn prepend(&mut self, rows: Slice<'_>) {
+        let mut all = Self { data: self.empty_buffer(rows.len() / self.dim + self.len()), dim: self.dim, dropped: 0 };
+        all.extend(rows);
+        all.extend(self.slice(0..self.len()));
+        *self = all;
+    }
+}
+
+fn size_of_element<T>(_: &[T]) -> usize {
+    size_of::<T>()
+}
