@@ -7,6 +7,7 @@ from typing import Any
 import kvpack
 import pytest
 import torch
+import transformers
 from support import tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
@@ -69,7 +70,7 @@ FUSED: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "granite": {},
     "cohere2": {"sliding_window": 8},
-    "gemma2": {"sliding_window": 8},
+    "gemma2": {"sliding_window": 8, "attn_logit_softcapping": 1.0},  # low enough to matter
     "gemma3_text": {"sliding_window": 8, "num_hidden_layers": 6},
     "gemma4_text": SHARED,
     "gpt_oss": {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
@@ -88,15 +89,18 @@ MATERIALISED: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 4, "n_head": 4},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 256},
     "gptj": {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8, "n_positions": 256},
-    "deepseek_v3": MLA,
 }
+# Releases differ: the newest caches the compressed latents, which are expanded before attention.
+EITHER: dict[str, dict[str, Any]] = {"deepseek_v3": MLA}
 NOTHING_TO_PACK: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 8}}
-PATHS = {"fused": FUSED, "materialised": MATERIALISED, "none": NOTHING_TO_PACK}
+PATHS = {"fused": FUSED, "materialised": MATERIALISED, "either": EITHER, "none": NOTHING_TO_PACK}
+# Their configurations do not validate there, or they need a cache of their own.
+BROKEN_IN_5_4 = {"olmo2", "cohere2", "qwen3_next", "lfm2"}
 ARCHITECTURES = [
     pytest.param(name, changes, path, id=name)
     for path, architectures in PATHS.items()
     for name, changes in architectures.items()
-    if name in CONFIG_MAPPING
+    if name in CONFIG_MAPPING and not (name in BROKEN_IN_5_4 and transformers.__version__.startswith("5.4."))
 ]
 PACKED = [pytest.param(*row.values[:2], id=row.id) for row in ARCHITECTURES if row.values[2] != "none"]
 WITHOUT_POSITIONS = {"bloom", "mpt"}
@@ -134,7 +138,8 @@ def test_at_least_twenty_architectures_are_tested() -> None:
 @pytest.mark.parametrize(("name", "changes", "path"), ARCHITECTURES)
 def test_logits_equal_the_full_caches(name: str, changes: dict[str, Any], path: str, record_property: Any) -> None:
     config = config_of(name, changes)
-    reference = tiny_model(config, attention=default_attention(config))
+    # sdpa knows no softcap, and older releases choose it for gemma2 all the same.
+    reference = tiny_model(config, attention="eager" if name == "gemma2" else default_attention(config))
     packed = tiny_model(config, attention="kvpack")
     inputs = steps()
     cache = kvpack.PackedCache(packed)
@@ -156,7 +161,7 @@ def default_attention(config: Any) -> str:
 
 def assert_path_taken(info: dict[str, Any], path: str) -> None:
     taken = {name for name in ("fused", "materialised") if info[name]}
-    assert taken == ({path} - {"none"})
+    assert taken == {path} - {"none"} or (path == "either" and len(taken) == 1)
 
 
 @pytest.mark.parametrize(("name", "changes"), PACKED)

@@ -249,6 +249,16 @@ def test_crop_of_nothing_changes_nothing(codec: Any) -> None:
 
 
 @every_codec
+def test_crop_takes_the_tensors_that_some_releases_pass(codec: Any) -> None:
+    cache, other = filled(codec, 300), filled(codec, 300)
+    cache.crop(torch.tensor(-5))
+    other.crop(-5)
+    assert_same_contents(cache, other)
+    cache.crop(torch.tensor(0))
+    assert cache.get_seq_length() == 295
+
+
+@every_codec
 def test_the_last_forward_can_be_cropped_and_written_again(codec: Any) -> None:
     """What speculation does: each round appends candidates and takes the wrong ones back."""
     cache, straight = filled(codec, 260), filled(codec, 260)
