@@ -51,18 +51,14 @@ def main() -> int:
     except (FetchError, OSError, UnicodeDecodeError) as error:
         console.print(f"demo: {error}", style="red")
         return 1
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = build_prompt(tokenizer, text, options.question, options.context)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and prompt.shape[1] + options.tokens > limit:
         console.print(f"demo: the model takes {limit} tokens; lower --context or --tokens", style="red")
         return 1
-    console.print(
-        f"model {Path(folder).name}, prompt of {prompt.shape[1]} tokens, {options.tokens} tokens to decode"
-    )
+    console.print(f"model {Path(folder).name}, prompt of {prompt.shape[1]} tokens, {options.tokens} tokens to decode")
 
     with progress_bars(console) as bars:
         watch = OtherPrograms()
@@ -86,22 +82,14 @@ def parse_arguments() -> argparse.Namespace:
         description="Compare kvpack's caches with DynamicCache on one long prompt.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--model", help="folder or name of a causal language model (default: SmolLM2-135M-Instruct)"
-    )
+    parser.add_argument("--model", help="folder or name of a causal language model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--text", type=Path, help="a UTF-8 text file to read (default: a speech of 1941)")
     parser.add_argument("--question", default=QUESTION, help="what is asked at the end of the text")
     parser.add_argument("--tokens", type=positive, default=48, help="tokens to decode")
     parser.add_argument("--context", type=positive, default=3600, help="tokens of the text to keep")
-    parser.add_argument(
-        "--threads", type=positive, help="threads for torch and kvpack (default: torch's choice)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-output"), help="folder for the files it writes"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the order in which the caches take their turns"
-    )
+    parser.add_argument("--threads", type=positive, help="threads for torch and kvpack (default: torch's choice)")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the files it writes")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in which the caches take their turns")
     options = parser.parse_args()
     if options.tokens < 2:
         parser.error("--tokens: at least 2 are needed for a spread")

@@ -90,17 +90,13 @@ class Forced:
 
 
 @torch.no_grad()
-def prefill(
-    model: PreTrainedModel, prompt: torch.Tensor, advance: Advance
-) -> tuple[DynamicCache, torch.Tensor]:
+def prefill(model: PreTrainedModel, prompt: torch.Tensor, advance: Advance) -> tuple[DynamicCache, torch.Tensor]:
     """Fill a DynamicCache with the prompt, calling `advance` after every layer; return it and the logits."""
     model.set_attn_implementation("sdpa")
     cache = DynamicCache(config=model.config)
     hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in attention_layers(model)]
     try:
-        logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
-            0, -1
-        ]
+        logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
     finally:
         for hook in hooks:
             hook.remove()

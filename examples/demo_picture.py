@@ -159,16 +159,12 @@ def _parts(axes: Axes, report: Report) -> None:
         shares = [100 * result.parts.get(part, 0) / sum(result.parts.values()) for result in results]
         if max(shares) < 0.5:  # too thin to be seen
             continue
-        axes.barh(
-            rows, shares, left=left, color=colour, height=0.65, label=label, edgecolor="white", linewidth=0.6
-        )
+        axes.barh(rows, shares, left=left, color=colour, height=0.65, label=label, edgecolor="white", linewidth=0.6)
         for row, share, start in zip(rows, shares, left, strict=True):
             if share >= 6:
                 dark = colour in (BLUE, ORANGE, GREEN)
                 middle = start + share / 2
-                axes.text(
-                    middle, row, f"{share:.0f}%", ha="center", va="center", color="white" if dark else "black"
-                )
+                axes.text(middle, row, f"{share:.0f}%", ha="center", va="center", color="white" if dark else "black")
         left = [start + share for start, share in zip(left, shares, strict=True)]
     axes.set(xlim=(0, 100), xlabel="% of the bytes held", title="What the packed bytes are")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)

@@ -106,9 +106,7 @@ class Report:
         for result in self.results:
             if result.calls.get("materialised"):
                 count = result.calls["materialised"]
-                notes.append(
-                    f"{result.name}: {count} attention calls ran on a decompressed copy, not the packed form."
-                )
+                notes.append(f"{result.name}: {count} attention calls ran on a decompressed copy, not the packed form.")
         return notes
 
     def print(self, console: Console, tokenizer: Any) -> None:

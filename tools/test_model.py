@@ -194,9 +194,7 @@ def _say(message: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Fetch the test model or the document once; print where it is."
-    )
+    parser = argparse.ArgumentParser(description="Fetch the test model or the document once; print where it is.")
     parser.add_argument("--document", action="store_true", help="the document instead of the model")
     arguments = parser.parse_args()
     try:

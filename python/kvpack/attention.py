@@ -164,6 +164,7 @@ def _check_model(layer: Any, module: nn.Module) -> None:
     given, expected = fingerprint(config), fingerprint(layer.config)
     different = [name for name in _FINGERPRINT if given[name] != expected[name]]
     if different:
+        layer.discard()
         raise ModelMismatchError(
             "this cache was made for another model: given "
             + ", ".join(f"{name}={given[name]}" for name in different)

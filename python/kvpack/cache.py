@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from . import _kvpack
-from .errors import DeviceError, ModelMismatchError, OptionError
+from .errors import DeviceError, KvpackError, ModelMismatchError, OptionError
 from .layer import PackedLayer
 from .memory import Memory, readable_bytes
 from .methods import QUANTIZE, Exact, Quantize
@@ -36,7 +36,8 @@ class PackedCache(Cache):
             quantize: how tokens are stored; without it `Exact()`: nothing is lossy unless asked for.
 
         Raises:
-            OptionError: an option is not accepted, does not fit the model, or the model is on another device.
+            OptionError: an option is not accepted, or does not fit the model.
+            DeviceError: the model is on another device.
         """
         config = _text_config(model_or_config)
         self.quantize = _checked(quantize, config)
@@ -86,6 +87,9 @@ class PackedCache(Cache):
             raise ModelMismatchError(
                 f"cache: given one of {len(cache.layers)} layers, expected at most the model's {len(packed.layers)}"
             )
+        shared = any(layer.shared for layer in packed._packed)
+        if len(cache.layers) < len(packed.layers) and not shared:
+            raise ModelMismatchError(f"cache: given one of {len(cache.layers)} layers, expected {len(packed.layers)}")
         for i, layer in enumerate(cache.layers):
             own = packed.layers[i]
             if not isinstance(own, PackedLayer):
@@ -100,16 +104,32 @@ class PackedCache(Cache):
         """Takes a forward's keys and values of one layer; see `PackedLayer.update`.
 
         Raises:
-            ModelMismatchError: there is no such layer: the cache was made for a model of fewer layers, or the
-                heads and dims are not those of the model that it was made for.
+            ModelMismatchError: there is no such layer: the cache was made for a model of fewer layers.
         """
         if not 0 <= layer_idx < len(self.layers):
             raise ModelMismatchError(
                 f"layer_idx: given {layer_idx}, expected less than {len(self.layers)}, the layers of the model that "
-                "this cache was made for"
+                "this cache was made for; if a forward of another model came this far, reset() the cache"
             )
-        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        try:
+            keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        except KvpackError as error:
+            self._take_back(layer_idx, error)
+            raise
         return keys, values
+
+    def _take_back(self, failed: int, error: KvpackError) -> None:
+        """Undoes a forward that failed with `error` in layer `failed`, in the layers before it."""
+        length = self.layers[failed].get_seq_length()
+        ahead = [i for i in range(failed) if self._length(i) > length]
+        kept = [i for i in ahead if not (isinstance(self.layers[i], PackedLayer) and self.layers[i].take_back(length))]
+        if kept:
+            error.add_note(
+                f"Layers {kept} hold this forward's tokens already: reset() the cache before using it again."
+            )
+
+    def _length(self, i: int) -> int:
+        return self.layers[i].get_seq_length() if hasattr(self.layers[i], "get_seq_length") else 0
 
     # ---- changing the batch and the length, all layers or none ----------------------------------------------------
 
@@ -126,7 +146,7 @@ class PackedCache(Cache):
         """
         for layer in self._packed:
             layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        super().crop(int(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes row `i` what row `beam_idx[i]` was (beam search); pages are shared, not copied."""

@@ -20,7 +20,7 @@ class DtypeError(KvpackError, TypeError):
 
 
 class DeviceError(KvpackError, ValueError):
-    """A tensor is not a plain strided tensor in CPU memory."""
+    """A model or a tensor is not in CPU memory, or not a plain strided tensor."""
 
 
 class NonFiniteError(KvpackError, ValueError):

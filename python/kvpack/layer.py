@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from . import _kvpack
 from ._tensors import DTYPES, describe, plain, readable
-from .errors import ShapeError, StaleHandleError
+from .errors import CropError, ShapeError, StaleHandleError
 from .handle import LazyKV
 from .methods import Quantize
 
@@ -79,8 +79,6 @@ class PackedLayer(CacheLayerMixin):
         self._store.check(describe(keys), describe(values))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if not self.record_past:
-            self._store.settle()
         self.version += 1
         self._pending = keys, values
         if self._seen == 0:
@@ -101,11 +99,40 @@ class PackedLayer(CacheLayerMixin):
         _kvpack.set_threads(torch.get_num_threads())
         if valid is not None:
             valid = valid[:, None, None, :].expand(keys.shape[0], 1, 1, keys.shape[2]).contiguous()
-        # Few new tokens are left exact until the next forward begins, so that they can be cropped.
+        # A forward's tokens are packed when the next forward's arrive, so that until then they can be cropped;
+        # only a first prompt is packed at once.
+        if not self.record_past:
+            self._store.settle()
         settle = self._seen == 0 and not self.record_past
         self._store.append(describe(keys), describe(values), None if valid is None else describe(valid), settle)
         self._seen += keys.shape[2]
         self._pending = None
+
+    def discard(self) -> None:
+        """Forgets the pending tokens, as if they had not been given."""
+        if self._pending is not None:
+            self._pending = None
+            self.version += 1
+            if self._seen == 0:
+                self._clear()
+
+    def take_back(self, length: int) -> bool:
+        """Forgets the newest tokens of a forward that failed, down to `length`; says whether that was possible."""
+        remove = self.get_seq_length() - length
+        if remove <= 0:
+            return True
+        if length == 0:
+            self._clear()
+        elif self._pending is not None:
+            self.discard()
+        else:
+            try:
+                self._store.crop(remove, False)
+            except CropError:
+                return False
+            self._seen -= remove
+            self.version += 1
+        return True
 
     def load(self, keys: Tensor, values: Tensor, attention_mask: Tensor | None) -> None:
         """Stores another cache's keys and values in this empty layer; the mask `[B, tokens]` is 0 for pads."""
@@ -252,10 +279,11 @@ class PackedLayer(CacheLayerMixin):
 
     def tokens_to_remove(self, n: int) -> int:
         """How many tokens `crop(n)` means: `-n`, or for the absolute length of older releases what lies beyond it."""
+        n = int(n)  # some releases pass a tensor
         return -n if n <= 0 else max(self.get_seq_length() - n, 0)
 
     def _may_cut_packed(self, n: int) -> bool:
-        return self.record_past or (n > 0 and not _RECORDING_EXISTS)
+        return self.record_past or (int(n) > 0 and not _RECORDING_EXISTS)
 
     def check_crop(self, n: int) -> None:
         """Raises what `crop(n)` would raise."""
@@ -323,12 +351,15 @@ class PackedLayer(CacheLayerMixin):
             self._select([i for i in range(self._batch) for _ in range(repeats)])
 
     def reset(self) -> None:
-        """Forgets all tokens and frees their memory."""
+        """Forgets all tokens, frees their memory and ends past recording."""
+        self._clear()
+        self.record_past = False
+
+    def _clear(self) -> None:
         self._pending = None
         self._store.reset()
         self._seen = 0
         self.version += 1
-        self.record_past = False
         if self.is_initialized:
             self.is_initialized = False
             del self.batch_size

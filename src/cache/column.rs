@@ -115,9 +115,7 @@ impl<P: Page> Column<P> {
             if let Some(rows) = last.page.as_exact() {
                 self.tail.prepend(rows.slice(0..keep));
                 self.segments.pop();
-                return;
-            }
-            if keep == 0 {
+            } else if keep == 0 {
                 self.segments.pop();
             }
         }
