@@ -4,12 +4,14 @@
 
 use std::ops::Range;
 
+use super::mat::{Mat, MatMut};
 use super::{CHUNK, Head, Partial, Queries, Scratch, ValueCursor, key_chunks};
 
 /// Attention of one query for each of the `G` query heads of a KV head, over the chunks of its tokens that start
 /// in `tokens`.
 pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, scratch: &mut Scratch) -> Partial {
     let heads = queries.q.len() / head.key_dim;
+    let q = Mat::new(&queries.q, heads, head.key_dim);
     let mut partial = Partial::new(heads, head.value_dim);
     let mut cursor = ValueCursor::new(&head.values);
     let mut scores = vec![0.0; heads * CHUNK];
@@ -19,7 +21,7 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
         if !tokens.contains(&at) {
             return;
         }
-        segment.scores(&queries.q, first, n, &mut scores, CHUNK, scratch);
+        segment.scores(q, first, n, MatMut::new(&mut scores, heads, CHUNK), scratch);
         if !all_visible {
             head.positions.collect_into(at, n, &mut held);
         }
@@ -31,9 +33,9 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
             }
             partial.weigh(g, scores, scratch.kernels);
         }
-        let stride = partial.stride;
+        let weights = Mat::new(&scores, heads, CHUNK);
         cursor.read(at, n, |values, first, n, offset| {
-            values.accumulate(&scores[offset..], CHUNK, first, n, &mut partial.acc, stride, scratch);
+            values.accumulate(weights.from_column(offset), first, n, partial.acc(), scratch);
         });
     });
     partial

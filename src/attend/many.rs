@@ -3,7 +3,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::kernels::Matmul;
+use super::mat::{Mat, MatMut};
 use super::{CHUNK, Head, Partial, Queries, Scratch, ValueCursor, key_chunks, padded};
 
 /// Query rows that share one block of scores.
@@ -26,32 +26,20 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, scratch: &mut Scratch
         if queries.visible.none(queries.range.end - 1, held[0]) {
             return;
         }
-        segment.tile(first, n, &mut key_tile, CHUNK, scratch);
+        segment.tile(first, n, MatMut::new(&mut key_tile, padded(dk), CHUNK), scratch);
         cursor.read(at, n, |values, first, n, offset| {
-            values.tile(first, n, &mut value_tile[offset * stride..], stride, scratch);
+            values.tile(first, n, MatMut::new(&mut value_tile[offset * stride..], n, stride), scratch);
         });
         for block in (0..rows).step_by(QUERY_BLOCK) {
             let m = QUERY_BLOCK.min(rows - block);
             scores[..m * CHUNK].fill(0.0);
-            (scratch.kernels.matmul)(Matmul {
-                m,
-                k: dk,
-                n,
-                a: (&queries.q[block * dk..], dk),
-                b: (&key_tile, CHUNK),
-                c: (&mut scores, CHUNK),
-            });
+            let (q, keys) = (Mat::new(&queries.q, rows, dk).part(block, m), Mat::new(&key_tile, dk, CHUNK));
+            (scratch.kernels.matmul)(q, keys, n, MatMut::new(&mut scores, m, CHUNK));
             for (scores, row) in scores.chunks_exact_mut(CHUNK).zip(block..block + m) {
                 weigh(queries, row, &held, &mut scores[..n], &mut partial, scratch);
             }
-            (scratch.kernels.matmul)(Matmul {
-                m,
-                k: n,
-                n: dv,
-                a: (&scores, CHUNK),
-                b: (&value_tile, stride),
-                c: (&mut partial.acc[block * stride..], stride),
-            });
+            let (weights, values) = (Mat::new(&scores, m, CHUNK), Mat::new(&value_tile, n, stride));
+            (scratch.kernels.matmul)(weights, values, dv, partial.acc().part(block, m));
         }
     });
     partial

@@ -9,6 +9,7 @@ pub mod codes;
 mod decode;
 pub mod kernels;
 mod many;
+pub mod mat;
 mod partial;
 mod positions;
 mod visibility;
@@ -20,24 +21,23 @@ pub use positions::Positions;
 pub use visibility::{BoolView, Mask, MaskData, Visibility};
 
 use kernels::Kernels;
+use mat::{Mat, MatMut};
 
 /// Tokens that are scored at once: one softmax step, small enough for the first cache levels.
 pub const CHUNK: usize = 256;
 
-/// The kernels in use, and buffers that segments may need while they are read.
+/// The kernels in use, and a buffer that segments may need while they are read.
 pub struct Scratch {
     /// The inner loops.
     pub kernels: &'static Kernels,
-    /// Queries or weights with a page's scales folded in.
-    pub folded: Vec<f32>,
-    /// One number a query head.
-    pub offsets: Vec<f32>,
+    /// Queries or weights with a page's scales folded in, or codes as f32.
+    pub buffer: Vec<f32>,
 }
 
 impl Scratch {
     /// Empty buffers.
     pub fn new(kernels: &'static Kernels) -> Self {
-        Self { kernels, folded: Vec::new(), offsets: Vec::new() }
+        Self { kernels, buffer: Vec::new() }
     }
 }
 
@@ -46,33 +46,22 @@ pub trait KeySegment: Sync {
     /// Reads start at multiples of this many tokens.
     fn unit(&self) -> usize;
 
-    /// Logits before scaling: `out[g, t] = q_g . k_(first + t)` for `t < n`; `q` is `[G, dim]`, rows of `out` are
-    /// `stride` apart, and `stride` is at least `n` rounded up to a multiple of 8.
-    fn scores(&self, q: &[f32], first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch);
+    /// Logits before scaling: `out[g, t] = q_g . k_(first + t)` for `t < n`; `q` is `[G, dim]`, `out` has room for `n`
+    /// rounded up to a whole unit.
+    fn scores(&self, q: Mat<'_>, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch);
 
-    /// The keys as f32, transposed: `out[c, t] = k_(first + t)[c]`, rows of `out` `stride` apart.
-    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch);
+    /// The keys as f32, transposed: `out[c, t] = k_(first + t)[c]`; rows and columns of `out` are the dim and `n`, rounded
+    /// up to multiples of 8 and to whole units.
+    fn tile(&self, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch);
 }
 
 /// Values of consecutive tokens of one KV head.
 pub trait ValueSegment: Sync {
-    /// `acc[g, c] += sum_t w[g, t] v_(first + t)[c]` for `t < n`; rows of `w` are `w_stride`, of `acc` `acc_stride`
-    /// apart, and `acc_stride` is at least the dim rounded up to a multiple of 8.
-    #[allow(clippy::too_many_arguments)]
-    fn accumulate(
-        &self,
-        w: &[f32],
-        w_stride: usize,
-        first: usize,
-        n: usize,
-        acc: &mut [f32],
-        acc_stride: usize,
-        scratch: &mut Scratch,
-    );
+    /// `acc[g, c] += sum_t w[g, t] v_(first + t)[c]` for `t < n`; `acc` has room for the dim rounded up to a multiple of 8.
+    fn accumulate(&self, w: Mat<'_>, first: usize, n: usize, acc: MatMut<'_>, scratch: &mut Scratch);
 
-    /// The values as f32: `out[t, c] = v_(first + t)[c]`, rows of `out` `stride` apart (at least the dim rounded up
-    /// to a multiple of 8).
-    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch);
+    /// The values as f32: `out[t, c] = v_(first + t)[c]`; `out` has room for the dim rounded up to a multiple of 8.
+    fn tile(&self, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch);
 }
 
 /// The first `tokens` tokens of a segment.

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::kernels::Kernels;
+use super::mat::MatMut;
 use super::padded;
 
 /// Attention of some rows (queries) over some tokens, not yet divided by the weights' sum.
@@ -32,13 +33,14 @@ impl Partial {
 
     /// Turns the logits of row `row` for further tokens into weights, and the state to their new maximum.
     pub fn weigh(&mut self, row: usize, scores: &mut [f32], kernels: &Kernels) {
-        let max = scores.iter().copied().fold(self.max[row], f32::max);
-        if max == f32::NEG_INFINITY {
-            scores.fill(0.0); // nothing visible so far: exp(-inf - -inf) would be NaN
-            return;
-        }
+        let (max, sum) = (kernels.softmax)(scores, self.max[row]);
         self.rescale(row, max);
-        self.sum[row] += (kernels.exp_sum)(scores, max);
+        self.sum[row] += sum;
+    }
+
+    /// The weighted sums, to add to.
+    pub fn acc(&mut self) -> MatMut<'_> {
+        MatMut::new(&mut self.acc, self.max.len(), self.stride)
     }
 
     /// A logit without a value (a learned attention sink): it takes weight and adds nothing.

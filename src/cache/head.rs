@@ -1,6 +1,7 @@
 //! What one KV head of one sequence holds.
 
 use super::column::Column;
+use crate::attend::mat::MatMut;
 use crate::attend::{CHUNK, Head, Positions, Scratch, key_chunks, padded};
 use crate::quantize::{Codec, KeyPage, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
@@ -99,7 +100,7 @@ impl KvHead {
         let (mut tile, mut key) = (vec![0.0; padded(d) * CHUNK], vec![0.0; d]);
         let mut positions = Vec::new();
         key_chunks(&self.keys.parts(), |segment, first, n, at| {
-            segment.tile(first, n, &mut tile, CHUNK, scratch);
+            segment.tile(first, n, MatMut::new(&mut tile, padded(d), CHUNK), scratch);
             self.positions.collect_into(at, n, &mut positions);
             for (t, &p) in positions.iter().enumerate() {
                 for (c, x) in key.iter_mut().enumerate() {
@@ -119,7 +120,7 @@ impl KvHead {
         for part in self.values.parts() {
             for first in (0..part.tokens).step_by(CHUNK) {
                 let n = CHUNK.min(part.tokens - first);
-                part.segment.tile(first, n, &mut tile, padded(d), scratch);
+                part.segment.tile(first, n, MatMut::new(&mut tile, n, padded(d)), scratch);
                 self.positions.collect_into(base + first, n, &mut positions);
                 for (t, &p) in positions.iter().enumerate() {
                     write(p, &tile[t * padded(d)..][..d]);

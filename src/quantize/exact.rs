@@ -1,5 +1,6 @@
 //! Exact: rows in the model's own dtype, in pages only so that they can be shared.
 
+use crate::attend::mat::{Mat, MatMut};
 use crate::attend::{KeySegment, Scratch, ValueSegment};
 use crate::tensor::Rows;
 
@@ -21,41 +22,30 @@ impl KeySegment for Rows {
         1
     }
 
-    fn scores(&self, q: &[f32], first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
-        (scratch.kernels.dot_rows)(q, self.slice(first..first + n), self.dim(), out, stride);
+    fn scores(&self, q: Mat<'_>, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch) {
+        (scratch.kernels.dot_rows)(q, self.slice(first..first + n), self.dim(), out);
     }
 
-    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
-        let d = self.dim();
-        let row = &mut scratch.folded;
-        row.resize(d, 0.0);
+    fn tile(&self, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch) {
+        let row = &mut scratch.buffer;
+        row.resize(self.dim(), 0.0);
         for t in 0..n {
             self.slice(first + t..first + t + 1).to_f32(row);
             for (c, x) in row.iter().enumerate() {
-                out[c * stride + t] = *x;
+                out.data[c * out.stride + t] = *x;
             }
         }
     }
 }
 
 impl ValueSegment for Rows {
-    fn accumulate(
-        &self,
-        w: &[f32],
-        w_stride: usize,
-        first: usize,
-        n: usize,
-        acc: &mut [f32],
-        acc_stride: usize,
-        scratch: &mut Scratch,
-    ) {
-        (scratch.kernels.add_rows)(w, w_stride, self.slice(first..first + n), self.dim(), acc, acc_stride);
+    fn accumulate(&self, w: Mat<'_>, first: usize, n: usize, acc: MatMut<'_>, scratch: &mut Scratch) {
+        (scratch.kernels.add_rows)(w, self.slice(first..first + n), self.dim(), acc);
     }
 
-    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, _: &mut Scratch) {
-        let d = self.dim();
+    fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, _: &mut Scratch) {
         for t in 0..n {
-            self.slice(first + t..first + t + 1).to_f32(&mut out[t * stride..][..d]);
+            self.slice(first + t..first + t + 1).to_f32(&mut out.row(t)[..self.dim()]);
         }
     }
 }

@@ -18,10 +18,10 @@
 use std::ops::Range;
 
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 
 use super::PageBytes;
 use crate::attend::codes::{BLOCK, Codes, pack_block, packed_len};
+use crate::attend::mat::{Mat, MatMut};
 use crate::attend::{CHUNK, KeySegment, Scratch, ValueSegment, padded};
 use crate::error::{Error, Result};
 use crate::tensor::Rows;
@@ -204,39 +204,32 @@ impl KeySegment for PackedKeys {
         self.group
     }
 
-    fn scores(&self, q: &[f32], first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
+    fn scores(&self, q: Mat<'_>, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
         let (dim, outer) = (self.dim, padded(self.dim));
-        let heads = q.len() / dim;
-        scratch.folded.resize((heads + 2) * outer, 0.0);
-        let (folded, grid) = scratch.folded.split_at_mut(heads * outer);
-        let (scale, zero) = grid.split_at_mut(outer);
-        for (at, group) in (first..first + n).step_by(self.group).enumerate() {
-            let (scales, zeros) = self.group_grids(group / self.group);
-            scales.convert_to_f32_slice(&mut scale[..dim]);
-            zeros.convert_to_f32_slice(&mut zero[..dim]);
-            let out = &mut out[at * self.group..];
-            for (g, q) in q.chunks_exact(dim).enumerate() {
-                let folded = &mut folded[g * outer..(g + 1) * outer];
-                folded[dim..].fill(0.0);
-                for c in 0..dim {
-                    folded[c] = q[c] * scale[c];
-                }
-                let offset: f32 = q.iter().zip(&*zero).map(|(q, z)| q * z).sum();
-                out[g * stride..][..self.group].fill(offset);
+        let kernels = scratch.kernels;
+        scratch.buffer.clear();
+        scratch.buffer.resize(q.rows * outer, 0.0);
+        let folded = &mut scratch.buffer;
+        for (at, group) in (first / self.group..(first + n).div_ceil(self.group)).enumerate() {
+            let (scale, zero) = self.group_grids(group);
+            let mut out = out.from_column(at * self.group);
+            for g in 0..q.rows {
+                let offset = (kernels.fold)(&q.row(g)[..dim], scale, zero, &mut folded[g * outer..][..dim]);
+                out.row(g)[..self.group].fill(offset);
             }
-            let codes = self.group_codes(group / self.group);
-            (scratch.kernels.add_codes)(folded, codes, 0..self.group, out, stride);
+            let folded = Mat::new(folded, q.rows, outer);
+            (kernels.add_codes)(folded, self.group_codes(group), 0..self.group, out);
         }
     }
 
-    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
-        for (at, group) in (first..first + n).step_by(self.group).enumerate() {
-            let (scales, zeros) = self.group_grids(group / self.group);
-            let out = &mut out[at * self.group..];
-            (scratch.kernels.unpack)(self.group_codes(group / self.group), out, stride);
+    fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
+        for (at, group) in (first / self.group..(first + n).div_ceil(self.group)).enumerate() {
+            let (scales, zeros) = self.group_grids(group);
+            let mut out = out.from_column(at * self.group);
+            (scratch.kernels.unpack)(self.group_codes(group), out.part(0, padded(self.dim)));
             for c in 0..self.dim {
                 let (scale, zero) = (scales[c].to_f32(), zeros[c].to_f32());
-                for x in &mut out[c * stride..][..self.group] {
+                for x in &mut out.row(c)[..self.group] {
                     *x = *x * scale + zero;
                 }
             }
@@ -341,51 +334,35 @@ impl PackedValues {
 }
 
 impl ValueSegment for PackedValues {
-    fn accumulate(
-        &self,
-        w: &[f32],
-        w_stride: usize,
-        first: usize,
-        n: usize,
-        acc: &mut [f32],
-        acc_stride: usize,
-        scratch: &mut Scratch,
-    ) {
+    fn accumulate(&self, w: Mat<'_>, first: usize, n: usize, mut acc: MatMut<'_>, scratch: &mut Scratch) {
         let codes = self.blocks(&(first..first + n));
-        let outer = codes.outer();
-        let heads = acc.len() / acc_stride;
-        let lead = first % BLOCK;
-        scratch.folded.clear();
-        scratch.folded.resize(heads * outer + 2 * n, 0.0);
-        let (folded, grid) = scratch.folded.split_at_mut(heads * outer);
-        let (scale, zero) = grid.split_at_mut(n);
+        let (outer, lead) = (codes.outer(), first % BLOCK);
+        scratch.buffer.clear();
+        scratch.buffer.resize(w.rows * outer, 0.0);
+        let folded = &mut scratch.buffer;
         for j in 0..self.groups() {
             let (scales, zeros) = self.group_grids(j);
-            scales[first..first + n].convert_to_f32_slice(scale);
-            zeros[first..first + n].convert_to_f32_slice(zero);
+            let (scale, zero) = (&scales[first..first + n], &zeros[first..first + n]);
             let lanes = j * self.kivi.group..((j + 1) * self.kivi.group).min(padded(self.dim));
-            for g in 0..heads {
-                let w = &w[g * w_stride..][..n];
-                for (f, (w, s)) in folded[g * outer + lead..].iter_mut().zip(w.iter().zip(&*scale)) {
-                    *f = w * s;
-                }
-                let offset: f32 = w.iter().zip(&*zero).map(|(w, z)| w * z).sum();
-                for a in &mut acc[g * acc_stride..][lanes.clone()] {
+            for g in 0..w.rows {
+                let folded = &mut folded[g * outer + lead..][..n];
+                let offset = (scratch.kernels.fold)(&w.row(g)[..n], scale, zero, folded);
+                for a in &mut acc.row(g)[lanes.clone()] {
                     *a += offset;
                 }
             }
-            (scratch.kernels.add_codes)(folded, codes, lanes, acc, acc_stride);
+            (scratch.kernels.add_codes)(Mat::new(folded, w.rows, outer), codes, lanes, acc.from_column(0));
         }
     }
 
-    fn tile(&self, first: usize, n: usize, out: &mut [f32], stride: usize, scratch: &mut Scratch) {
+    fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
         let codes = self.blocks(&(first..first + n));
         let lanes = codes.lanes();
-        scratch.folded.resize(codes.outer() * lanes, 0.0);
-        (scratch.kernels.unpack)(codes, &mut scratch.folded, lanes);
+        scratch.buffer.resize(codes.outer() * lanes, 0.0);
+        (scratch.kernels.unpack)(codes, MatMut::new(&mut scratch.buffer, codes.outer(), lanes));
         for t in 0..n {
-            let codes = &scratch.folded[(first % BLOCK + t) * lanes..][..self.dim];
-            let out = &mut out[t * stride..][..self.dim];
+            let codes = &scratch.buffer[(first % BLOCK + t) * lanes..][..self.dim];
+            let out = &mut out.row(t)[..self.dim];
             let groups = codes.chunks(self.kivi.group).zip(out.chunks_mut(self.kivi.group));
             for (j, (codes, out)) in groups.enumerate() {
                 let (scale, zero) = self.grid(first + t, j);

@@ -1,4 +1,4 @@
-//! The inner loops of reading, one file an instruction set, chosen once at run time.
+//! The inner loops of reading, one folder or file an instruction set, chosen once at run time.
 //!
 //! `scalar` reads like the equations and is what the others are tested against.
 
@@ -11,42 +11,32 @@ mod tests;
 use std::ops::Range;
 use std::sync::OnceLock;
 
+use half::f16;
+
 use super::codes::Codes;
+use super::mat::{Mat, MatMut};
 use crate::error::{Error, Result};
 use crate::tensor::Slice;
 
-/// The operands of `c[m, n] += a[m, k] b[k, n]`, all with row strides.
-pub struct Matmul<'a> {
-    /// Rows of `a` and `c`.
-    pub m: usize,
-    /// Columns of `a`, rows of `b`.
-    pub k: usize,
-    /// Columns of `b` and `c`.
-    pub n: usize,
-    /// Left operand and the distance of its rows.
-    pub a: (&'a [f32], usize),
-    /// Right operand and the distance of its rows.
-    pub b: (&'a [f32], usize),
-    /// Result and the distance of its rows.
-    pub c: (&'a mut [f32], usize),
-}
-
-/// A table of the inner loops. `g` counts query heads; matrices are row-major.
+#[allow(clippy::type_complexity)] // the signatures are the documentation
+/// A table of the inner loops. `g` counts the rows of matrices: query heads, or queries.
 pub struct Kernels {
     /// The instruction set's name.
     pub name: &'static str,
-    /// `out[g, t] = sum_c q[g, c] rows[t, c]` with `q` `[G, d]` and rows of `out` `stride` apart.
-    pub dot_rows: fn(q: &[f32], rows: Slice<'_>, d: usize, out: &mut [f32], stride: usize),
-    /// `acc[g, c] += sum_t w[g, t] rows[t, c]`; rows of `w` are `w_stride`, of `acc` `acc_stride` apart.
-    pub add_rows: fn(w: &[f32], w_stride: usize, rows: Slice<'_>, d: usize, acc: &mut [f32], acc_stride: usize),
-    /// `acc[g, l] += sum_o w[g, o] codes[o, l]` for the lanes in a range (of multiples of 8); `w` is `[G, outer]`.
-    pub add_codes: fn(w: &[f32], codes: Codes<'_>, lanes: Range<usize>, acc: &mut [f32], acc_stride: usize),
-    /// `out[o, l] = codes[o, l]`, rows of `out` `stride` apart.
-    pub unpack: fn(codes: Codes<'_>, out: &mut [f32], stride: usize),
-    /// `x <- exp(x - max)`; returns the sum.
-    pub exp_sum: fn(x: &mut [f32], max: f32) -> f32,
-    /// `c += a b`.
-    pub matmul: fn(Matmul<'_>),
+    /// `out[g, t] = sum_c q[g, c] rows[t, c]`; a row has `d` numbers.
+    pub dot_rows: fn(q: Mat<'_>, rows: Slice<'_>, d: usize, out: MatMut<'_>),
+    /// `acc[g, c] += sum_t w[g, t] rows[t, c]`; a row has `d` numbers.
+    pub add_rows: fn(w: Mat<'_>, rows: Slice<'_>, d: usize, acc: MatMut<'_>),
+    /// `acc[g, l] += sum_o w[g, o] codes[o, l]` for the lanes in a range (of multiples of 8).
+    pub add_codes: fn(w: Mat<'_>, codes: Codes<'_>, lanes: Range<usize>, acc: MatMut<'_>),
+    /// `out[o, l] = codes[o, l]`.
+    pub unpack: fn(codes: Codes<'_>, out: MatMut<'_>),
+    /// `folded[i] = x[i] scale[i]`; returns `sum_i x[i] zero[i]`. All have the same length.
+    pub fold: fn(x: &[f32], scale: &[f16], zero: &[f16], folded: &mut [f32]) -> f32,
+    /// `x <- exp(x - m)` where `m` is the largest of `x` and `max`; returns `m` and the sum. When all are -inf, `x` is 0.
+    pub softmax: fn(x: &mut [f32], max: f32) -> (f32, f32),
+    /// `c[m, n] += sum_k a[m, k] b[k, n]` for `n` columns.
+    pub matmul: fn(a: Mat<'_>, b: Mat<'_>, n: usize, c: MatMut<'_>),
 }
 
 const ENV: &str = "KVPACK_ISA";
