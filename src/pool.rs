@@ -8,8 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-/// Numbers (dequantised and multiplied) below which the calling thread does all of it.
-const WORTH_WAKING: usize = 1 << 17;
+/// Numbers (dequantised and multiplied) below which the calling thread does all of it: about a millisecond's worth.
+/// torch's own threads spin on their cores for a while after each of its operations, so that inside a model a worker
+/// that is woken for less comes too late to be of use.
+const WORTH_WAKING: usize = 1 << 23;
 
 static THREADS: AtomicUsize = AtomicUsize::new(1);
 

@@ -158,14 +158,36 @@ fn attention_is_that_over_what_is_held() {
                 let sinks = with_sinks.then_some(&sinks[..]);
                 let want = reference(&case, &dense, &q, [n, seen], softmax, sinks, &causal);
                 for kernels in available() {
-                    for threads in [1, 2] {
-                        kvpack::pool::set_threads(threads);
-                        let got = attend(&layer, &case, &q, n, None, softmax, sinks, kernels);
-                        assert_close(&got, &want, &format!("case {number}, step {step}, {}", kernels.name));
-                    }
+                    let got = attend(&layer, &case, &q, n, None, softmax, sinks, kernels);
+                    assert_close(&got, &want, &format!("case {number}, step {step}, {}", kernels.name));
                 }
             }
             layer.settle();
+        }
+    }
+}
+
+/// Enough work that threads are woken, one KV head among them so that its tokens are split.
+#[test]
+fn threads_agree() {
+    let kivi = Codec::Kivi(Kivi::new(4, 32, 128, 4).unwrap());
+    for (codec, heads, tokens, queries) in
+        [(kivi.clone(), 1, 60_000, 1), (Codec::Exact, 3, 20_000, 1), (kivi, 1, 3_000, 50)]
+    {
+        let case = Case { codec, batch: 1, heads, group: 3, key_dim: 64, value_dim: 64, forwards: vec![] };
+        let mut layer = Layer::new(case.codec.clone());
+        append(&mut layer, &case, tokens, None, 1);
+        layer.settle();
+        let q = numbers(heads * 3 * queries * 64, 2);
+        let mask = vec![1u8; queries * tokens];
+        let shown = Mask(MaskData::Bool(BoolView::new(&mask, [1, 1, queries, tokens], [queries * tokens, 0, tokens])));
+        let softmax = Softmax { scaling: 0.125, softcap: None };
+        let dense = dense(&layer, &case, available()[0]);
+        let want = reference(&case, &dense, &q, [queries, tokens], softmax, None, &|_, _, _| true);
+        for threads in [1, 2, 3] {
+            kvpack::pool::set_threads(threads);
+            let got = attend(&layer, &case, &q, queries, Some(shown), softmax, None, available()[0]);
+            assert_close(&got, &want, &format!("{threads} threads"));
         }
     }
 }

@@ -9,12 +9,15 @@ use super::{sum_lanes, tiles_of_heads};
 use crate::attend::codes::{BLOCK, Codes};
 use crate::attend::mat::{Mat, MatMut};
 
-/// Runs `$body` for the eight outer rows of the block at `$block`, with `$o` the row and `$code` eight lanes
-/// of its codes as i32; `$lanes` is the distance of byte rows.
+/// Runs `$body` for the eight outer rows of the block at `$block`, with `$o` the row and `$code` its codes in `$V` vectors
+/// of eight lanes, as i32; `$lanes` is the distance of byte rows.
 macro_rules! each_outer {
-    ($bits:expr, $block:expr, $lanes:expr, $o:ident, $code:ident => $body:expr) => {{
+    ($bits:expr, $V:expr, $block:expr, $lanes:expr, $o:ident, $code:ident => $body:expr) => {{
         let bits: u8 = $bits;
-        let byte_row = |r: usize| _mm256_cvtepu8_epi32(_mm_loadl_epi64($block.add(r * $lanes).cast()));
+        let byte_row = |r: usize| -> [__m256i; $V] {
+            let row = $block.add(r * $lanes);
+            std::array::from_fn(|v| _mm256_cvtepu8_epi32(_mm_loadl_epi64(row.add(v * BLOCK).cast())))
+        };
         match bits {
             8 => {
                 for $o in 0..8 {
@@ -27,12 +30,12 @@ macro_rules! each_outer {
                     let x = byte_row(r);
                     {
                         let $o = 2 * r;
-                        let $code = _mm256_and_si256(x, _mm256_set1_epi32(15));
+                        let $code = x.map(|x| _mm256_and_si256(x, _mm256_set1_epi32(15)));
                         $body
                     }
                     {
                         let $o = 2 * r + 1;
-                        let $code = _mm256_srli_epi32(x, 4);
+                        let $code = x.map(|x| _mm256_srli_epi32(x, 4));
                         $body
                     }
                 }
@@ -42,19 +45,22 @@ macro_rules! each_outer {
                     let x = byte_row(r);
                     for s in 0..4 {
                         let $o = 4 * r + s;
-                        let $code = two_bits(x, s);
+                        let $code = x.map(|x| two_bits(x, s));
                         $body
                     }
                 }
             }
             _ => {
-                let high = _mm256_slli_epi32(byte_row(2), 2);
+                let high = byte_row(2).map(|x| _mm256_slli_epi32(x, 2));
                 for r in 0..2 {
                     let x = byte_row(r);
                     for s in 0..4 {
                         let $o = 4 * r + s;
-                        let top = _mm256_srl_epi32(high, _mm_cvtsi32_si128($o as i32));
-                        let $code = _mm256_or_si256(two_bits(x, s), _mm256_and_si256(top, _mm256_set1_epi32(4)));
+                        let shift = _mm_cvtsi32_si128($o as i32);
+                        let $code: [__m256i; $V] = std::array::from_fn(|v| {
+                            let top = _mm256_and_si256(_mm256_srl_epi32(high[v], shift), _mm256_set1_epi32(4));
+                            _mm256_or_si256(two_bits(x[v], s), top)
+                        });
                         $body
                     }
                 }
@@ -89,7 +95,7 @@ pub(super) fn add_codes(w: Mat<'_>, codes: Codes<'_>, lanes: Range<usize>, acc: 
 
 fn add_codes_of<const BITS: u8>(w: Mat<'_>, codes: Codes<'_>, lanes: Range<usize>, mut acc: MatMut<'_>) {
     tiles_of_heads!(w.rows, g, G => {
-        const WIDE: usize = if G == 4 { 2 } else { 4 };
+        const WIDE: usize = if G <= 2 { 4 } else { 2 };
         let (w, mut acc) = (w.part(g, G), acc.part(g, G));
         let mut lane = lanes.start;
         // SAFETY: the table is only handed out where the CPU has AVX2 and FMA; sizes as `add_codes` asserts.
@@ -116,30 +122,30 @@ unsafe fn add_codes_tile<const BITS: u8, const G: usize, const V: usize>(
     acc: &mut MatMut<'_>,
 ) {
     let lanes = codes.lanes();
-    let mut sum = [[_mm256_setzero_ps(); V]; G];
+    // One query head alone has too few sums to hide the latency: even and odd outer rows get sums of their own.
+    let mut sum = [[[_mm256_setzero_ps(); V]; G]; 2];
+    let odd = usize::from(G == 1);
     // SAFETY: blocks and lanes are within `codes`, heads and lanes within `w` and `acc`, by this function's contract.
     unsafe {
-        for (g, sum) in sum.iter_mut().enumerate() {
-            for (v, sum) in sum.iter_mut().enumerate() {
-                *sum = _mm256_loadu_ps(acc.data.as_ptr().add(g * acc.stride + lane + v * BLOCK));
-            }
-        }
         for b in 0..codes.outer() / BLOCK {
             let block = codes.data().as_ptr().add(b * usize::from(BITS) * lanes + lane);
             let w_block = w.data.as_ptr().add(b * BLOCK);
-            for v in 0..V {
-                let block = block.add(v * BLOCK);
-                each_outer!(BITS, block, lanes, o, code => {
-                    let x = _mm256_cvtepi32_ps(code);
-                    for (g, sum) in sum.iter_mut().enumerate() {
-                        sum[v] = _mm256_fmadd_ps(_mm256_broadcast_ss(&*w_block.add(g * w.stride + o)), x, sum[v]);
+            each_outer!(BITS, V, block, lanes, o, code => {
+                let code = code.map(|code| _mm256_cvtepi32_ps(code));
+                let sum = &mut sum[o & odd];
+                for g in 0..G {
+                    let w = _mm256_broadcast_ss(&*w_block.add(g * w.stride + o));
+                    for v in 0..V {
+                        sum[g][v] = _mm256_fmadd_ps(w, code[v], sum[g][v]);
                     }
-                });
-            }
+                }
+            });
         }
-        for (g, sum) in sum.into_iter().enumerate() {
-            for (v, sum) in sum.into_iter().enumerate() {
-                _mm256_storeu_ps(acc.data.as_mut_ptr().add(g * acc.stride + lane + v * BLOCK), sum);
+        for g in 0..G {
+            for v in 0..V {
+                let acc = acc.data.as_mut_ptr().add(g * acc.stride + lane + v * BLOCK);
+                let total = if odd == 1 { _mm256_add_ps(sum[0][g][v], sum[1][g][v]) } else { sum[0][g][v] };
+                _mm256_storeu_ps(acc, _mm256_add_ps(_mm256_loadu_ps(acc), total));
             }
         }
     }
@@ -162,8 +168,8 @@ unsafe fn unpack_all(codes: Codes<'_>, out: &mut MatMut<'_>) {
             unsafe {
                 let block = codes.data().as_ptr().add(b * usize::from(bits) * lanes + l);
                 let out = out.data.as_mut_ptr().add(b * BLOCK * stride + l);
-                each_outer!(bits, block, lanes, o, code => {
-                    _mm256_storeu_ps(out.add(o * stride), _mm256_cvtepi32_ps(code));
+                each_outer!(bits, 1, block, lanes, o, code => {
+                    _mm256_storeu_ps(out.add(o * stride), _mm256_cvtepi32_ps(code[0]));
                 });
             }
         }
