@@ -4,7 +4,8 @@
 //! do not wait for each other, and the sixteen registers allow twelve beside what is loaded. Hence tiles of `G` query
 //! heads times `V` vectors of lanes with `G V` of 8 to 12.
 
-#![allow(clippy::wildcard_imports, clippy::inline_always)]
+// Sums are arrays of registers: indices keep the tile visible.
+#![allow(clippy::wildcard_imports, clippy::inline_always, clippy::needless_range_loop)]
 
 mod codes;
 mod matmul;
