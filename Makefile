@@ -20,7 +20,7 @@ unexport CONDA_PREFIX PYTHONHOME
 MAKEFLAGS += --no-print-directory
 
 .NOTPARALLEL:
-.PHONY: help setup demo test rust python lint format clean
+.PHONY: help setup demo test rust python lint format bench compat clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
@@ -52,6 +52,12 @@ format: $(BUILT) ## format the Rust and the Python code
 	cargo fmt
 	$(BIN)/ruff check --fix $(wildcard $(PYTHON_CODE))
 	$(BIN)/ruff format $(wildcard $(PYTHON_CODE))
+
+bench: ## nanoseconds a cached token, by codec, head shape and context; make bench ARGS=kivi4 for a part
+	cargo bench --locked -- $(ARGS)
+
+compat: $(BUILT) ## the equality tests under the oldest, a middle and the newest transformers
+	tools/compat.sh
 
 clean: ## remove everything that was built, .venv too
 	rm -rf $(VENV) target demo-output .mypy_cache .pytest_cache .ruff_cache

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::mat::{Mat, MatMut};
-use super::{CHUNK, Head, Partial, Queries, Scratch, ValueCursor, key_chunks};
+use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, key_chunks};
 
 /// Attention of one query for each of the `G` query heads of a KV head, over the chunks of its tokens that start
 /// in `tokens`.
@@ -17,10 +17,11 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
     let mut scores = vec![0.0; heads * CHUNK];
     let mut held = Vec::new();
     let all_visible = queries.visible.all(0, head.positions.last().unwrap_or(0));
-    key_chunks(&head.keys, |segment, first, n, at| {
-        if !tokens.contains(&at) {
-            return;
-        }
+    let mut chunks = key_chunks(&head.keys);
+    chunks.retain(|chunk| tokens.contains(&chunk.at));
+    for (i, &KeyChunk { segment, first, tokens: n, at }) in chunks.iter().enumerate() {
+        // What is wanted next comes from memory while this is computed: values behind scores, the next keys behind values.
+        cursor.clone().read(at, n, |values, first, n, _| (scratch.kernels.prefetch)(values.bytes(first, n)));
         segment.scores(q, first, n, MatMut::new(&mut scores, heads, CHUNK), scratch);
         if !all_visible {
             head.positions.collect_into(at, n, &mut held);
@@ -33,10 +34,13 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
             }
             partial.weigh(g, scores, scratch.kernels);
         }
+        if let Some(next) = chunks.get(i + 1) {
+            (scratch.kernels.prefetch)(next.segment.bytes(next.first, next.tokens));
+        }
         let weights = Mat::new(&scores, heads, CHUNK);
         cursor.read(at, n, |values, first, n, offset| {
             values.accumulate(weights.from_column(offset), first, n, partial.acc(), scratch);
         });
-    });
+    }
     partial
 }

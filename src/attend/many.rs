@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::mat::{Mat, MatMut};
-use super::{CHUNK, Head, Partial, Queries, Scratch, ValueCursor, key_chunks, padded};
+use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, key_chunks, padded};
 
 /// Query rows that share one block of scores.
 const QUERY_BLOCK: usize = 64;
@@ -21,10 +21,10 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, scratch: &mut Scratch
     let mut value_tile = vec![0.0; CHUNK * stride];
     let mut scores = vec![0.0; QUERY_BLOCK * CHUNK];
     let mut held = Vec::new();
-    key_chunks(&head.keys, |segment, first, n, at| {
+    for KeyChunk { segment, first, tokens: n, at } in key_chunks(&head.keys) {
         head.positions.collect_into(at, n, &mut held);
         if queries.visible.none(queries.range.end - 1, held[0]) {
-            return;
+            continue;
         }
         segment.tile(first, n, MatMut::new(&mut key_tile, padded(dk), CHUNK), scratch);
         cursor.read(at, n, |values, first, n, offset| {
@@ -41,7 +41,7 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, scratch: &mut Scratch
             let (weights, values) = (Mat::new(&scores, m, CHUNK), Mat::new(&value_tile, n, stride));
             (scratch.kernels.matmul)(weights, values, dv, partial.acc().part(block, m));
         }
-    });
+    }
     partial
 }
 

@@ -46,6 +46,9 @@ pub trait KeySegment: Sync {
     /// Reads start at multiples of this many tokens.
     fn unit(&self) -> usize;
 
+    /// The bytes that a read of `n` tokens from `first` on will want, to be fetched ahead.
+    fn bytes(&self, first: usize, n: usize) -> &[u8];
+
     /// Logits before scaling: `out[g, t] = q_g . k_(first + t)` for `t < n`; `q` is `[G, dim]`, `out` has room for `n`
     /// rounded up to a whole unit.
     fn scores(&self, q: Mat<'_>, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch);
@@ -57,6 +60,9 @@ pub trait KeySegment: Sync {
 
 /// Values of consecutive tokens of one KV head.
 pub trait ValueSegment: Sync {
+    /// The bytes that a read of `n` tokens from `first` on will want, to be fetched ahead.
+    fn bytes(&self, first: usize, n: usize) -> &[u8];
+
     /// `acc[g, c] += sum_t w[g, t] v_(first + t)[c]` for `t < n`; `acc` has room for the dim rounded up to a multiple of 8.
     fn accumulate(&self, w: Mat<'_>, first: usize, n: usize, acc: MatMut<'_>, scratch: &mut Scratch);
 
@@ -65,6 +71,7 @@ pub trait ValueSegment: Sync {
 }
 
 /// The first `tokens` tokens of a segment.
+#[derive(Clone, Copy)]
 pub struct Part<'a, S: ?Sized> {
     /// The segment.
     pub segment: &'a S,
@@ -126,6 +133,7 @@ pub fn padded(n: usize) -> usize {
 }
 
 /// Walks the value segments in step with ranges of tokens that only grow.
+#[derive(Clone)]
 struct ValueCursor<'a> {
     values: &'a [Part<'a, dyn ValueSegment>],
     part: usize,
@@ -156,17 +164,33 @@ impl<'a> ValueCursor<'a> {
     }
 }
 
-/// Calls `visit(segment, first token in it, tokens, first token in the head)` for chunks of at most [`CHUNK`] tokens.
-pub fn key_chunks<'a>(
-    keys: &[Part<'a, dyn KeySegment>],
-    mut visit: impl FnMut(&'a dyn KeySegment, usize, usize, usize),
-) {
+/// Some consecutive keys of a segment.
+#[derive(Clone, Copy)]
+pub struct KeyChunk<'a> {
+    /// The segment.
+    pub segment: &'a dyn KeySegment,
+    /// First token in the segment.
+    pub first: usize,
+    /// Tokens, at most [`CHUNK`].
+    pub tokens: usize,
+    /// First token in the head.
+    pub at: usize,
+}
+
+/// All keys, cut into chunks.
+pub fn key_chunks<'a>(keys: &[Part<'a, dyn KeySegment>]) -> Vec<KeyChunk<'a>> {
+    let mut chunks = Vec::with_capacity(2 * keys.len());
     let mut base = 0;
-    for part in keys {
-        let step = CHUNK / part.segment.unit() * part.segment.unit();
-        for first in (0..part.tokens).step_by(step) {
-            visit(part.segment, first, step.min(part.tokens - first), base + first);
-        }
-        base += part.tokens;
+    for &Part { segment, tokens } in keys {
+        let step = CHUNK / segment.unit() * segment.unit();
+        let firsts = (0..tokens).step_by(step);
+        chunks.extend(firsts.map(|first| KeyChunk {
+            segment,
+            first,
+            tokens: step.min(tokens - first),
+            at: base + first,
+        }));
+        base += tokens;
     }
+    chunks
 }

@@ -2,7 +2,7 @@
 
 use super::column::Column;
 use crate::attend::mat::MatMut;
-use crate::attend::{CHUNK, Head, Positions, Scratch, key_chunks, padded};
+use crate::attend::{CHUNK, Head, KeyChunk, Positions, Scratch, key_chunks, padded};
 use crate::quantize::{Codec, KeyPage, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
 
@@ -99,7 +99,7 @@ impl KvHead {
         let d = self.keys.tail.dim();
         let (mut tile, mut key) = (vec![0.0; padded(d) * CHUNK], vec![0.0; d]);
         let mut positions = Vec::new();
-        key_chunks(&self.keys.parts(), |segment, first, n, at| {
+        for KeyChunk { segment, first, tokens: n, at } in key_chunks(&self.keys.parts()) {
             segment.tile(first, n, MatMut::new(&mut tile, padded(d), CHUNK), scratch);
             self.positions.collect_into(at, n, &mut positions);
             for (t, &p) in positions.iter().enumerate() {
@@ -108,7 +108,7 @@ impl KvHead {
                 }
                 write(p, &key);
             }
-        });
+        }
     }
 
     /// Calls `write(position, value)` for every token held, dequantised.

@@ -22,6 +22,10 @@ impl KeySegment for Rows {
         1
     }
 
+    fn bytes(&self, first: usize, n: usize) -> &[u8] {
+        self.slice(first..first + n).bytes()
+    }
+
     fn scores(&self, q: Mat<'_>, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch) {
         (scratch.kernels.dot_rows)(q, self.slice(first..first + n), self.dim(), out);
     }
@@ -39,6 +43,10 @@ impl KeySegment for Rows {
 }
 
 impl ValueSegment for Rows {
+    fn bytes(&self, first: usize, n: usize) -> &[u8] {
+        self.slice(first..first + n).bytes()
+    }
+
     fn accumulate(&self, w: Mat<'_>, first: usize, n: usize, acc: MatMut<'_>, scratch: &mut Scratch) {
         (scratch.kernels.add_rows)(w, self.slice(first..first + n), self.dim(), acc);
     }

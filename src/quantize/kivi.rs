@@ -206,6 +206,11 @@ impl KeySegment for PackedKeys {
         self.group
     }
 
+    fn bytes(&self, first: usize, n: usize) -> &[u8] {
+        let bytes = packed_len(self.bits, padded(self.dim), self.group);
+        &self.codes[first / self.group * bytes..(first + n).div_ceil(self.group) * bytes]
+    }
+
     fn scores(&self, q: Mat<'_>, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
         let (dim, outer) = (self.dim, padded(self.dim));
         let kernels = scratch.kernels;
@@ -336,6 +341,10 @@ impl PackedValues {
 }
 
 impl ValueSegment for PackedValues {
+    fn bytes(&self, first: usize, n: usize) -> &[u8] {
+        self.blocks(&(first..first + n)).data()
+    }
+
     fn accumulate(&self, w: Mat<'_>, first: usize, n: usize, mut acc: MatMut<'_>, scratch: &mut Scratch) {
         let codes = self.blocks(&(first..first + n));
         let (outer, lead) = (codes.outer(), first % BLOCK);

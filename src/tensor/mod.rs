@@ -70,7 +70,7 @@ pub enum Slice<'a> {
     Bf16(&'a [bf16]),
 }
 
-impl Slice<'_> {
+impl<'a> Slice<'a> {
     /// The numbers in `range`.
     #[must_use]
     pub fn part(self, range: Range<usize>) -> Self {
@@ -93,6 +93,17 @@ impl Slice<'_> {
     /// Whether there are none.
     pub fn is_empty(self) -> bool {
         self.len() == 0
+    }
+
+    /// The memory that the numbers lie in.
+    pub fn bytes(self) -> &'a [u8] {
+        let (start, len) = match self {
+            Self::F32(x) => (x.as_ptr().cast(), size_of_val(x)),
+            Self::F16(x) => (x.as_ptr().cast(), size_of_val(x)),
+            Self::Bf16(x) => (x.as_ptr().cast(), size_of_val(x)),
+        };
+        // SAFETY: the slice's own memory; numbers have no bytes that may not be read.
+        unsafe { std::slice::from_raw_parts(start, len) }
     }
 
     /// Converts all numbers to f32 into `out`, which must have the same length.

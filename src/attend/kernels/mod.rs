@@ -35,6 +35,8 @@ pub struct Kernels {
     pub fold: fn(x: &[f32], scale: &[f16], zero: &[f16], folded: &mut [f32]) -> f32,
     /// `x <- exp(x - m)` where `m` is the largest of `x` and `max`; returns `m` and the sum. When all are -inf, `x` is 0.
     pub softmax: fn(x: &mut [f32], max: f32) -> (f32, f32),
+    /// Asks for bytes that will be read soon.
+    pub prefetch: fn(&[u8]),
     /// `c[m, n] += sum_k a[m, k] b[k, n]` for `n` columns.
     pub matmul: fn(a: Mat<'_>, b: Mat<'_>, n: usize, c: MatMut<'_>),
 }

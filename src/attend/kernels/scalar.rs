@@ -12,7 +12,7 @@ use crate::attend::mat::{Mat, MatMut};
 use crate::tensor::Slice;
 
 pub(super) static KERNELS: Kernels =
-    Kernels { name: "scalar", dot_rows, add_rows, add_codes, unpack, fold, softmax, matmul };
+    Kernels { name: "scalar", dot_rows, add_rows, add_codes, unpack, fold, softmax, prefetch: |_| (), matmul };
 
 fn dot_rows(q: Mat<'_>, rows: Slice<'_>, d: usize, mut out: MatMut<'_>) {
     let mut row = vec![0.0; d];
