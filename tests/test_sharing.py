@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import statistics
 import time
 from collections.abc import Callable
@@ -362,3 +364,12 @@ def test_reset_gives_the_memory_back_and_starts_anew(codec: Any) -> None:
     for layer in range(2):
         forward(cache, *random_kv(3, 2, 150, 32), layer=layer)  # another batch size is fine again
     assert_same_contents(cache, filled(codec, 150, batch=3, seed=3))
+
+
+def test_copies_are_forks_and_pickles_are_refused() -> None:
+    cache = filled(kvpack.KIVI(), 200)
+    for other in (copy.copy(cache), copy.deepcopy(cache)):
+        forward(other, *random_kv(1, 2, 3, 32))
+        assert (other.get_seq_length(), cache.get_seq_length()) == (203, 200)
+    with pytest.raises(TypeError, match=r"pickled.*fork"):
+        pickle.dumps(cache)

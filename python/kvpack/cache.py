@@ -168,15 +168,24 @@ class PackedCache(Cache):
 
         Costs microseconds a layer: prefill a long prompt once, then fork it for every continuation.
         """
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other.layers = [
             layer.fork() if isinstance(layer, PackedLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
         return other
 
+    __copy__ = fork
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedCache:
         memo[id(self)] = other = self.fork()
         return other
+
+    def __reduce__(self) -> Any:
+        """Refuses: a packed cache cannot be pickled."""
+        raise TypeError(
+            "a PackedCache cannot be pickled or saved; fork() or copy.deepcopy() copies it within a process"
+        )
 
     # ---- looking at it ---------------------------------------------------------------------------------------------
 

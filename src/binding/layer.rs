@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::quantize::{Codec, Kivi};
 
 /// Keys and values of one attention layer. Tensors are `(pointer, dtype, shape, strides)`.
-#[pyclass(frozen)]
+#[pyclass(frozen, module = "kvpack._kvpack")]
 pub(super) struct Layer(Mutex<cache::Layer>);
 
 impl Layer {
