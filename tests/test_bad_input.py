@@ -313,6 +313,7 @@ def test_queries_and_masks_that_do_not_fit(
     query: tuple[int, ...], mask: tuple[int, ...] | None, named: list[int]
 ) -> None:
     cache = filled(kvpack.KIVI())
+    before = cache.get_seq_length()
     key, value = random_kv(2, 2, 3, 32)
     handles = cache.update(key, value, 0)
     spoilt = None if mask is None else torch.ones(mask).bool()
@@ -320,6 +321,8 @@ def test_queries_and_masks_that_do_not_fit(
         kvpack_attention(FakeAttention(2), torch.randn(query), *handles, spoilt)
     assert caught.type is kvpack.ShapeError
     assert all(str(number) in str(caught.value) for number in named)
+    assert cache.get_seq_length() == before  # the forward that failed is taken back
+    handles = cache.update(key, value, 0)
     good = torch.randn(2, 4, 3, 32)
     out = kvpack_attention(FakeAttention(2), good, *handles, None)[0]
     visible = causal_mask(torch.ones(2, TOKENS + 4), 3)

@@ -21,11 +21,12 @@ class Attachment:
         self._model = model
         self._before = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
+        self._own_generate = model.__dict__.get("generate")  # somebody else's wrapper, if any
         generate = model.generate
 
         @functools.wraps(generate)
         def with_packed_cache(*args: Any, **kwargs: Any) -> Any:
-            if _wants_our_cache(model, kwargs):
+            if _wants_our_cache(model, args, kwargs):
                 kwargs["past_key_values"] = self.cache = PackedCache(model, quantize=quantize)
             return generate(*args, **kwargs)
 
@@ -36,6 +37,8 @@ class Attachment:
         """Gives the model its own `generate` and attention implementation back; a second call does nothing."""
         if getattr(self._model.__dict__.get("generate"), "_kvpack", None) is self:
             del self._model.generate
+            if self._own_generate is not None:
+                self._model.generate = self._own_generate
             self._model.set_attn_implementation(self._before)
 
     def __enter__(self) -> Attachment:
@@ -69,8 +72,9 @@ def attach(model: Any, *, quantize: Quantize | None = None) -> Attachment:
     return Attachment(model, quantize)
 
 
-def _wants_our_cache(model: Any, kwargs: dict[str, Any]) -> bool:
-    config = kwargs.get("generation_config") or model.generation_config
+def _wants_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    config = given or model.generation_config
 
     def setting(name: str) -> Any:
         return kwargs[name] if name in kwargs else getattr(config, name, None)

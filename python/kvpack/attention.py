@@ -52,17 +52,20 @@ def kvpack_attention(
     """
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[2] == 1 < query.shape[2]:
+        attention_mask = attention_mask.expand(-1, -1, query.shape[2], -1)
     if isinstance(key, LazyKV) and isinstance(value, LazyKV) and not dropout:
-        layer = key.packed_layer
+        packed = key.packed_layer
         value.packed_layer  # noqa: B018  # a stale handle raises
-        _check_model(layer, module)
+        _check_model(packed, module)
         if attention_mask is None and query.shape[2] > 1 and not getattr(module, "is_causal", True):
             attention_mask = torch.ones((1, 1, query.shape[2], key.shape[2]), dtype=torch.bool)
         valid = _PADS.valid(attention_mask, query.shape[2])
-        return layer.attend(query, attention_mask, valid, scaling, softcap, s_aux), None
-    prefill = getattr(key, "_kvpack_prefill", None)
-    if prefill is not None:
-        _check_model(prefill[0], module)
+        return packed.attend(query, attention_mask, valid, scaling, softcap, s_aux), None
+    prefill, version = getattr(key, "_kvpack_prefill", (lambda: None, 0))
+    layer = prefill()
+    if layer is not None:
+        _check_model(layer, module)
     out = _exact_attention(
         module,
         query,
@@ -75,8 +78,7 @@ def kvpack_attention(
         s_aux=s_aux,
         **kwargs,
     )
-    if prefill is not None:
-        layer, version = prefill
+    if layer is not None:
         del key._kvpack_prefill
         layer.commit(version, _PADS.valid(attention_mask, query.shape[2]))
     return out, None
@@ -121,22 +123,37 @@ class _Pads:
     """Finds the pads among a forward's tokens; remembers the answer for the forward's other layers."""
 
     def __init__(self) -> None:
-        self._mask: weakref.ref[Tensor] | None = None
-        self._valid: Tensor | None = None
+        # One tuple, replaced whole: several threads may ask at once.
+        self._last: tuple[weakref.ref[Tensor], int, Tensor | None] | None = None
 
     def valid(self, mask: Tensor | None, new: int) -> Tensor | None:
         """`[B, new]`: which of the newest tokens are not pads; None when all are real.
 
-        A token that may not attend to itself is a pad: causal, sliding and block-diagonal masks all let a real one.
+        A pad is a token that no query sees, not even its own.
         """
         if mask is None or mask.dim() != 4 or mask.shape[3] < new or mask.shape[2] != new:
             return None
-        if self._mask is None or self._mask() is not mask:
-            own = mask[:, 0].diagonal(mask.shape[3] - new, dim1=-2, dim2=-1)
-            shown = own if own.dtype == torch.bool else own > _HIDDEN
-            self._valid = None if bool(shown.all()) else shown
-            self._mask = weakref.ref(mask)
-        return self._valid
+        version = 0 if mask.is_inference() else mask._version
+        last = self._last
+        if last is not None and last[0]() is mask and last[1] == version:
+            return last[2]
+        valid = _seen_by_some(mask, new)
+        self._last = weakref.ref(mask), version, valid
+        return valid
+
+
+def _seen_by_some(mask: Tensor, new: int) -> Tensor | None:
+    """`[B, new]`: which of the newest columns some query of some head sees; None when all."""
+    shown = _shown(mask.diagonal(mask.shape[3] - new, dim1=-2, dim2=-1)).any(1)
+    if bool(shown.all()):
+        return None
+    hidden = (~shown).any(0).nonzero()[:, 0]  # only these columns need a look at all rows
+    shown[:, hidden] = _shown(mask[..., mask.shape[3] - new + hidden]).any(2).any(1)
+    return None if bool(shown.all()) else shown
+
+
+def _shown(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > _HIDDEN
 
 
 _PADS = _Pads()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from . import _kvpack
-from .errors import DeviceError, KvpackError, ModelMismatchError, OptionError
+from .errors import ConcurrencyError, DeviceError, KvpackError, ModelMismatchError, OptionError
 from .layer import PackedLayer
 from .memory import Memory, readable_bytes
 from .methods import QUANTIZE, Exact, Quantize
@@ -57,6 +58,9 @@ class PackedCache(Cache):
                     "expected a decoder model"
                 )
         super().__init__(layers=layers)
+        self._last_layer = max((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), default=-1)
+        # The thread whose forward is between its first and its last layer.
+        self._forward_of: int | None = None
 
     @classmethod
     def from_cache(
@@ -105,15 +109,24 @@ class PackedCache(Cache):
 
         Raises:
             ModelMismatchError: there is no such layer: the cache was made for a model of fewer layers.
+            ConcurrencyError: another thread is in the middle of a forward with this cache.
         """
         if not 0 <= layer_idx < len(self.layers):
             raise ModelMismatchError(
                 f"layer_idx: given {layer_idx}, expected less than {len(self.layers)}, the layers of the model that "
                 "this cache was made for; if a forward of another model came this far, reset() the cache"
             )
+        thread = threading.get_ident()
+        if self._forward_of not in (None, thread):
+            raise ConcurrencyError(
+                f"this cache is in the middle of a forward of another thread (given thread {thread}, expected "
+                f"{self._forward_of}); give each thread its own cache: cache.fork() shares the pages"
+            )
+        self._forward_of = None if layer_idx >= self._last_layer else thread
         try:
             keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         except KvpackError as error:
+            self._forward_of = None
             self._take_back(layer_idx, error)
             raise
         return keys, values
@@ -163,6 +176,11 @@ class PackedCache(Cache):
             if layer.is_initialized:
                 layer.check_select(indices)
 
+    def reset(self) -> None:
+        """Forgets all tokens and frees their memory."""
+        self._forward_of = None
+        super().reset()
+
     def fork(self) -> PackedCache:
         """A copy that shares all pages with this one; each side copies only what it changes.
 
@@ -170,6 +188,7 @@ class PackedCache(Cache):
         """
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
+        other._forward_of = None
         other.layers = [
             layer.fork() if isinstance(layer, PackedLayer) else copy.deepcopy(layer) for layer in self.layers
         ]

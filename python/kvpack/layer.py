@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from . import _kvpack
 from ._tensors import DTYPES, describe, plain, readable
-from .errors import CropError, ShapeError, StaleHandleError
+from .errors import CropError, KvpackError, ShapeError, StaleHandleError
 from .handle import LazyKV
 from .methods import Quantize
 
@@ -82,7 +83,7 @@ class PackedLayer(CacheLayerMixin):
         self.version += 1
         self._pending = keys, values
         if self._seen == 0:
-            key_states._kvpack_prefill = (self, self.version)
+            key_states._kvpack_prefill = (weakref.ref(self), self.version)
             return key_states, value_states
         batch, heads, new, key_dim = keys.shape
         logical = (batch, heads, self._seen + new)
@@ -183,13 +184,27 @@ class PackedLayer(CacheLayerMixin):
         Returns:
             `[B, q, Hq, Dv]`, contiguous, in the query's dtype.
         """
-        self.absorb(valid)
         query = plain("queries", query)
-        shape = self._store.shape()
-        assert shape is not None  # absorb has stored at least the pending tokens
-        out = torch.empty((query.shape[0], query.shape[2], query.shape[1], shape[3]), dtype=query.dtype)
         if mask is not None:
             mask = _four_dimensional(mask)
+        before = self._seen
+        self.absorb(valid)
+        try:
+            out = self._read(query, mask, scaling, softcap, sinks)
+        except KvpackError:
+            self.take_back(before)
+            raise
+        self.counts["fused"] += 1
+        if not (self.record_past or self.shared) and query.shape[2] > self._window:
+            self._store.settle()  # a long chunk would otherwise be held exactly in all layers at once
+        return out
+
+    def _read(
+        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        shape = self._store.shape()
+        assert shape is not None  # there is a handle, so there are tokens
+        out = torch.empty((query.shape[0], query.shape[2], query.shape[1], shape[3]), dtype=query.dtype)
         _kvpack.set_threads(torch.get_num_threads())
         self._store.attend(
             describe(query),
@@ -199,9 +214,6 @@ class PackedLayer(CacheLayerMixin):
             softcap,
             None if sinks is None else sinks.detach().float().tolist(),
         )
-        self.counts["fused"] += 1
-        if not (self.record_past or self.shared) and query.shape[2] > self._window:
-            self._store.settle()  # a long chunk would otherwise be held exactly in all layers at once
         return out
 
     @property

@@ -77,9 +77,9 @@ impl Partial {
         }
     }
 
-    /// The attention output of `row`; zeros when no token was visible.
+    /// The attention output of `row`; zeros when no token was visible, NaN when a logit was.
     pub fn output(&self, row: usize, out: &mut [f32]) {
-        let factor = if self.sum[row] > 0.0 { 1.0 / self.sum[row] } else { 0.0 };
+        let factor = if self.sum[row] == 0.0 { 0.0 } else { 1.0 / self.sum[row] };
         for (o, a) in out.iter_mut().zip(&self.acc[row * self.stride..]) {
             *o = a * factor;
         }

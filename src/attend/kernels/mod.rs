@@ -41,6 +41,14 @@ pub struct Kernels {
     pub matmul: fn(a: Mat<'_>, b: Mat<'_>, n: usize, c: MatMut<'_>),
 }
 
+/// Weights of logits that are all -inf (`exp(-inf - -inf)` would be NaN) or NaN, and their sum.
+fn nothing_visible(x: &mut [f32]) -> f32 {
+    for x in x.iter_mut() {
+        *x = if x.is_nan() { f32::NAN } else { 0.0 };
+    }
+    x.iter().sum()
+}
+
 const ENV: &str = "KVPACK_ISA";
 
 /// The instruction sets that this machine can run, best first.

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::Kernels;
+use super::{Kernels, nothing_visible};
 use crate::attend::codes::Codes;
 use crate::attend::mat::{Mat, MatMut};
 use crate::tensor::Slice;
@@ -66,8 +66,7 @@ fn fold(x: &[f32], scale: &[f16], zero: &[f16], folded: &mut [f32]) -> f32 {
 fn softmax(x: &mut [f32], max: f32) -> (f32, f32) {
     let max = x.iter().copied().fold(max, f32::max);
     if max == f32::NEG_INFINITY {
-        x.fill(0.0); // nothing visible so far: exp(-inf - -inf) would be NaN
-        return (max, 0.0);
+        return (max, nothing_visible(x));
     }
     let mut sum = 0.0;
     for x in x {

@@ -181,6 +181,12 @@ fn masked_logits_weigh_nothing() {
         let mut none = vec![f32::NEG_INFINITY; 11];
         assert_eq!((k.softmax)(&mut none, f32::NEG_INFINITY), (f32::NEG_INFINITY, 0.0));
         assert_eq!(none, [0.0; 11]);
+        for at in [0, 8, 10] {
+            let mut one = vec![0.5; 11];
+            one[at] = f32::NAN;
+            assert!((k.softmax)(&mut one, 0.0).1.is_nan(), "{}: a NaN stays one", k.name);
+            assert!((k.softmax)(&mut [f32::NAN; 11], f32::NEG_INFINITY).1.is_nan());
+        }
     });
 }
 

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{max_lanes, sum_lanes};
+use crate::attend::kernels::nothing_visible;
 
 pub(super) fn softmax(x: &mut [f32], max: f32) -> (f32, f32) {
     // SAFETY: the table is only handed out where the CPU has AVX2 and FMA.
@@ -20,8 +21,7 @@ fn softmax_all(x: &mut [f32], max: f32) -> (f32, f32) {
     }
     let max = max_lanes(largest).max(max);
     if max == f32::NEG_INFINITY {
-        x.fill(0.0);
-        return (max, 0.0);
+        return (max, nothing_visible(x));
     }
     let mut sum = _mm256_setzero_ps();
     let mut chunks = x.chunks_exact_mut(8);
@@ -50,7 +50,7 @@ fn exp(x: __m256) -> __m256 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     const POLY: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1];
     let tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-87.3), _CMP_LT_OQ);
-    let x = _mm256_max_ps(x, _mm256_set1_ps(-87.3));
+    let x = _mm256_max_ps(_mm256_set1_ps(-87.3), x); // in this order a NaN stays one
     let n = _mm256_round_ps(
         _mm256_mul_ps(x, _mm256_set1_ps(std::f32::consts::LOG2_E)),
         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC,
