@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,16 +10,16 @@ from .. import _kvpack
 from ..errors import OptionError
 
 
-class Quantize:
+class Quantize(ABC):
     """A codec: how tokens that have left the exact tail are stored."""
 
     name: ClassVar[str]
 
+    @abstractmethod
     def make_store(self) -> _kvpack.Layer:
         """An empty store of one layer."""
-        raise NotImplementedError
 
-    def check_head_dim(self, head_dim: int) -> None:
+    def check_head_dim(self, head_dim: int) -> None:  # noqa: B027  # most codecs fit every size
         """Raises OptionError when the parameters do not fit values of `head_dim` numbers."""
 
 
