@@ -1,26 +1,46 @@
 //! Packed codes: a matrix of small unsigned integers `[outer, lanes]`, packed along `outer`.
 //!
-//! Lanes stay apart, one byte each, so that eight of them widen to one vector of floats with a single
-//! instruction and no horizontal sum is ever needed. Keys put tokens in lanes (outer = channels), values
-//! put channels in lanes (outer = tokens).
+//! Keys put tokens in lanes (outer = channels), values put channels in lanes (outer = tokens), so that no horizontal sum
+//! is ever needed. Codes are multiplied as 16-bit integers, two outer rows at a time (`pmaddwd` and its like), so a lane
+//! is a pair of 16-bit words: word 0 holds even outer rows, word 1 odd ones, the pairs `j = 0, 1, ...` one above the other.
 //!
-//! Eight outer rows make a block of `bits` byte rows, `lanes` bytes each:
+//! | bits | outer rows of a block | where outer row `2 j + p` of a lane is |
+//! |---|---:|---|
+//! | 8, 4, 2 | 4, 8, 16 | word `p`, at bit `bits j` |
+//! | 3 | 16 | its two low bits as for 2; its high bit at bit `8 p + j` of a third word |
 //!
-//! | bits | byte rows of a block |
-//! |---|---|
-//! | 8 | row `o` holds outer `o` |
-//! | 4 | row `r` holds outer `2r` (low nibble) and `2r + 1` |
-//! | 2 | row `r` holds outer `4r .. 4r + 3`, two bits each from the lowest up |
-//! | 3 | rows 0 and 1: the two low bits, as for 2; row 2: bit `o` is the high bit of outer `o` |
+//! A block is a row of all lanes' pairs of words, for 3 bits followed by a row of their third words.
 
 #![forbid(unsafe_code)]
 
-/// Outer rows in a block, and the unit of lanes.
-pub const BLOCK: usize = 8;
+/// The unit of lanes: every instruction set works on a multiple or on all of these.
+pub const LANES: usize = 8;
 
-/// Bytes of `[outer, lanes]` codes of `bits` bits; both sizes are multiples of [`BLOCK`].
-pub fn packed_len(bits: u8, outer: usize, lanes: usize) -> usize {
-    outer / BLOCK * usize::from(bits) * lanes
+/// Outer rows of the largest block.
+pub const MOST_OUTER: usize = 16;
+
+/// Outer rows that are packed together.
+pub const fn block(bits: u8) -> usize {
+    match bits {
+        8 => 4,
+        4 => 8,
+        _ => MOST_OUTER,
+    }
+}
+
+/// `outer` rounded up to whole blocks.
+pub const fn padded_outer(bits: u8, outer: usize) -> usize {
+    outer.next_multiple_of(block(bits))
+}
+
+/// Words of `[outer, lanes]` codes; `lanes` is a multiple of [`LANES`].
+pub const fn packed_len(bits: u8, outer: usize, lanes: usize) -> usize {
+    outer.div_ceil(block(bits)) * block_words(bits, lanes)
+}
+
+/// Words of one block.
+pub const fn block_words(bits: u8, lanes: usize) -> usize {
+    if bits == 3 { 3 * lanes } else { 2 * lanes }
 }
 
 /// Packed codes, borrowed.
@@ -28,18 +48,18 @@ pub fn packed_len(bits: u8, outer: usize, lanes: usize) -> usize {
 pub struct Codes<'a> {
     bits: u8,
     lanes: usize,
-    data: &'a [u8],
+    words: &'a [u16],
 }
 
 impl<'a> Codes<'a> {
-    /// Codes of `bits` (2, 3, 4 or 8) bits in rows of `lanes` bytes.
+    /// Codes of `bits` (2, 3, 4 or 8) bits in rows of `lanes`.
     ///
     /// # Panics
-    /// When `data` is not a whole number of blocks, or `lanes` not a multiple of [`BLOCK`].
-    pub fn new(bits: u8, lanes: usize, data: &'a [u8]) -> Self {
+    /// When `words` are not whole blocks, or `lanes` is not a multiple of [`LANES`].
+    pub fn new(bits: u8, lanes: usize, words: &'a [u16]) -> Self {
         assert!(matches!(bits, 2 | 3 | 4 | 8), "{bits}-bit codes");
-        assert!(lanes > 0 && lanes.is_multiple_of(BLOCK) && data.len().is_multiple_of(usize::from(bits) * lanes));
-        Self { bits, lanes, data }
+        assert!(lanes > 0 && lanes.is_multiple_of(LANES) && words.len().is_multiple_of(block_words(bits, lanes)));
+        Self { bits, lanes, words }
     }
 
     /// Bits of one code.
@@ -47,19 +67,19 @@ impl<'a> Codes<'a> {
         self.bits
     }
 
-    /// Bytes of a byte row.
+    /// Columns.
     pub fn lanes(self) -> usize {
         self.lanes
     }
 
-    /// Outer rows.
+    /// Rows, whole blocks of them.
     pub fn outer(self) -> usize {
-        self.data.len() / (usize::from(self.bits) * self.lanes) * BLOCK
+        self.words.len() / block_words(self.bits, self.lanes) * block(self.bits)
     }
 
-    /// The bytes, block after block.
-    pub fn data(self) -> &'a [u8] {
-        self.data
+    /// The words, block after block.
+    pub fn words(self) -> &'a [u16] {
+        self.words
     }
 
     /// The code at `[outer, lane]`.
@@ -67,43 +87,62 @@ impl<'a> Codes<'a> {
         places(self.bits, self.lanes, outer, lane)
             .into_iter()
             .flatten()
-            .fold(0, |code, p| code | (self.data[p.byte] >> p.shift & p.mask) << p.up)
+            .fold(0, |code, p| code | ((self.words[p.word] >> p.shift & p.mask) << p.up) as u8)
     }
 }
 
-/// Packs one block, `codes` `[8, lanes]` one a byte, into the `bits * lanes` bytes of `packed`, whose bits at rows
-/// with a code other than 0 must still be 0.
-pub fn pack_block(bits: u8, codes: &[u8], packed: &mut [u8]) {
-    let lanes = codes.len() / BLOCK;
-    for (o, codes) in codes.chunks_exact(lanes).enumerate() {
-        for p in places(bits, lanes, o, 0).into_iter().flatten() {
-            for (byte, code) in packed[p.byte..p.byte + lanes].iter_mut().zip(codes) {
-                *byte |= (code >> p.up & p.mask) << p.shift;
-            }
+/// Writes row `outer` of `[.., lanes]` codes, one a byte; the row must still be 0 in `words`.
+pub fn put_row(bits: u8, codes: &[u8], outer: usize, words: &mut [u16]) {
+    let lanes = codes.len();
+    for p in places(bits, lanes, outer, 0).into_iter().flatten() {
+        let step = if p.third { 1 } else { 2 };
+        for (word, &code) in words[p.word..].iter_mut().step_by(step).zip(codes) {
+            *word |= (u16::from(code) >> p.up & p.mask) << p.shift;
         }
     }
 }
 
-/// Where some bits of a code lie: `mask` at `shift` of `byte`, worth `1 << up` in the code.
+/// Writes the codes of one lane, all its outer rows one a byte; they must still be 0 in `words`.
+pub fn put_lane(bits: u8, lanes: usize, codes: &[u8], lane: usize, words: &mut [u16]) {
+    let width = if bits == 3 { 2 } else { u32::from(bits) };
+    for (codes, words) in codes.chunks(block(bits)).zip(words.chunks_exact_mut(block_words(bits, lanes))) {
+        let mut pair = [0u16; 2];
+        let mut third = 0;
+        for (o, &code) in codes.iter().enumerate() {
+            pair[o % 2] |= (u16::from(code) & ((1 << width) - 1)) << (width * (o as u32 / 2));
+            third |= u16::from(code >> 2) << (8 * (o % 2) + o / 2);
+        }
+        words[2 * lane..2 * lane + 2].copy_from_slice(&pair);
+        if bits == 3 {
+            words[2 * lanes + lane] = third;
+        }
+    }
+}
+
+/// Where some bits of a code lie: `mask` at `shift` of `word`, worth `1 << up` in the code.
 struct Place {
-    byte: usize,
+    word: usize,
+    /// Whether that is a third word, of which a lane has one.
+    third: bool,
     shift: usize,
-    mask: u8,
+    mask: u16,
     up: usize,
 }
 
 fn places(bits: u8, lanes: usize, outer: usize, lane: usize) -> [Option<Place>; 2] {
-    let (block, o) = (outer / BLOCK, outer % BLOCK);
-    let byte = |row: usize| (block * usize::from(bits) + row) * lanes + lane;
-    match bits {
-        8 => [Some(Place { byte: byte(o), shift: 0, mask: 0xff, up: 0 }), None],
-        4 => [Some(Place { byte: byte(o / 2), shift: o % 2 * 4, mask: 0xf, up: 0 }), None],
-        2 => [Some(Place { byte: byte(o / 4), shift: o % 4 * 2, mask: 3, up: 0 }), None],
-        _ => [
-            Some(Place { byte: byte(o / 4), shift: o % 4 * 2, mask: 3, up: 0 }),
-            Some(Place { byte: byte(2), shift: o, mask: 1, up: 2 }),
-        ],
-    }
+    let first = outer / block(bits) * block_words(bits, lanes);
+    let (pair, parity) = (outer % block(bits) / 2, outer % 2);
+    let width = if bits == 3 { 2 } else { usize::from(bits) };
+    let low = Place {
+        word: first + 2 * lane + parity,
+        third: false,
+        shift: width * pair,
+        mask: (1 << width) - 1,
+        up: 0,
+    };
+    let high =
+        Place { word: first + 2 * lanes + lane, third: true, shift: 8 * parity + pair, mask: 1, up: 2 };
+    [Some(low), (bits == 3).then_some(high)]
 }
 
 #[cfg(test)]
@@ -114,17 +153,24 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_put_is_got(bits in prop::sample::select(vec![2u8, 3, 4, 8]), blocks in 1usize..4, lane_blocks in 1usize..5, seed: u64) {
-            let (outer, lanes) = (blocks * BLOCK, lane_blocks * BLOCK);
+            let (outer, lanes) = (blocks * block(bits), lane_blocks * LANES);
             let code = |o: usize, l: usize| {
                 ((seed ^ (o * 31 + l) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u8 & (u8::MAX >> (8 - bits))
             };
-            let mut data = vec![0; packed_len(bits, outer, lanes)];
-            for (b, packed) in data.chunks_exact_mut(usize::from(bits) * lanes).enumerate() {
-                let block: Vec<u8> = (0..BLOCK * lanes).map(|i| code(b * BLOCK + i / lanes, i % lanes)).collect();
-                pack_block(bits, &block, packed);
+            let mut words = vec![0; packed_len(bits, outer, lanes)];
+            for o in 0..outer {
+                let row: Vec<u8> = (0..lanes).map(|l| code(o, l)).collect();
+                put_row(bits, &row, o, &mut words);
             }
-            let codes = Codes::new(bits, lanes, &data);
+            let mut by_lane = vec![0; words.len()];
+            for l in 0..lanes {
+                let column: Vec<u8> = (0..outer).map(|o| code(o, l)).collect();
+                put_lane(bits, lanes, &column, l, &mut by_lane);
+            }
+            prop_assert_eq!(&words, &by_lane);
+            let codes = Codes::new(bits, lanes, &words);
             prop_assert_eq!(codes.outer(), outer);
+            prop_assert_eq!(words.len() * 16, outer * lanes * usize::from(bits));
             for o in 0..outer {
                 for l in 0..lanes {
                     prop_assert_eq!(codes.get(o, l), code(o, l));

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::kernels::Ahead;
 use super::mat::{Mat, MatMut};
 use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, key_chunks};
 
@@ -21,8 +22,8 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
     chunks.retain(|chunk| tokens.contains(&chunk.at));
     for (i, &KeyChunk { segment, first, tokens: n, at }) in chunks.iter().enumerate() {
         // What is wanted next comes from memory while this is computed: values behind scores, the next keys behind values.
-        cursor.clone().read(at, n, |values, first, n, _| (scratch.kernels.prefetch)(values.bytes(first, n)));
-        segment.scores(q, first, n, MatMut::new(&mut scores, heads, CHUNK), scratch);
+        let mut ahead = Ahead::new(cursor.next_bytes(at, n));
+        segment.scores(q, first, n, MatMut::new(&mut scores, heads, CHUNK), scratch, &mut ahead);
         if !all_visible {
             head.positions.collect_into(at, n, &mut held);
         }
@@ -34,12 +35,10 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
             }
             partial.weigh(g, scores, scratch.kernels);
         }
-        if let Some(next) = chunks.get(i + 1) {
-            (scratch.kernels.prefetch)(next.segment.bytes(next.first, next.tokens));
-        }
+        let mut ahead = Ahead::new(chunks.get(i + 1).map_or(&[], |next| next.segment.bytes(next.first, next.tokens)));
         let weights = Mat::new(&scores, heads, CHUNK);
         cursor.read(at, n, |values, first, n, offset| {
-            values.accumulate(weights.from_column(offset), first, n, partial.acc(), scratch);
+            values.accumulate(weights.from_column(offset), first, n, partial.acc(), scratch, &mut ahead);
         });
     }
     partial

@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::mat::{Mat, MatMut};
-use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, key_chunks, padded};
+use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, key_chunks, tile_rows};
 
 /// Query rows that share one block of scores.
 const QUERY_BLOCK: usize = 64;
@@ -17,7 +17,7 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, scratch: &mut Scratch
     let mut partial = Partial::new(rows, dv);
     let stride = partial.stride;
     let mut cursor = ValueCursor::new(&head.values);
-    let mut key_tile = vec![0.0; padded(dk) * CHUNK];
+    let mut key_tile = vec![0.0; tile_rows(dk) * CHUNK];
     let mut value_tile = vec![0.0; CHUNK * stride];
     let mut scores = vec![0.0; QUERY_BLOCK * CHUNK];
     let mut held = Vec::new();
@@ -26,7 +26,7 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, scratch: &mut Scratch
         if queries.visible.none(queries.range.end - 1, held[0]) {
             continue;
         }
-        segment.tile(first, n, MatMut::new(&mut key_tile, padded(dk), CHUNK), scratch);
+        segment.tile(first, n, MatMut::new(&mut key_tile, tile_rows(dk), CHUNK), scratch);
         cursor.read(at, n, |values, first, n, offset| {
             values.tile(first, n, MatMut::new(&mut value_tile[offset * stride..], n, stride), scratch);
         });

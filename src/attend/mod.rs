@@ -7,6 +7,7 @@
 
 pub mod codes;
 mod decode;
+pub mod folded;
 pub mod kernels;
 mod many;
 pub mod mat;
@@ -20,24 +21,27 @@ pub use partial::Partial;
 pub use positions::Positions;
 pub use visibility::{BoolView, Mask, MaskData, Visibility};
 
-use kernels::Kernels;
+use folded::Folded;
+use kernels::{Ahead, Kernels};
 use mat::{Mat, MatMut};
 
 /// Tokens that are scored at once: one softmax step, small enough for the first cache levels.
 pub const CHUNK: usize = 256;
 
-/// The kernels in use, and a buffer that segments may need while they are read.
+/// The kernels in use, and buffers that segments may need while they are read.
 pub struct Scratch {
     /// The inner loops.
     pub kernels: &'static Kernels,
-    /// Queries or weights with a page's scales folded in, or codes as f32.
+    /// Queries or weights with a page's scales folded in.
+    pub folded: Folded,
+    /// Codes as f32.
     pub buffer: Vec<f32>,
 }
 
 impl Scratch {
     /// Empty buffers.
     pub fn new(kernels: &'static Kernels) -> Self {
-        Self { kernels, buffer: Vec::new() }
+        Self { kernels, folded: Folded::default(), buffer: Vec::new() }
     }
 }
 
@@ -50,11 +54,19 @@ pub trait KeySegment: Sync {
     fn bytes(&self, first: usize, n: usize) -> &[u8];
 
     /// Logits before scaling: `out[g, t] = q_g . k_(first + t)` for `t < n`; `q` is `[G, dim]`, `out` has room for `n`
-    /// rounded up to a whole unit.
-    fn scores(&self, q: Mat<'_>, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch);
+    /// rounded up to a whole unit. Meanwhile all of `ahead` is fetched.
+    fn scores(
+        &self,
+        q: Mat<'_>,
+        first: usize,
+        n: usize,
+        out: MatMut<'_>,
+        scratch: &mut Scratch,
+        ahead: &mut Ahead<'_>,
+    );
 
-    /// The keys as f32, transposed: `out[c, t] = k_(first + t)[c]`; rows and columns of `out` are the dim and `n`, rounded
-    /// up to multiples of 8 and to whole units.
+    /// The keys as f32, transposed: `out[c, t] = k_(first + t)[c]`; `out` has [`tile_rows`] of the dim rows, and columns for
+    /// `n` rounded up to whole units.
     fn tile(&self, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch);
 }
 
@@ -64,7 +76,16 @@ pub trait ValueSegment: Sync {
     fn bytes(&self, first: usize, n: usize) -> &[u8];
 
     /// `acc[g, c] += sum_t w[g, t] v_(first + t)[c]` for `t < n`; `acc` has room for the dim rounded up to a multiple of 8.
-    fn accumulate(&self, w: Mat<'_>, first: usize, n: usize, acc: MatMut<'_>, scratch: &mut Scratch);
+    /// Meanwhile all of `ahead` is fetched.
+    fn accumulate(
+        &self,
+        w: Mat<'_>,
+        first: usize,
+        n: usize,
+        acc: MatMut<'_>,
+        scratch: &mut Scratch,
+        ahead: &mut Ahead<'_>,
+    );
 
     /// The values as f32: `out[t, c] = v_(first + t)[c]`; `out` has room for the dim rounded up to a multiple of 8.
     fn tile(&self, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch);
@@ -129,7 +150,12 @@ impl Softmax {
 
 /// `n` rounded up to a multiple of eight lanes.
 pub fn padded(n: usize) -> usize {
-    n.next_multiple_of(codes::BLOCK)
+    n.next_multiple_of(codes::LANES)
+}
+
+/// Rows of a tile of keys of `dim` numbers: whole blocks of codes.
+pub fn tile_rows(dim: usize) -> usize {
+    dim.next_multiple_of(codes::MOST_OUTER)
 }
 
 /// Walks the value segments in step with ranges of tokens that only grow.
@@ -144,6 +170,16 @@ struct ValueCursor<'a> {
 impl<'a> ValueCursor<'a> {
     fn new(values: &'a [Part<'a, dyn ValueSegment>]) -> Self {
         Self { values, part: 0, base: 0 }
+    }
+
+    /// The bytes of the first segment that `read` would come to.
+    fn next_bytes(&mut self, start: usize, n: usize) -> &'a [u8] {
+        while start - self.base >= self.values[self.part].tokens {
+            self.base += self.values[self.part].tokens;
+            self.part += 1;
+        }
+        let (part, first) = (&self.values[self.part], start - self.base);
+        part.segment.bytes(first, n.min(part.tokens - first))
     }
 
     /// Calls `read(segment, first token in it, tokens, offset from `start`)` for the pieces of `start .. start + n`.

@@ -2,7 +2,7 @@
 
 use super::column::Column;
 use crate::attend::mat::MatMut;
-use crate::attend::{CHUNK, Head, KeyChunk, Positions, Scratch, key_chunks, padded};
+use crate::attend::{CHUNK, Head, KeyChunk, Positions, Scratch, key_chunks, padded, tile_rows};
 use crate::quantize::{Codec, KeyPage, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
 
@@ -97,10 +97,10 @@ impl KvHead {
     /// Calls `write(position, key)` for every token held, dequantised.
     pub(super) fn each_key(&self, scratch: &mut Scratch, mut write: impl FnMut(u32, &[f32])) {
         let d = self.keys.tail.dim();
-        let (mut tile, mut key) = (vec![0.0; padded(d) * CHUNK], vec![0.0; d]);
+        let (mut tile, mut key) = (vec![0.0; tile_rows(d) * CHUNK], vec![0.0; d]);
         let mut positions = Vec::new();
         for KeyChunk { segment, first, tokens: n, at } in key_chunks(&self.keys.parts()) {
-            segment.tile(first, n, MatMut::new(&mut tile, padded(d), CHUNK), scratch);
+            segment.tile(first, n, MatMut::new(&mut tile, tile_rows(d), CHUNK), scratch);
             self.positions.collect_into(at, n, &mut positions);
             for (t, &p) in positions.iter().enumerate() {
                 for (c, x) in key.iter_mut().enumerate() {

@@ -1,5 +1,6 @@
 //! Exact: rows in the model's own dtype, in pages only so that they can be shared.
 
+use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::{KeySegment, Scratch, ValueSegment};
 use crate::tensor::Rows;
@@ -26,8 +27,16 @@ impl KeySegment for Rows {
         self.slice(first..first + n).bytes()
     }
 
-    fn scores(&self, q: Mat<'_>, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch) {
-        (scratch.kernels.dot_rows)(q, self.slice(first..first + n), self.dim(), out);
+    fn scores(
+        &self,
+        q: Mat<'_>,
+        first: usize,
+        n: usize,
+        out: MatMut<'_>,
+        scratch: &mut Scratch,
+        ahead: &mut Ahead<'_>,
+    ) {
+        (scratch.kernels.dot_rows)(q, self.slice(first..first + n), self.dim(), out, ahead);
     }
 
     fn tile(&self, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch) {
@@ -47,8 +56,16 @@ impl ValueSegment for Rows {
         self.slice(first..first + n).bytes()
     }
 
-    fn accumulate(&self, w: Mat<'_>, first: usize, n: usize, acc: MatMut<'_>, scratch: &mut Scratch) {
-        (scratch.kernels.add_rows)(w, self.slice(first..first + n), self.dim(), acc);
+    fn accumulate(
+        &self,
+        w: Mat<'_>,
+        first: usize,
+        n: usize,
+        acc: MatMut<'_>,
+        scratch: &mut Scratch,
+        ahead: &mut Ahead<'_>,
+    ) {
+        (scratch.kernels.add_rows)(w, self.slice(first..first + n), self.dim(), acc, ahead);
     }
 
     fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, _: &mut Scratch) {

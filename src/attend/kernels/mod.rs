@@ -1,22 +1,42 @@
-//! The inner loops of reading, one folder or file an instruction set, chosen once at run time.
+//! The inner loops of reading, chosen once at run time.
 //!
-//! `scalar` reads like the equations and is what the others are tested against.
+//! `scalar` reads like the equations and is what the others are tested against. `wide` has the loops written once over
+//! the vectors of `vector`; `avx2` and `avx512` are such vectors, one file an instruction set.
 
+mod ahead;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod scalar;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod vector;
+#[cfg(target_arch = "x86_64")]
+mod wide;
 
 use std::ops::Range;
 use std::sync::OnceLock;
 
 use half::f16;
 
+pub use ahead::Ahead;
+
 use super::codes::Codes;
+use super::folded::Folded;
 use super::mat::{Mat, MatMut};
 use crate::error::{Error, Result};
 use crate::tensor::Slice;
+
+/// Scales and zero-points, as many of these as of those.
+#[derive(Clone, Copy)]
+pub struct Grid<'a> {
+    /// Factors of codes.
+    pub scale: &'a [f16],
+    /// What code 0 stands for.
+    pub zero: &'a [f16],
+}
 
 #[allow(clippy::type_complexity)] // the signatures are the documentation
 /// A table of the inner loops. `g` counts the rows of matrices: query heads, or queries.
@@ -24,19 +44,18 @@ pub struct Kernels {
     /// The instruction set's name.
     pub name: &'static str,
     /// `out[g, t] = sum_c q[g, c] rows[t, c]`; a row has `d` numbers.
-    pub dot_rows: fn(q: Mat<'_>, rows: Slice<'_>, d: usize, out: MatMut<'_>),
+    pub dot_rows: fn(q: Mat<'_>, rows: Slice<'_>, d: usize, out: MatMut<'_>, ahead: &mut Ahead<'_>),
     /// `acc[g, c] += sum_t w[g, t] rows[t, c]`; a row has `d` numbers.
-    pub add_rows: fn(w: Mat<'_>, rows: Slice<'_>, d: usize, acc: MatMut<'_>),
-    /// `acc[g, l] += sum_o w[g, o] codes[o, l]` for the lanes in a range (of multiples of 8).
-    pub add_codes: fn(w: Mat<'_>, codes: Codes<'_>, lanes: Range<usize>, acc: MatMut<'_>),
+    pub add_rows: fn(w: Mat<'_>, rows: Slice<'_>, d: usize, acc: MatMut<'_>, ahead: &mut Ahead<'_>),
+    /// `words[g, lead + i] = round(x[g, i] scale[i] / step_g)`, with the step that makes the largest of a row
+    /// `largest_word`, and `offset_g = sum_i x[g, i] zero[i]`. The words before and behind are left alone.
+    pub fold: fn(x: Mat<'_>, grid: Grid<'_>, largest_word: f32, lead: usize, out: &mut Folded),
+    /// `acc[g, l] += step_g sum_o words[g, o] codes[o, l] + offset_g` for the lanes in a range (of multiples of 8).
+    pub add_codes: fn(w: &Folded, codes: Codes<'_>, lanes: Range<usize>, acc: MatMut<'_>),
     /// `out[o, l] = codes[o, l]`.
     pub unpack: fn(codes: Codes<'_>, out: MatMut<'_>),
-    /// `folded[i] = x[i] scale[i]`; returns `sum_i x[i] zero[i]`. All have the same length.
-    pub fold: fn(x: &[f32], scale: &[f16], zero: &[f16], folded: &mut [f32]) -> f32,
     /// `x <- exp(x - m)` where `m` is the largest of `x` and `max`; returns `m` and the sum. When all are -inf, `x` is 0.
     pub softmax: fn(x: &mut [f32], max: f32) -> (f32, f32),
-    /// Asks for bytes that will be read soon.
-    pub prefetch: fn(&[u8]),
     /// `c[m, n] += sum_k a[m, k] b[k, n]` for `n` columns.
     pub matmul: fn(a: Mat<'_>, b: Mat<'_>, n: usize, c: MatMut<'_>),
 }
@@ -55,8 +74,13 @@ const ENV: &str = "KVPACK_ISA";
 pub fn available() -> Vec<&'static Kernels> {
     let mut all = vec![&scalar::KERNELS];
     #[cfg(target_arch = "x86_64")]
-    if avx2::detected() {
-        all.insert(0, &avx2::KERNELS);
+    {
+        if avx2::detected() {
+            all.insert(0, &avx2::KERNELS);
+        }
+        if avx512::detected() {
+            all.insert(0, &avx512::KERNELS);
+        }
     }
     all
 }

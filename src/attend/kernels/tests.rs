@@ -4,7 +4,9 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::{Kernels, available, choose, scalar};
-use crate::attend::codes::{BLOCK, Codes, pack_block};
+use super::{Ahead, Grid};
+use crate::attend::codes::{Codes, LANES, block, packed_len, put_row};
+use crate::attend::folded::Folded;
 use crate::attend::mat::{Mat, MatMut};
 use crate::tensor::Slice;
 
@@ -20,14 +22,14 @@ fn numbers(n: usize, seed: u64) -> Vec<f32> {
     (0..n).map(|_| next()).collect()
 }
 
-fn random_codes(bits: u8, outer: usize, lanes: usize, seed: u64) -> Vec<u8> {
+fn random_codes(bits: u8, outer: usize, lanes: usize, seed: u64) -> Vec<u16> {
     let codes: Vec<u8> =
         numbers(outer * lanes, seed).iter().map(|x| ((x + 1.0) * 1e6) as u8 & (u8::MAX >> (8 - bits))).collect();
-    let mut data = vec![0; outer / BLOCK * usize::from(bits) * lanes];
-    for (block, packed) in codes.chunks_exact(BLOCK * lanes).zip(data.chunks_exact_mut(usize::from(bits) * lanes)) {
-        pack_block(bits, block, packed);
+    let mut words = vec![0; packed_len(bits, outer, lanes)];
+    for (o, row) in codes.chunks_exact(lanes).enumerate() {
+        put_row(bits, row, o, &mut words);
     }
-    data
+    words
 }
 
 fn close(what: &str, got: &[f32], want: &[f64], terms: usize) {
@@ -64,7 +66,7 @@ proptest! {
                 .collect();
             each_isa(|k| {
                 let mut out = vec![7.0; heads * stride];
-                (k.dot_rows)(Mat::new(&q, heads, d), rows, d, MatMut::new(&mut out, heads, stride));
+                (k.dot_rows)(Mat::new(&q, heads, d), rows, d, MatMut::new(&mut out, heads, stride), &mut Ahead::new(&[1; 999]));
                 let got: Vec<f32> = (0..heads * n).map(|i| out[i / n * stride + i % n]).collect();
                 close(k.name, &got, &want, d);
                 assert!((0..heads).all(|g| out[g * stride + n..(g + 1) * stride].iter().all(|&x| x == 7.0)));
@@ -82,7 +84,7 @@ proptest! {
                 .collect();
             each_isa(|k| {
                 let mut acc = vec![1.0; heads * acc_stride];
-                (k.add_rows)(Mat::new(&w, heads, w_stride), rows, d, MatMut::new(&mut acc, heads, acc_stride));
+                (k.add_rows)(Mat::new(&w, heads, w_stride), rows, d, MatMut::new(&mut acc, heads, acc_stride), &mut Ahead::new(&[1; 999]));
                 let got: Vec<f32> = (0..heads * d).map(|i| acc[i / d * acc_stride + i % d]).collect();
                 close(k.name, &got, &want, n + 1);
             });
@@ -93,29 +95,38 @@ proptest! {
     fn codes(
         bits in prop::sample::select(vec![2u8, 3, 4, 8]),
         heads in 1usize..10,
-        outer in 1usize..9,
-        lanes in 1usize..9,
+        blocks in 1usize..20,
+        lanes in 1usize..12,
         first in 0usize..4,
         seed: u64,
     ) {
-        let (outer, lanes) = (outer * BLOCK, lanes * BLOCK);
-        let data = random_codes(bits, outer, lanes, seed);
-        let codes = Codes::new(bits, lanes, &data);
-        let w = numbers(heads * outer, seed ^ 1);
-        let range = (first * BLOCK).min(lanes)..lanes;
+        let (outer, lanes) = (blocks * block(bits), lanes * LANES);
+        let words = random_codes(bits, outer, lanes, seed);
+        let codes = Codes::new(bits, lanes, &words);
+        let mut folded = Folded::default();
+        folded.reset(heads, bits, outer);
+        // As large as they may become, with all signs alike in the first row: sums must not overflow.
+        let largest = Folded::largest_word(bits, outer);
+        for (i, (word, x)) in folded.words.iter_mut().zip(numbers(heads * outer, seed ^ 1)).enumerate() {
+            *word = if i < outer { largest as i16 } else { (x * largest) as i16 };
+        }
+        folded.step = numbers(heads, seed ^ 2);
+        folded.offset = numbers(heads, seed ^ 3);
+        let range = (first * LANES).min(lanes)..lanes;
         let stride = lanes + 8;
         let want: Vec<f64> = (0..heads * lanes)
             .map(|i| {
                 let (g, l) = (i / lanes, i % lanes);
-                let sum = (0..outer).map(|o| f64::from(w[g * outer + o]) * f64::from(codes.get(o, l))).sum::<f64>();
-                1.0 + if range.contains(&l) { sum } else { 0.0 }
+                let sum: i64 = (0..outer).map(|o| i64::from(folded.words[g * outer + o]) * i64::from(codes.get(o, l))).sum();
+                let added = f64::from(folded.step[g]) * sum as f64 + f64::from(folded.offset[g]);
+                1.0 + if range.contains(&l) { added } else { 0.0 }
             })
             .collect();
         each_isa(|k| {
             let mut acc = vec![1.0; heads * stride];
-            (k.add_codes)(Mat::new(&w, heads, outer), codes, range.clone(), MatMut::new(&mut acc, heads, stride));
+            (k.add_codes)(&folded, codes, range.clone(), MatMut::new(&mut acc, heads, stride));
             let got: Vec<f32> = (0..heads * lanes).map(|i| acc[i / lanes * stride + i % lanes]).collect();
-            close(k.name, &got, &want, outer << bits);
+            close(k.name, &got, &want, 1);
             let mut out = vec![0.0; outer * stride];
             (k.unpack)(codes, MatMut::new(&mut out, outer, stride));
             assert!((0..outer * lanes).all(|i| out[i / lanes * stride + i % lanes] == f32::from(codes.get(i / lanes, i % lanes))));
@@ -123,18 +134,53 @@ proptest! {
     }
 
     #[test]
-    fn fold(n in 0usize..40, seed: u64) {
-        let x = numbers(n, seed);
+    fn fold(n in 0usize..80, heads in 1usize..10, lead in 0usize..9, bits in prop::sample::select(vec![2u8, 3, 4, 8]), seed: u64) {
+        let stride = n + 3;
+        let x = numbers(heads * stride, seed);
         let half = |seed| numbers(n, seed).iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>();
         let (scale, zero) = (half(seed ^ 1), half(seed ^ 2));
-        let exact = |i: usize, y: &[f16]| f64::from(x[i]) * y[i].to_f64();
-        let want: Vec<f64> = (0..n).map(|i| exact(i, &scale)).collect();
+        let exact = |g: usize, i: usize, y: &[f16]| f64::from(x[g * stride + i]) * y[i].to_f64();
+        let largest = Folded::largest_word(bits, lead + n);
         each_isa(|k| {
-            let mut folded = vec![0.0; n];
-            let offset = (k.fold)(&x, &scale, &zero, &mut folded);
-            close(k.name, &folded, &want, 1);
-            close(k.name, &[offset], &[(0..n).map(|i| exact(i, &zero)).sum()], n + 1);
+            let mut out = Folded::default();
+            out.reset(heads, bits, lead + n);
+            (k.fold)(Mat::new(&x, heads, stride), Grid { scale: &scale, zero: &zero }, largest, lead, &mut out);
+            for g in 0..heads {
+                let row = &out.words[g * out.stride..(g + 1) * out.stride];
+                let step = f64::from(out.step[g]);
+                for i in 0..n {
+                    let error = f64::from(row[lead + i]) * step - exact(g, i, &scale);
+                    // Half a step, and the rounding of a float of that size.
+                    assert!(error.abs() <= 0.505 * step, "{}: off by {error} with step {step}", k.name);
+                }
+                assert!(row[..lead].iter().chain(&row[lead + n..]).all(|&word| word == 0));
+                let max = (0..n).map(|i| exact(g, i, &scale).abs()).fold(0.0, f64::max);
+                close(k.name, &[out.step[g] * largest], &[max], 1);
+                close(k.name, &[out.offset[g]], &[(0..n).map(|i| exact(g, i, &zero)).sum()], n + 1);
+            }
         });
+    }
+
+    #[test]
+    fn wide_fold_and_codes_agree_with_scalar_ones(
+        bits in prop::sample::select(vec![2u8, 3, 4, 8]), n in 1usize..70, lanes in 1usize..9, heads in 1usize..6, seed: u64,
+    ) {
+        let lanes = lanes * LANES;
+        let words = random_codes(bits, n.next_multiple_of(block(bits)), lanes, seed);
+        let codes = Codes::new(bits, lanes, &words);
+        let x = numbers(heads * n, seed ^ 4);
+        let scale: Vec<f16> = numbers(n, seed ^ 5).iter().map(|&x| f16::from_f32(x)).collect();
+        let grid = Grid { scale: &scale, zero: &scale };
+        let run = |k: &Kernels| {
+            let mut folded = Folded::default();
+            folded.reset(heads, bits, n);
+            (k.fold)(Mat::new(&x, heads, n), grid, Folded::largest_word(bits, n), 0, &mut folded);
+            let mut acc = vec![0.0; heads * lanes];
+            (k.add_codes)(&folded, codes, 0..lanes, MatMut::new(&mut acc, heads, lanes));
+            acc
+        };
+        let want: Vec<f64> = run(&scalar::KERNELS).into_iter().map(f64::from).collect();
+        each_isa(|k| close(k.name, &run(k), &want, n << (bits / 2)));
     }
 
     #[test]

@@ -1,0 +1,183 @@
+//! AVX-512 with VNNI: sixteen lanes, thirty-two registers, multiply and add of words in one instruction.
+
+#![allow(clippy::wildcard_imports, clippy::inline_always)]
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::avx2::{self, Avx2};
+use super::vector::Vector;
+use super::wide;
+
+wide::kernels!("avx512", Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");
+
+pub(super) fn detected() -> bool {
+    avx2::detected()
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
+}
+
+/// 512-bit vectors.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512;
+
+// SAFETY of the bodies: the contract of `Vector`.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Vector for Avx512 {
+    const LANES: usize = 16;
+    const REGISTERS: usize = 32;
+    const FUSED_DOT: bool = true;
+    type F = __m512;
+    type I = __m512i;
+    type Half = Avx2;
+
+    #[inline(always)]
+    unsafe fn zero() -> __m512 {
+        unsafe { _mm512_setzero_ps() }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const f16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> __m512 {
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())), 16)) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, x: __m512) {
+        unsafe { _mm512_storeu_ps(p, x) }
+    }
+    #[inline(always)]
+    unsafe fn store_rounded(p: *mut i16, a: __m512, b: __m512) {
+        unsafe {
+            _mm256_storeu_si256(p.cast(), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a)));
+            _mm256_storeu_si256(p.add(16).cast(), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(b)));
+        }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn abs(x: __m512) -> __m512 {
+        unsafe { _mm512_abs_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn round(x: __m512) -> __m512 {
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(n: __m512) -> __m512 {
+        unsafe {
+            let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))
+        }
+    }
+    #[inline(always)]
+    unsafe fn zero_below(test: __m512, limit: __m512, x: __m512) -> __m512 {
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(test, limit), x) }
+    }
+    #[inline(always)]
+    unsafe fn sum(x: __m512) -> f32 {
+        unsafe { Avx2::sum(halves_sum(x)) }
+    }
+    #[inline(always)]
+    unsafe fn sum4([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        unsafe { Avx2::sum4([halves_sum(a), halves_sum(b), halves_sum(c), halves_sum(d)]) }
+    }
+    #[inline(always)]
+    unsafe fn largest(x: __m512) -> f32 {
+        unsafe { Avx2::largest(_mm256_max_ps(_mm512_castps512_ps256(x), upper(x))) }
+    }
+
+    #[inline(always)]
+    unsafe fn integer_zero() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn splat_word(x: i16) -> __m512i {
+        unsafe { _mm512_set1_epi16(x) }
+    }
+    #[inline(always)]
+    unsafe fn splat_pair(p: *const i16) -> __m512i {
+        unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(p: *const u16) -> __m512i {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(p: *const u16) -> __m512i {
+        unsafe { _mm512_cvtepu8_epi16(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn and(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_and_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn shift_right(x: __m512i, n: u32) -> __m512i {
+        unsafe { _mm512_srl_epi16(x, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn shift_left(x: __m512i, n: u32) -> __m512i {
+        unsafe { _mm512_sll_epi16(x, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_dpwssd_epi32(sum, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn to_float(x: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn pairs_to_float(x: __m512i) -> [__m512; 2] {
+        unsafe {
+            let (even, odd) = (_mm512_and_si512(x, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32::<16>(x));
+            [_mm512_cvtepi32_ps(even), _mm512_cvtepi32_ps(odd)]
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn upper(x: __m512) -> __m256 {
+    // SAFETY: by the contract of `Vector`.
+    unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x))) }
+}
+
+#[inline(always)]
+unsafe fn halves_sum(x: __m512) -> __m256 {
+    // SAFETY: by the contract of `Vector`.
+    unsafe { _mm256_add_ps(_mm512_castps512_ps256(x), upper(x)) }
+}

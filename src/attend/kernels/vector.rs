@@ -1,0 +1,70 @@
+//! What an instruction set must offer for the loops in `wide`.
+
+use half::{bf16, f16};
+
+/// Vectors of `LANES` floats, or of `LANES` 32-bit integers that are also pairs of 16-bit words.
+///
+/// # Safety
+/// All functions need a CPU that has the instruction set, pointers must be valid for what is read or written there (no
+/// alignment is needed). They are always inlined, since only inside a function that enables the instruction set do they
+/// become instructions.
+pub(super) trait Vector: Copy {
+    /// Floats in a vector.
+    const LANES: usize;
+    /// Registers for vectors.
+    const REGISTERS: usize;
+    /// Whether [`Self::dot`] is one instruction, whose sum then has its whole latency.
+    const FUSED_DOT: bool;
+    /// Floats.
+    type F: Copy;
+    /// Integers.
+    type I: Copy;
+    /// Vectors of half the lanes for what is left at an end, or these again where there are no smaller ones.
+    type Half: Vector;
+
+    unsafe fn zero() -> Self::F;
+    unsafe fn splat(x: f32) -> Self::F;
+    unsafe fn load(p: *const f32) -> Self::F;
+    unsafe fn load_f16(p: *const f16) -> Self::F;
+    unsafe fn load_bf16(p: *const bf16) -> Self::F;
+    unsafe fn store(p: *mut f32, x: Self::F);
+    /// Rounds both, half to even, and stores them one after the other as 16-bit integers.
+    unsafe fn store_rounded(p: *mut i16, a: Self::F, b: Self::F);
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    /// `a b + c`.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `b` where one is NaN.
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn abs(x: Self::F) -> Self::F;
+    unsafe fn round(x: Self::F) -> Self::F;
+    /// `2^n` for whole `n` from -126 to 127.
+    unsafe fn power_of_two(n: Self::F) -> Self::F;
+    /// `x`, but 0 where `test < limit`.
+    unsafe fn zero_below(test: Self::F, limit: Self::F, x: Self::F) -> Self::F;
+    unsafe fn sum(x: Self::F) -> f32;
+    unsafe fn sum4(x: [Self::F; 4]) -> [f32; 4];
+    unsafe fn largest(x: Self::F) -> f32;
+
+    unsafe fn integer_zero() -> Self::I;
+    /// The same word everywhere.
+    unsafe fn splat_word(x: i16) -> Self::I;
+    /// The same pair of words in every lane.
+    unsafe fn splat_pair(p: *const i16) -> Self::I;
+    /// A pair of words a lane.
+    unsafe fn load_pairs(p: *const u16) -> Self::I;
+    /// A word a lane, its bytes widened to a pair of words.
+    unsafe fn load_bytes(p: *const u16) -> Self::I;
+    unsafe fn and(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
+    /// Every word shifted to the right by a constant.
+    unsafe fn shift_right(x: Self::I, n: u32) -> Self::I;
+    /// Every word shifted to the left by a constant.
+    unsafe fn shift_left(x: Self::I, n: u32) -> Self::I;
+    /// `sum + a0 b0 + a1 b1`, of the pairs of signed words in every lane.
+    unsafe fn dot(sum: Self::I, a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn to_float(x: Self::I) -> Self::F;
+    /// The two words of the pairs, which are not negative, as floats.
+    unsafe fn pairs_to_float(x: Self::I) -> [Self::F; 2];
+}

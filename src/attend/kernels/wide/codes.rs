@@ -1,0 +1,211 @@
+//! Packed codes: opened in registers and used at once by a tile of query heads.
+
+use std::ops::Range;
+
+use super::super::vector::Vector;
+use super::super::Folded;
+use super::tiles_of_heads;
+use crate::attend::codes::{Codes, block, block_words};
+use crate::attend::mat::MatMut;
+
+/// Runs `$body` with the constant `$J` for every pair of outer rows in a block.
+macro_rules! each_pair {
+    ($bits:expr, $J:ident => $body:expr) => {{
+        each_pair!(@ $J, $body, 0 1);
+        if $bits <= 4 {
+            each_pair!(@ $J, $body, 2 3);
+        }
+        if $bits <= 3 {
+            each_pair!(@ $J, $body, 4 5 6 7);
+        }
+    }};
+    (@ $J:ident, $body:expr, $($j:literal)*) => { $({ const $J: u32 = $j; $body })* };
+}
+
+/// Words of `V` lanes of a block: pairs, and for 3 bits what is beside them.
+#[derive(Clone, Copy)]
+struct Block<V: Vector> {
+    pairs: V::I,
+    third: V::I,
+}
+
+impl<V: Vector> Block<V> {
+    /// The block at `words`, which is at its first wanted lane; the block has `lanes` of them, of which `skipped` before.
+    #[inline(always)]
+    unsafe fn load<const BITS: u8>(words: *const u16, lanes: usize, skipped: usize) -> Self {
+        // SAFETY: by the caller's contract.
+        unsafe {
+            let third = if BITS == 3 {
+                V::load_bytes(words.add(2 * (lanes - skipped) + skipped))
+            } else {
+                V::integer_zero()
+            };
+            Self { pairs: V::load_pairs(words), third }
+        }
+    }
+
+    /// The codes of pair `j` as words.
+    #[inline(always)]
+    unsafe fn codes<const BITS: u8>(self, j: u32) -> V::I {
+        // SAFETY: by the caller's contract.
+        unsafe {
+            let width = if BITS == 3 { 2 } else { u32::from(BITS) };
+            let shifted = if j == 0 { self.pairs } else { V::shift_right(self.pairs, width * j) };
+            let last = width * (j + 1) == 16;
+            let low = if last { shifted } else { V::and(shifted, V::splat_word((1 << width) - 1)) };
+            if BITS != 3 {
+                return low;
+            }
+            let high = if j < 2 { V::shift_left(self.third, 2 - j) } else { V::shift_right(self.third, j - 2) };
+            V::or(low, V::and(high, V::splat_word(4)))
+        }
+    }
+}
+
+/// `acc[g, l] += step_g sum_o w[g, o] codes[o, l] + offset_g`.
+#[inline(always)]
+pub(in super::super) unsafe fn add_codes<V: Vector>(
+    w: &Folded,
+    codes: Codes<'_>,
+    lanes: Range<usize>,
+    acc: MatMut<'_>,
+) {
+    // SAFETY: by the caller's contract.
+    unsafe {
+        match codes.bits() {
+            8 => add_codes_of::<V, 8>(w, codes, lanes, acc),
+            4 => add_codes_of::<V, 4>(w, codes, lanes, acc),
+            3 => add_codes_of::<V, 3>(w, codes, lanes, acc),
+            _ => add_codes_of::<V, 2>(w, codes, lanes, acc),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn add_codes_of<V: Vector, const BITS: u8>(
+    w: &Folded,
+    codes: Codes<'_>,
+    lanes: Range<usize>,
+    mut acc: MatMut<'_>,
+) {
+    tiles_of_heads!(w.rows, g, G => {
+        let mut lane = lanes.start;
+        let many = V::REGISTERS > 16 || G < 4;
+        // SAFETY: by the caller's contract.
+        unsafe {
+            while many && lane + 4 * V::LANES <= lanes.end {
+                add_codes_tile::<V, BITS, G, 4>(w, g, codes, lane, &mut acc);
+                lane += 4 * V::LANES;
+            }
+            while lane + 2 * V::LANES <= lanes.end {
+                add_codes_tile::<V, BITS, G, 2>(w, g, codes, lane, &mut acc);
+                lane += 2 * V::LANES;
+            }
+            while lane + V::LANES <= lanes.end {
+                add_codes_tile::<V, BITS, G, 1>(w, g, codes, lane, &mut acc);
+                lane += V::LANES;
+            }
+            if lane < lanes.end {
+                add_codes_tile::<V::Half, BITS, G, 1>(w, g, codes, lane, &mut acc);
+            }
+        }
+    });
+}
+
+/// Rows `first .. first + G` of `w`, `N` vectors of lanes from `lane` on.
+#[inline(always)]
+unsafe fn add_codes_tile<V: Vector, const BITS: u8, const G: usize, const N: usize>(
+    w: &Folded,
+    first: usize,
+    codes: Codes<'_>,
+    lane: usize,
+    acc: &mut MatMut<'_>,
+) {
+    // SAFETY: blocks and lanes are within `codes`, rows within `w` and `acc`, by the caller's contract.
+    unsafe {
+        let (lanes, in_block) = (codes.lanes(), block(BITS));
+        let mut sum = [[[V::integer_zero(); N]; G]; 2];
+        // Few sums that wait for their own latency: even and odd pairs get sums of their own.
+        let apart = usize::from(V::FUSED_DOT && G * N < 8);
+        let mut words = codes.words().as_ptr().add(2 * lane);
+        let mut w_block = w.words.as_ptr().add(first * w.stride);
+        for _ in 0..codes.outer() / in_block {
+            let mut blocks = [Block::<V> { pairs: V::integer_zero(), third: V::integer_zero() }; N];
+            for v in 0..N {
+                blocks[v] = Block::load::<BITS>(words.add(2 * v * V::LANES), lanes, lane + v * V::LANES);
+            }
+            each_pair!(BITS, J => {
+                let mut pair = [V::integer_zero(); G];
+                for g in 0..G {
+                    pair[g] = V::splat_pair(w_block.add(g * w.stride + 2 * J as usize));
+                }
+                let sum = &mut sum[J as usize & apart];
+                for v in 0..N {
+                    let code = blocks[v].codes::<BITS>(J);
+                    for g in 0..G {
+                        sum[g][v] = V::dot(sum[g][v], code, pair[g]);
+                    }
+                }
+            });
+            words = words.add(block_words(BITS, lanes));
+            w_block = w_block.add(in_block);
+        }
+        for g in 0..G {
+            let (step, offset) = (V::splat(w.step[first + g]), V::splat(w.offset[first + g]));
+            for v in 0..N {
+                let p = acc.data.as_mut_ptr().add((first + g) * acc.stride + lane + v * V::LANES);
+                let mut x = V::fma(V::to_float(sum[0][g][v]), step, V::add(V::load(p), offset));
+                if apart == 1 {
+                    x = V::fma(V::to_float(sum[1][g][v]), step, x);
+                }
+                V::store(p, x);
+            }
+        }
+    }
+}
+
+/// `out[o, l] = codes[o, l]`.
+#[inline(always)]
+pub(in super::super) unsafe fn unpack<V: Vector>(codes: Codes<'_>, mut out: MatMut<'_>) {
+    // SAFETY: by the caller's contract.
+    unsafe {
+        match codes.bits() {
+            8 => unpack_of::<V, 8>(codes, &mut out),
+            4 => unpack_of::<V, 4>(codes, &mut out),
+            3 => unpack_of::<V, 3>(codes, &mut out),
+            _ => unpack_of::<V, 2>(codes, &mut out),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn unpack_of<V: Vector, const BITS: u8>(codes: Codes<'_>, out: &mut MatMut<'_>) {
+    for b in 0..codes.outer() / block(BITS) {
+        let mut lane = 0;
+        // SAFETY: by the caller's contract.
+        unsafe {
+            while lane + V::LANES <= codes.lanes() {
+                unpack_vector::<V, BITS>(codes, b, lane, out);
+                lane += V::LANES;
+            }
+            if lane < codes.lanes() {
+                unpack_vector::<V::Half, BITS>(codes, b, lane, out);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn unpack_vector<V: Vector, const BITS: u8>(codes: Codes<'_>, b: usize, lane: usize, out: &mut MatMut<'_>) {
+    // SAFETY: block and lanes are within `codes` and `out`, by the caller's contract.
+    unsafe {
+        let words = codes.words().as_ptr().add(b * block_words(BITS, codes.lanes()) + 2 * lane);
+        let opened = Block::<V>::load::<BITS>(words, codes.lanes(), lane);
+        let out_row = |o: usize| (b * block(BITS) + o) * out.stride + lane;
+        each_pair!(BITS, J => {
+            let [even, odd] = V::pairs_to_float(opened.codes::<BITS>(J));
+            V::store(out.data.as_mut_ptr().add(out_row(2 * J as usize)), even);
+            V::store(out.data.as_mut_ptr().add(out_row(2 * J as usize + 1)), odd);
+        });
+    }
+}

@@ -1,0 +1,163 @@
+//! A page of keys: quantised per channel, over groups of tokens.
+
+use half::f16;
+
+use super::{Kivi, as_f16, as_f16_mut, bytes_of, code, divisor};
+use crate::attend::codes::{Codes, packed_len, padded_outer, put_lane};
+use crate::attend::folded::Folded;
+use crate::attend::kernels::{Ahead, Grid};
+use crate::attend::mat::{Mat, MatMut};
+use crate::attend::{KeySegment, Scratch};
+use crate::quantize::PageBytes;
+use crate::tensor::Rows;
+
+/// Per group of tokens the codes `[channels, tokens]`, and a scale and a zero-point per channel.
+#[derive(Clone)]
+pub struct PackedKeys {
+    bits: u8,
+    group: usize,
+    tokens: usize,
+    dim: usize,
+    /// Group after group: codes, `dim` scales, `dim` zero-points, in the order in which they are read.
+    words: Box<[u16]>,
+}
+
+impl PackedKeys {
+    /// Packs the `n` oldest of `rows`; `n` is a multiple of the group.
+    pub(in crate::quantize) fn pack(kivi: &Kivi, rows: &Rows, n: usize) -> Self {
+        let (dim, group) = (rows.dim(), kivi.group);
+        let mut page = Self { bits: kivi.bits, group, tokens: n, dim, words: Box::default() };
+        page.words = vec![0; n / group * page.group_words()].into();
+        let code_words = page.code_words();
+        for (i, words) in page.words.chunks_exact_mut(code_words + 2 * dim).enumerate() {
+            let x = rows.to_f32(i * group..(i + 1) * group);
+            let (codes, grid) = words.split_at_mut(code_words);
+            let (scales, zeros) = as_f16_mut(grid).split_at_mut(dim);
+            pack_group(kivi, &x, scales, zeros, codes);
+        }
+        page
+    }
+
+    pub(in crate::quantize) fn bytes(&self) -> PageBytes {
+        let scales = self.tokens / self.group * 2 * self.dim * size_of::<f16>();
+        PageBytes { codes: size_of_val(&*self.words) - scales, scales, exact: 0 }
+    }
+
+    /// Words of a group's codes.
+    fn code_words(&self) -> usize {
+        packed_len(self.bits, self.dim, self.group)
+    }
+
+    /// Words of a group.
+    fn group_words(&self) -> usize {
+        self.code_words() + 2 * self.dim
+    }
+
+    /// Codes and grid of group `i`.
+    fn read_group(&self, i: usize) -> (Codes<'_>, Grid<'_>) {
+        let words = &self.words[i * self.group_words()..(i + 1) * self.group_words()];
+        let (codes, grid) = words.split_at(self.code_words());
+        let (scale, zero) = as_f16(grid).split_at(self.dim);
+        (Codes::new(self.bits, self.group, codes), Grid { scale, zero })
+    }
+
+    pub(in crate::quantize) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Numbers of a key.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// Tokens that share a scale.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// The code of channel `c` of token `t`.
+    pub fn code(&self, t: usize, c: usize) -> u8 {
+        self.read_group(t / self.group).0.get(c, t % self.group)
+    }
+
+    /// Scale and zero-point of channel `c` of token `t`.
+    pub fn grid(&self, t: usize, c: usize) -> (f32, f32) {
+        let grid = self.read_group(t / self.group).1;
+        (grid.scale[c].to_f32(), grid.zero[c].to_f32())
+    }
+}
+
+/// `x` is `[group, dim]`.
+fn pack_group(kivi: &Kivi, x: &[f32], scales: &mut [f16], zeros: &mut [f16], words: &mut [u16]) {
+    let (dim, levels) = (scales.len(), kivi.levels());
+    let group = x.len() / dim;
+    let (mut min, mut max) = (vec![f32::INFINITY; dim], vec![f32::NEG_INFINITY; dim]);
+    for row in x.chunks_exact(dim) {
+        for ((min, max), &x) in min.iter_mut().zip(&mut max).zip(row) {
+            *min = min.min(x);
+            *max = max.max(x);
+        }
+    }
+    // From here on `min` has the zero-points and `max` the divisors.
+    for c in 0..dim {
+        (scales[c], zeros[c]) = kivi.grid(min[c], max[c]);
+        (min[c], max[c]) = (zeros[c].to_f32(), divisor(scales[c]));
+    }
+    let mut codes = vec![0; dim];
+    for (t, row) in x.chunks_exact(dim).enumerate() {
+        for (code_of, ((&x, &zero), &divisor)) in codes.iter_mut().zip(row.iter().zip(&min).zip(&max)) {
+            *code_of = code(x, divisor, zero, levels);
+        }
+        put_lane(kivi.bits, group, &codes, t, words);
+    }
+}
+
+impl KeySegment for PackedKeys {
+    fn unit(&self) -> usize {
+        self.group
+    }
+
+    fn bytes(&self, first: usize, n: usize) -> &[u8] {
+        let groups = first / self.group..(first + n).div_ceil(self.group);
+        bytes_of(&self.words[groups.start * self.group_words()..groups.end * self.group_words()])
+    }
+
+    fn scores(
+        &self,
+        q: Mat<'_>,
+        first: usize,
+        n: usize,
+        mut out: MatMut<'_>,
+        scratch: &mut Scratch,
+        ahead: &mut Ahead<'_>,
+    ) {
+        let groups = first / self.group..(first + n).div_ceil(self.group);
+        let share = ahead.left().div_ceil(groups.len());
+        let largest = Folded::largest_word(self.bits, self.dim);
+        scratch.folded.reset(q.rows, self.bits, self.dim);
+        for (at, group) in groups.enumerate() {
+            ahead.fetch(share);
+            let (codes, grid) = self.read_group(group);
+            let mut out = out.from_column(at * self.group);
+            for g in 0..q.rows {
+                out.row(g)[..self.group].fill(0.0);
+            }
+            (scratch.kernels.fold)(q, grid, largest, 0, &mut scratch.folded);
+            (scratch.kernels.add_codes)(&scratch.folded, codes, 0..self.group, out);
+        }
+    }
+
+    fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
+        for (at, group) in (first / self.group..(first + n).div_ceil(self.group)).enumerate() {
+            let (codes, grid) = self.read_group(group);
+            let mut out = out.from_column(at * self.group);
+            (scratch.kernels.unpack)(codes, out.part(0, padded_outer(self.bits, self.dim)));
+            for c in 0..self.dim {
+                let (scale, zero) = (grid.scale[c].to_f32(), grid.zero[c].to_f32());
+                for x in &mut out.row(c)[..self.group] {
+                    *x = *x * scale + zero;
+                }
+            }
+        }
+    }
+}

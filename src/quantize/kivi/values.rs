@@ -1,0 +1,169 @@
+//! A page of values: quantised per token, over groups of channels.
+
+use std::ops::Range;
+
+use super::{Kivi, as_f16, as_f16_mut, bytes_of, code, divisor};
+use crate::attend::codes::{Codes, block, block_words, packed_len, put_row};
+use crate::attend::folded::Folded;
+use crate::attend::kernels::{Ahead, Grid};
+use crate::attend::mat::{Mat, MatMut};
+use crate::attend::{Scratch, ValueSegment, padded};
+use crate::quantize::PageBytes;
+use crate::tensor::Rows;
+
+/// Tokens for which a page has room: whole blocks of codes, and few enough that their sums are exact.
+const PAGE: usize = 128;
+
+/// The codes `[tokens, channels]`, and a scale and a zero-point per token and group of channels.
+#[derive(Clone)]
+pub struct PackedValues {
+    kivi: Kivi,
+    tokens: usize,
+    dim: usize,
+    /// The codes of [`PAGE`] tokens, channels padded to whole lanes; then `[groups, 2, PAGE]` scales and zero-points.
+    words: Box<[u16]>,
+}
+
+impl PackedValues {
+    /// An empty page.
+    pub(in crate::quantize) fn new(kivi: &Kivi, dim: usize) -> Self {
+        let mut page = Self { kivi: kivi.clone(), tokens: 0, dim, words: Box::default() };
+        page.words = vec![0; page.code_words() + page.groups() * 2 * PAGE].into();
+        page
+    }
+
+    pub(in crate::quantize) fn room(&self) -> usize {
+        PAGE - self.tokens
+    }
+
+    pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize) {
+        let (dim, group, bits, levels) = (self.dim, self.kivi.group, self.kivi.bits, self.kivi.levels());
+        let code_words = self.code_words();
+        let (codes, grids) = self.words.split_at_mut(code_words);
+        let grids = as_f16_mut(grids);
+        let mut row_codes = vec![0; padded(dim)];
+        let x = rows.to_f32(0..n);
+        for (row, t) in x.chunks_exact(dim).zip(self.tokens..) {
+            for (j, (x, out)) in row.chunks(group).zip(row_codes.chunks_mut(group)).enumerate() {
+                let (min, max) = range(x);
+                let (scale, zero) = self.kivi.grid(min, max);
+                let grid = &mut grids[j * 2 * PAGE..];
+                (grid[t], grid[PAGE + t]) = (scale, zero);
+                let (divisor, zero) = (divisor(scale), zero.to_f32());
+                for (out, &x) in out.iter_mut().zip(x) {
+                    *out = code(x, divisor, zero, levels);
+                }
+            }
+            put_row(bits, &row_codes, t, codes);
+        }
+        self.tokens += n;
+    }
+
+    pub(in crate::quantize) fn bytes(&self) -> PageBytes {
+        let codes = self.code_words() * size_of::<u16>();
+        PageBytes { codes, scales: size_of_val(&*self.words) - codes, exact: 0 }
+    }
+
+    fn code_words(&self) -> usize {
+        packed_len(self.kivi.bits, PAGE, padded(self.dim))
+    }
+
+    /// Codes of the whole blocks around `tokens`.
+    fn blocks(&self, tokens: &Range<usize>) -> Codes<'_> {
+        let (bits, lanes) = (self.kivi.bits, padded(self.dim));
+        let blocks = tokens.start / block(bits)..tokens.end.div_ceil(block(bits));
+        let words = block_words(bits, lanes);
+        Codes::new(bits, lanes, &self.words[blocks.start * words..blocks.end * words])
+    }
+
+    /// The grid of channel group `j` for `tokens`.
+    fn group_grid(&self, j: usize, tokens: Range<usize>) -> Grid<'_> {
+        let grids = as_f16(&self.words[self.code_words()..]);
+        let (scale, zero) = grids[j * 2 * PAGE..(j + 1) * 2 * PAGE].split_at(PAGE);
+        Grid { scale: &scale[tokens.clone()], zero: &zero[tokens] }
+    }
+
+    pub(in crate::quantize) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Numbers of a value.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// Groups of channels.
+    pub fn groups(&self) -> usize {
+        self.dim.div_ceil(self.kivi.group)
+    }
+
+    /// The code of channel `c` of token `t`.
+    pub fn code(&self, t: usize, c: usize) -> u8 {
+        self.blocks(&(0..PAGE)).get(t, c)
+    }
+
+    /// Scale and zero-point of channel group `j` of token `t`.
+    pub fn grid(&self, t: usize, j: usize) -> (f32, f32) {
+        let grid = self.group_grid(j, t..t + 1);
+        (grid.scale[0].to_f32(), grid.zero[0].to_f32())
+    }
+}
+
+/// Smallest and largest number.
+fn range(x: &[f32]) -> (f32, f32) {
+    let (mut min, mut max) = ([f32::INFINITY; 8], [f32::NEG_INFINITY; 8]);
+    for x in x.chunks(8) {
+        for (i, &x) in x.iter().enumerate() {
+            min[i] = min[i].min(x);
+            max[i] = max[i].max(x);
+        }
+    }
+    (min.into_iter().fold(f32::INFINITY, f32::min), max.into_iter().fold(f32::NEG_INFINITY, f32::max))
+}
+
+impl ValueSegment for PackedValues {
+    fn bytes(&self, _: usize, _: usize) -> &[u8] {
+        bytes_of(&self.words)
+    }
+
+    fn accumulate(
+        &self,
+        w: Mat<'_>,
+        first: usize,
+        n: usize,
+        mut acc: MatMut<'_>,
+        scratch: &mut Scratch,
+        ahead: &mut Ahead<'_>,
+    ) {
+        let codes = self.blocks(&(first..first + n));
+        let lead = first % block(self.kivi.bits);
+        let share = ahead.left().div_ceil(self.groups());
+        let largest = Folded::largest_word(self.kivi.bits, codes.outer());
+        // Words before and behind the tokens stay 0: what else is in their blocks adds nothing.
+        scratch.folded.reset(w.rows, self.kivi.bits, codes.outer());
+        for j in 0..self.groups() {
+            ahead.fetch(share);
+            let lanes = j * self.kivi.group..((j + 1) * self.kivi.group).min(codes.lanes());
+            (scratch.kernels.fold)(w, self.group_grid(j, first..first + n), largest, lead, &mut scratch.folded);
+            (scratch.kernels.add_codes)(&scratch.folded, codes, lanes, acc.from_column(0));
+        }
+    }
+
+    fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
+        let codes = self.blocks(&(first..first + n));
+        let (lanes, lead) = (codes.lanes(), first % block(self.kivi.bits));
+        scratch.buffer.resize(codes.outer() * lanes, 0.0);
+        (scratch.kernels.unpack)(codes, MatMut::new(&mut scratch.buffer, codes.outer(), lanes));
+        for t in 0..n {
+            let codes = &scratch.buffer[(lead + t) * lanes..][..self.dim];
+            let out = &mut out.row(t)[..self.dim];
+            let groups = codes.chunks(self.kivi.group).zip(out.chunks_mut(self.kivi.group));
+            for (j, (codes, out)) in groups.enumerate() {
+                let (scale, zero) = self.grid(first + t, j);
+                for (x, code) in out.iter_mut().zip(codes) {
+                    *x = code * scale + zero;
+                }
+            }
+        }
+    }
+}
