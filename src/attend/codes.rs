@@ -133,15 +133,9 @@ fn places(bits: u8, lanes: usize, outer: usize, lane: usize) -> [Option<Place>; 
     let first = outer / block(bits) * block_words(bits, lanes);
     let (pair, parity) = (outer % block(bits) / 2, outer % 2);
     let width = if bits == 3 { 2 } else { usize::from(bits) };
-    let low = Place {
-        word: first + 2 * lane + parity,
-        third: false,
-        shift: width * pair,
-        mask: (1 << width) - 1,
-        up: 0,
-    };
-    let high =
-        Place { word: first + 2 * lanes + lane, third: true, shift: 8 * parity + pair, mask: 1, up: 2 };
+    let low =
+        Place { word: first + 2 * lane + parity, third: false, shift: width * pair, mask: (1 << width) - 1, up: 0 };
+    let high = Place { word: first + 2 * lanes + lane, third: true, shift: 8 * parity + pair, mask: 1, up: 2 };
     [Some(low), (bits == 3).then_some(high)]
 }
 

@@ -11,6 +11,7 @@ pub mod folded;
 pub mod kernels;
 mod many;
 pub mod mat;
+pub mod packed;
 mod partial;
 mod positions;
 mod visibility;
@@ -55,15 +56,7 @@ pub trait KeySegment: Sync {
 
     /// Logits before scaling: `out[g, t] = q_g . k_(first + t)` for `t < n`; `q` is `[G, dim]`, `out` has room for `n`
     /// rounded up to a whole unit. Meanwhile all of `ahead` is fetched.
-    fn scores(
-        &self,
-        q: Mat<'_>,
-        first: usize,
-        n: usize,
-        out: MatMut<'_>,
-        scratch: &mut Scratch,
-        ahead: &mut Ahead<'_>,
-    );
+    fn scores(&self, q: Mat<'_>, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch, ahead: &mut Ahead<'_>);
 
     /// The keys as f32, transposed: `out[c, t] = k_(first + t)[c]`; `out` has [`tile_rows`] of the dim rows, and columns for
     /// `n` rounded up to whole units.

@@ -126,6 +126,19 @@ impl Vector for Avx2 {
             _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)))
         }
     }
+    #[inline(always)]
+    unsafe fn largest4([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+        unsafe {
+            // Of each half: the larger of two, `[a, b, a, b]` and `[c, d, c, d]`; then of those, `[a, b, c, d]`.
+            let ab = _mm256_max_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let cd = _mm256_max_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+            let x = _mm256_max_ps(_mm256_shuffle_ps(ab, cd, 0b01_00_01_00), _mm256_shuffle_ps(ab, cd, 0b11_10_11_10));
+            let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+            let mut largest = [0.0; 4];
+            _mm_storeu_ps(largest.as_mut_ptr(), x);
+            largest
+        }
+    }
 
     #[inline(always)]
     unsafe fn integer_zero() -> __m256i {
@@ -166,6 +179,10 @@ impl Vector for Avx2 {
     #[inline(always)]
     unsafe fn dot(sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)) }
+    }
+    #[inline(always)]
+    unsafe fn add_integers(a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(a, b) }
     }
     #[inline(always)]
     unsafe fn to_float(x: __m256i) -> __m256 {

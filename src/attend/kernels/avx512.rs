@@ -2,6 +2,7 @@
 
 #![allow(clippy::wildcard_imports, clippy::inline_always)]
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
@@ -114,7 +115,11 @@ impl Vector for Avx512 {
     }
     #[inline(always)]
     unsafe fn largest(x: __m512) -> f32 {
-        unsafe { Avx2::largest(_mm256_max_ps(_mm512_castps512_ps256(x), upper(x))) }
+        unsafe { Avx2::largest(halves_max(x)) }
+    }
+    #[inline(always)]
+    unsafe fn largest4([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        unsafe { Avx2::largest4([halves_max(a), halves_max(b), halves_max(c), halves_max(d)]) }
     }
 
     #[inline(always)]
@@ -155,7 +160,11 @@ impl Vector for Avx512 {
     }
     #[inline(always)]
     unsafe fn dot(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_dpwssd_epi32(sum, a, b) }
+        unsafe { multiply_add_pairs(sum, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn add_integers(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(a, b) }
     }
     #[inline(always)]
     unsafe fn to_float(x: __m512i) -> __m512 {
@@ -180,4 +189,22 @@ unsafe fn upper(x: __m512) -> __m256 {
 unsafe fn halves_sum(x: __m512) -> __m256 {
     // SAFETY: by the contract of `Vector`.
     unsafe { _mm256_add_ps(_mm512_castps512_ps256(x), upper(x)) }
+}
+
+#[inline(always)]
+unsafe fn halves_max(x: __m512) -> __m256 {
+    // SAFETY: by the contract of `Vector`.
+    unsafe { _mm256_max_ps(_mm512_castps512_ps256(x), upper(x)) }
+}
+
+/// `vpdpwssd`. Of its intrinsic the compiler makes two instructions, to shorten chains that are short here anyway.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn multiply_add_pairs(mut sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: works on registers alone.
+    unsafe {
+        asm!("vpdpwssd {sum}, {a}, {b}", sum = inout(zmm_reg) sum, a = in(zmm_reg) a, b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
 }

@@ -16,27 +16,16 @@ mod vector;
 #[cfg(target_arch = "x86_64")]
 mod wide;
 
-use std::ops::Range;
 use std::sync::OnceLock;
-
-use half::f16;
 
 pub use ahead::Ahead;
 
 use super::codes::Codes;
 use super::folded::Folded;
 use super::mat::{Mat, MatMut};
+use super::packed::Packed;
 use crate::error::{Error, Result};
 use crate::tensor::Slice;
-
-/// Scales and zero-points, as many of these as of those.
-#[derive(Clone, Copy)]
-pub struct Grid<'a> {
-    /// Factors of codes.
-    pub scale: &'a [f16],
-    /// What code 0 stands for.
-    pub zero: &'a [f16],
-}
 
 #[allow(clippy::type_complexity)] // the signatures are the documentation
 /// A table of the inner loops. `g` counts the rows of matrices: query heads, or queries.
@@ -47,11 +36,9 @@ pub struct Kernels {
     pub dot_rows: fn(q: Mat<'_>, rows: Slice<'_>, d: usize, out: MatMut<'_>, ahead: &mut Ahead<'_>),
     /// `acc[g, c] += sum_t w[g, t] rows[t, c]`; a row has `d` numbers.
     pub add_rows: fn(w: Mat<'_>, rows: Slice<'_>, d: usize, acc: MatMut<'_>, ahead: &mut Ahead<'_>),
-    /// `words[g, lead + i] = round(x[g, i] scale[i] / step_g)`, with the step that makes the largest of a row
-    /// `largest_word`, and `offset_g = sum_i x[g, i] zero[i]`. The words before and behind are left alone.
-    pub fold: fn(x: Mat<'_>, grid: Grid<'_>, largest_word: f32, lead: usize, out: &mut Folded),
-    /// `acc[g, l] += step_g sum_o words[g, o] codes[o, l] + offset_g` for the lanes in a range (of multiples of 8).
-    pub add_codes: fn(w: &Folded, codes: Codes<'_>, lanes: Range<usize>, acc: MatMut<'_>),
+    /// `acc[g, i width + l] += sum_o w[g, o] (scale_i[o] code_i[o, l] + zero_i[o])` for the parts `i` and their lanes `l`;
+    /// `w scale` is rounded as [`super::folded`] says.
+    pub add_packed: fn(w: Mat<'_>, packed: &Packed<'_>, acc: MatMut<'_>, folded: &mut Folded, ahead: &mut Ahead<'_>),
     /// `out[o, l] = codes[o, l]`.
     pub unpack: fn(codes: Codes<'_>, out: MatMut<'_>),
     /// `x <- exp(x - m)` where `m` is the largest of `x` and `max`; returns `m` and the sum. When all are -inf, `x` is 0.

@@ -2,16 +2,15 @@
 
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
-
-use super::{Ahead, Folded, Grid, Kernels, nothing_visible};
+use super::{Ahead, Folded, Kernels, nothing_visible};
 use crate::attend::codes::Codes;
-use crate::attend::folded::step_of;
+use crate::attend::folded::{largest_word, step_of};
 use crate::attend::mat::{Mat, MatMut};
+use crate::attend::packed::{Grid, Packed};
 use crate::tensor::Slice;
 
 pub(super) static KERNELS: Kernels =
-    Kernels { name: "scalar", dot_rows, add_rows, fold, add_codes, unpack, softmax, matmul };
+    Kernels { name: "scalar", dot_rows, add_rows, add_packed, unpack, softmax, matmul };
 
 fn dot_rows(q: Mat<'_>, rows: Slice<'_>, d: usize, mut out: MatMut<'_>, _: &mut Ahead<'_>) {
     let mut row = vec![0.0; d];
@@ -35,26 +34,27 @@ fn add_rows(w: Mat<'_>, rows: Slice<'_>, d: usize, mut acc: MatMut<'_>, _: &mut 
     }
 }
 
-fn fold(x: Mat<'_>, grid: Grid<'_>, largest_word: f32, lead: usize, out: &mut Folded) {
-    for g in 0..x.rows {
-        let x = &x.row(g)[..grid.scale.len()];
-        let product = |i: usize| x[i] * grid.scale[i].to_f32();
-        let max = (0..x.len()).map(|i| product(i).abs()).fold(0.0, f32::max);
-        let (step, inverse) = step_of(max, largest_word);
-        out.step[g] = step;
-        out.offset[g] = (0..x.len()).map(|i| x[i] * grid.zero[i].to_f32()).sum();
-        for (i, word) in out.words[g * out.stride + lead..][..x.len()].iter_mut().enumerate() {
-            *word = (product(i) * inverse).round_ties_even() as i16;
-        }
-    }
-}
-
-fn add_codes(w: &Folded, codes: Codes<'_>, lanes: Range<usize>, mut acc: MatMut<'_>) {
-    for g in 0..w.rows {
-        let words = &w.words[g * w.stride..(g + 1) * w.stride];
-        for l in lanes.clone() {
-            let sum: i32 = (0..codes.outer()).map(|o| i32::from(words[o]) * i32::from(codes.get(o, l))).sum();
-            acc.row(g)[l] += w.step[g] * sum as f32 + w.offset[g];
+fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut Folded, _: &mut Ahead<'_>) {
+    folded.reset(w.rows, packed);
+    let largest = largest_word(packed.bits, packed.outer);
+    for i in 0..packed.parts {
+        let Grid { scale, zero } = packed.grid(i);
+        let (codes, lanes) = packed.codes(i);
+        for g in 0..w.rows {
+            let w = &w.row(g)[..packed.outer];
+            let product = |o: usize| w[o] * scale[o].to_f32();
+            let max = (0..w.len()).map(|o| product(o).abs()).fold(0.0, f32::max);
+            let (step, inverse) = step_of(max, largest);
+            let words = &mut folded.words[packed.lead..][..w.len()];
+            for (o, word) in words.iter_mut().enumerate() {
+                *word = (product(o) * inverse).round_ties_even() as i16;
+            }
+            let offset: f32 = (0..w.len()).map(|o| w[o] * zero[o].to_f32()).sum();
+            for (l, acc) in lanes.clone().zip(&mut acc.row(g)[i * packed.width..]) {
+                let code = |o: usize| i32::from(codes.get(packed.lead + o, l));
+                let sum: i32 = words.iter().enumerate().map(|(o, &word)| i32::from(word) * code(o)).sum();
+                *acc += step * sum as f32 + offset;
+            }
         }
     }
 }

@@ -3,11 +3,11 @@
 use half::{bf16, f16};
 use proptest::prelude::*;
 
-use super::{Kernels, available, choose, scalar};
-use super::{Ahead, Grid};
-use crate::attend::codes::{Codes, LANES, block, packed_len, put_row};
-use crate::attend::folded::Folded;
+use super::{Ahead, Kernels, available, choose, scalar};
+use crate::attend::codes::{Codes, LANES, block, packed_len, padded_outer, put_row};
+use crate::attend::folded::{Folded, largest_word};
 use crate::attend::mat::{Mat, MatMut};
+use crate::attend::packed::Packed;
 use crate::tensor::Slice;
 
 /// Reproducible numbers in about -1 .. 1.
@@ -30,6 +30,43 @@ fn random_codes(bits: u8, outer: usize, lanes: usize, seed: u64) -> Vec<u16> {
         put_row(bits, row, o, &mut words);
     }
     words
+}
+
+fn random_grid(n: usize, seed: u64) -> Vec<u16> {
+    numbers(n, seed).iter().map(|&x| f16::from_f32(x).to_bits()).collect()
+}
+
+/// The scalar kernel against the equation in f64 and what rounding may do to it, all others against the scalar one.
+fn check_packed(heads: usize, seed: u64, packed: &Packed<'_>) {
+    let (n, columns) = (packed.outer, packed.columns());
+    let (w, stride) = (numbers(heads * n, seed ^ 77), columns + 3);
+    let run = |k: &Kernels| {
+        let mut acc = vec![1.0; heads * stride];
+        let (mut folded, mut ahead) = (Folded::default(), Ahead::new(&[1; 999]));
+        // Used before for something else.
+        folded.words = vec![7; 3];
+        (k.add_packed)(Mat::new(&w, heads, n), packed, MatMut::new(&mut acc, heads, stride), &mut folded, &mut ahead);
+        assert!((0..heads * stride).all(|i| i % stride < columns || acc[i] == 1.0), "{} wrote beyond", k.name);
+        acc
+    };
+    let scalar = run(&scalar::KERNELS);
+    for i in 0..packed.parts {
+        let (grid, (codes, lanes)) = (packed.grid(i), packed.codes(i));
+        for g in 0..heads {
+            let w: Vec<f64> = w[g * n..(g + 1) * n].iter().map(|&x| x.into()).collect();
+            let scaled = |o: usize| w[o] * grid.scale[o].to_f64();
+            let step = (0..n).map(|o| scaled(o).abs()).fold(0.0, f64::max) / f64::from(largest_word(packed.bits, n));
+            for (l, got) in lanes.clone().zip(&scalar[g * stride + i * packed.width..]) {
+                let code = |o: usize| f64::from(codes.get(packed.lead + o, l));
+                let want = 1.0 + (0..n).map(|o| scaled(o) * code(o) + w[o] * grid.zero[o].to_f64()).sum::<f64>();
+                // Half a step a code, and the roundings of f32, of which that of a word is at most its last place.
+                let bound = 0.505 * step * (0..n).map(code).sum::<f64>() + 1e-5 * (n as f64).max(want.abs());
+                assert!((f64::from(*got) - want).abs() <= bound, "{got} is not {want}, bound {bound}");
+            }
+        }
+    }
+    let want: Vec<f64> = scalar.into_iter().map(f64::from).collect();
+    each_isa(|k| close(k.name, &run(k), &want, n << (packed.bits / 2)));
 }
 
 fn close(what: &str, got: &[f32], want: &[f64], terms: usize) {
@@ -92,95 +129,52 @@ proptest! {
     }
 
     #[test]
-    fn codes(
-        bits in prop::sample::select(vec![2u8, 3, 4, 8]),
-        heads in 1usize..10,
-        blocks in 1usize..20,
-        lanes in 1usize..12,
-        first in 0usize..4,
-        seed: u64,
-    ) {
+    fn unpack(bits in prop::sample::select(vec![2u8, 3, 4, 8]), blocks in 1usize..9, lanes in 1usize..12, seed: u64) {
         let (outer, lanes) = (blocks * block(bits), lanes * LANES);
         let words = random_codes(bits, outer, lanes, seed);
         let codes = Codes::new(bits, lanes, &words);
-        let mut folded = Folded::default();
-        folded.reset(heads, bits, outer);
-        // As large as they may become, with all signs alike in the first row: sums must not overflow.
-        let largest = Folded::largest_word(bits, outer);
-        for (i, (word, x)) in folded.words.iter_mut().zip(numbers(heads * outer, seed ^ 1)).enumerate() {
-            *word = if i < outer { largest as i16 } else { (x * largest) as i16 };
-        }
-        folded.step = numbers(heads, seed ^ 2);
-        folded.offset = numbers(heads, seed ^ 3);
-        let range = (first * LANES).min(lanes)..lanes;
-        let stride = lanes + 8;
-        let want: Vec<f64> = (0..heads * lanes)
-            .map(|i| {
-                let (g, l) = (i / lanes, i % lanes);
-                let sum: i64 = (0..outer).map(|o| i64::from(folded.words[g * outer + o]) * i64::from(codes.get(o, l))).sum();
-                let added = f64::from(folded.step[g]) * sum as f64 + f64::from(folded.offset[g]);
-                1.0 + if range.contains(&l) { added } else { 0.0 }
-            })
-            .collect();
         each_isa(|k| {
-            let mut acc = vec![1.0; heads * stride];
-            (k.add_codes)(&folded, codes, range.clone(), MatMut::new(&mut acc, heads, stride));
-            let got: Vec<f32> = (0..heads * lanes).map(|i| acc[i / lanes * stride + i % lanes]).collect();
-            close(k.name, &got, &want, 1);
+            let stride = lanes + 8;
             let mut out = vec![0.0; outer * stride];
             (k.unpack)(codes, MatMut::new(&mut out, outer, stride));
             assert!((0..outer * lanes).all(|i| out[i / lanes * stride + i % lanes] == f32::from(codes.get(i / lanes, i % lanes))));
         });
     }
 
+    /// Parts one behind the other, as groups of tokens of a key page are.
     #[test]
-    fn fold(n in 0usize..80, heads in 1usize..10, lead in 0usize..9, bits in prop::sample::select(vec![2u8, 3, 4, 8]), seed: u64) {
-        let stride = n + 3;
-        let x = numbers(heads * stride, seed);
-        let half = |seed| numbers(n, seed).iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>();
-        let (scale, zero) = (half(seed ^ 1), half(seed ^ 2));
-        let exact = |g: usize, i: usize, y: &[f16]| f64::from(x[g * stride + i]) * y[i].to_f64();
-        let largest = Folded::largest_word(bits, lead + n);
-        each_isa(|k| {
-            let mut out = Folded::default();
-            out.reset(heads, bits, lead + n);
-            (k.fold)(Mat::new(&x, heads, stride), Grid { scale: &scale, zero: &zero }, largest, lead, &mut out);
-            for g in 0..heads {
-                let row = &out.words[g * out.stride..(g + 1) * out.stride];
-                let step = f64::from(out.step[g]);
-                for i in 0..n {
-                    let error = f64::from(row[lead + i]) * step - exact(g, i, &scale);
-                    // Half a step, and the rounding of a float of that size.
-                    assert!(error.abs() <= 0.505 * step, "{}: off by {error} with step {step}", k.name);
-                }
-                assert!(row[..lead].iter().chain(&row[lead + n..]).all(|&word| word == 0));
-                let max = (0..n).map(|i| exact(g, i, &scale).abs()).fold(0.0, f64::max);
-                close(k.name, &[out.step[g] * largest], &[max], 1);
-                close(k.name, &[out.offset[g]], &[(0..n).map(|i| exact(g, i, &zero)).sum()], n + 1);
-            }
+    fn parts_of_tokens(
+        bits in prop::sample::select(vec![2u8, 3, 4, 8]),
+        heads in 1usize..10, parts in 1usize..5, dim in 1usize..150, width in 1usize..10, seed: u64,
+    ) {
+        let width = width * LANES;
+        let code_words = packed_len(bits, dim, width);
+        let mut words = Vec::new();
+        for i in 0..parts as u64 {
+            words.extend(random_codes(bits, padded_outer(bits, dim), width, seed ^ i));
+            words.extend(random_grid(2 * dim, seed ^ (i + 9)));
+        }
+        check_packed(heads, seed, &Packed {
+            words: &words, bits, outer: dim, lead: 0, parts, width, lanes: width, codes_step: code_words + 2 * dim,
+            scales_at: code_words, zeros_at: code_words + dim, grids_step: code_words + 2 * dim,
         });
     }
 
+    /// Parts side by side, as groups of channels of a value page are; not all its tokens are read.
     #[test]
-    fn wide_fold_and_codes_agree_with_scalar_ones(
-        bits in prop::sample::select(vec![2u8, 3, 4, 8]), n in 1usize..70, lanes in 1usize..9, heads in 1usize..6, seed: u64,
+    fn parts_of_channels(
+        bits in prop::sample::select(vec![2u8, 3, 4, 8]),
+        heads in 1usize..10, tokens in 1usize..150, lead in 0usize..16, width in 1usize..6, lanes in 1usize..20, seed: u64,
     ) {
-        let lanes = lanes * LANES;
-        let words = random_codes(bits, n.next_multiple_of(block(bits)), lanes, seed);
-        let codes = Codes::new(bits, lanes, &words);
-        let x = numbers(heads * n, seed ^ 4);
-        let scale: Vec<f16> = numbers(n, seed ^ 5).iter().map(|&x| f16::from_f32(x)).collect();
-        let grid = Grid { scale: &scale, zero: &scale };
-        let run = |k: &Kernels| {
-            let mut folded = Folded::default();
-            folded.reset(heads, bits, n);
-            (k.fold)(Mat::new(&x, heads, n), grid, Folded::largest_word(bits, n), 0, &mut folded);
-            let mut acc = vec![0.0; heads * lanes];
-            (k.add_codes)(&folded, codes, 0..lanes, MatMut::new(&mut acc, heads, lanes));
-            acc
-        };
-        let want: Vec<f64> = run(&scalar::KERNELS).into_iter().map(f64::from).collect();
-        each_isa(|k| close(k.name, &run(k), &want, n << (bits / 2)));
+        let (lead, width, lanes) = (lead % block(bits), width * LANES, lanes * LANES);
+        let parts = lanes.div_ceil(width);
+        let mut words = random_codes(bits, padded_outer(bits, lead + tokens), lanes, seed);
+        let scales_at = words.len();
+        words.extend(random_grid(2 * parts * tokens, seed ^ 9));
+        check_packed(heads, seed, &Packed {
+            words: &words, bits, outer: tokens, lead, parts, width, lanes, codes_step: 0,
+            scales_at, zeros_at: scales_at + tokens, grids_step: 2 * tokens,
+        });
     }
 
     #[test]
@@ -234,6 +228,39 @@ fn masked_logits_weigh_nothing() {
             assert!((k.softmax)(&mut [f32::NAN; 11], f32::NEG_INFINITY).1.is_nan());
         }
     });
+}
+
+#[test]
+fn sums_of_the_largest_products_do_not_overflow() {
+    for (bits, outer) in [(8, 128), (8, 256), (8, 520), (4, 1024), (3, 128), (2, 4096)] {
+        let mut words = vec![0; packed_len(bits, outer, LANES)];
+        for o in 0..outer {
+            put_row(bits, &[u8::MAX >> (8 - bits); LANES], o, &mut words);
+        }
+        let codes = words.len();
+        words.extend([f16::ONE.to_bits()].repeat(outer));
+        words.extend([0].repeat(outer));
+        let packed = Packed {
+            words: &words,
+            bits,
+            outer,
+            lead: 0,
+            parts: 1,
+            width: LANES,
+            lanes: LANES,
+            codes_step: 0,
+            scales_at: codes,
+            zeros_at: codes + outer,
+            grids_step: 0,
+        };
+        let want = (outer * usize::from(u8::MAX >> (8 - bits))) as f32;
+        each_isa(|k| {
+            let mut acc = [0.0; LANES];
+            let (w, acc_mat) = (vec![-1.0; outer], MatMut::new(&mut acc, 1, LANES));
+            (k.add_packed)(Mat::new(&w, 1, outer), &packed, acc_mat, &mut Folded::default(), &mut Ahead::new(&[]));
+            assert!(acc.iter().all(|x| (x / -want - 1.0).abs() < 1e-4), "{}, {bits} bits: {acc:?}", k.name);
+        });
+    }
 }
 
 #[test]

@@ -46,6 +46,7 @@ pub(super) trait Vector: Copy {
     unsafe fn sum(x: Self::F) -> f32;
     unsafe fn sum4(x: [Self::F; 4]) -> [f32; 4];
     unsafe fn largest(x: Self::F) -> f32;
+    unsafe fn largest4(x: [Self::F; 4]) -> [f32; 4];
 
     unsafe fn integer_zero() -> Self::I;
     /// The same word everywhere.
@@ -64,6 +65,7 @@ pub(super) trait Vector: Copy {
     unsafe fn shift_left(x: Self::I, n: u32) -> Self::I;
     /// `sum + a0 b0 + a1 b1`, of the pairs of signed words in every lane.
     unsafe fn dot(sum: Self::I, a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn add_integers(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn to_float(x: Self::I) -> Self::F;
     /// The two words of the pairs, which are not negative, as floats.
     unsafe fn pairs_to_float(x: Self::I) -> [Self::F; 2];

@@ -1,12 +1,14 @@
 //! A page of keys: quantised per channel, over groups of tokens.
 
+use std::ops::Range;
+
 use half::f16;
 
-use super::{Kivi, as_f16, as_f16_mut, bytes_of, code, divisor};
-use crate::attend::codes::{Codes, packed_len, padded_outer, put_lane};
-use crate::attend::folded::Folded;
-use crate::attend::kernels::{Ahead, Grid};
+use super::{Kivi, as_f16_mut, bytes_of, code, divisor};
+use crate::attend::codes::{packed_len, put_lane};
+use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
+use crate::attend::packed::Packed;
 use crate::attend::{KeySegment, Scratch};
 use crate::quantize::PageBytes;
 use crate::tensor::Rows;
@@ -53,12 +55,27 @@ impl PackedKeys {
         self.code_words() + 2 * self.dim
     }
 
-    /// Codes and grid of group `i`.
-    fn read_group(&self, i: usize) -> (Codes<'_>, Grid<'_>) {
-        let words = &self.words[i * self.group_words()..(i + 1) * self.group_words()];
-        let (codes, grid) = words.split_at(self.code_words());
-        let (scale, zero) = as_f16(grid).split_at(self.dim);
-        (Codes::new(self.bits, self.group, codes), Grid { scale, zero })
+    /// Groups of tokens, each a part.
+    fn groups(&self, range: Range<usize>) -> Packed<'_> {
+        let (code_words, group_words) = (self.code_words(), self.group_words());
+        Packed {
+            words: &self.words[range.start * group_words..range.end * group_words],
+            bits: self.bits,
+            outer: self.dim,
+            lead: 0,
+            parts: range.len(),
+            width: self.group,
+            lanes: self.group,
+            codes_step: group_words,
+            scales_at: code_words,
+            zeros_at: code_words + self.dim,
+            grids_step: group_words,
+        }
+    }
+
+    /// The group of token `t`.
+    fn group_of(&self, t: usize) -> Packed<'_> {
+        self.groups(t / self.group..t / self.group + 1)
     }
 
     pub(in crate::quantize) fn tokens(&self) -> usize {
@@ -77,12 +94,12 @@ impl PackedKeys {
 
     /// The code of channel `c` of token `t`.
     pub fn code(&self, t: usize, c: usize) -> u8 {
-        self.read_group(t / self.group).0.get(c, t % self.group)
+        self.group_of(t).codes(0).0.get(c, t % self.group)
     }
 
     /// Scale and zero-point of channel `c` of token `t`.
     pub fn grid(&self, t: usize, c: usize) -> (f32, f32) {
-        let grid = self.read_group(t / self.group).1;
+        let grid = self.group_of(t).grid(0);
         (grid.scale[c].to_f32(), grid.zero[c].to_f32())
     }
 }
@@ -131,27 +148,19 @@ impl KeySegment for PackedKeys {
         scratch: &mut Scratch,
         ahead: &mut Ahead<'_>,
     ) {
-        let groups = first / self.group..(first + n).div_ceil(self.group);
-        let share = ahead.left().div_ceil(groups.len());
-        let largest = Folded::largest_word(self.bits, self.dim);
-        scratch.folded.reset(q.rows, self.bits, self.dim);
-        for (at, group) in groups.enumerate() {
-            ahead.fetch(share);
-            let (codes, grid) = self.read_group(group);
-            let mut out = out.from_column(at * self.group);
-            for g in 0..q.rows {
-                out.row(g)[..self.group].fill(0.0);
-            }
-            (scratch.kernels.fold)(q, grid, largest, 0, &mut scratch.folded);
-            (scratch.kernels.add_codes)(&scratch.folded, codes, 0..self.group, out);
+        let packed = self.groups(first / self.group..(first + n).div_ceil(self.group));
+        for g in 0..q.rows {
+            out.row(g)[..packed.columns()].fill(0.0);
         }
+        (scratch.kernels.add_packed)(q, &packed, out, &mut scratch.folded, ahead);
     }
 
     fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
-        for (at, group) in (first / self.group..(first + n).div_ceil(self.group)).enumerate() {
-            let (codes, grid) = self.read_group(group);
-            let mut out = out.from_column(at * self.group);
-            (scratch.kernels.unpack)(codes, out.part(0, padded_outer(self.bits, self.dim)));
+        let packed = self.groups(first / self.group..(first + n).div_ceil(self.group));
+        for i in 0..packed.parts {
+            let (codes, grid) = (packed.codes(i).0, packed.grid(i));
+            let mut out = out.from_column(i * self.group);
+            (scratch.kernels.unpack)(codes, out.part(0, codes.outer()));
             for c in 0..self.dim {
                 let (scale, zero) = (grid.scale[c].to_f32(), grid.zero[c].to_f32());
                 for x in &mut out.row(c)[..self.group] {

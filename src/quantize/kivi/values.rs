@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use super::{Kivi, as_f16, as_f16_mut, bytes_of, code, divisor};
-use crate::attend::codes::{Codes, block, block_words, packed_len, put_row};
-use crate::attend::folded::Folded;
-use crate::attend::kernels::{Ahead, Grid};
+use super::{Kivi, as_f16_mut, bytes_of, code, divisor};
+use crate::attend::codes::{block, block_words, packed_len, put_row};
+use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
+use crate::attend::packed::Packed;
 use crate::attend::{Scratch, ValueSegment, padded};
 use crate::quantize::PageBytes;
 use crate::tensor::Rows;
@@ -68,19 +68,24 @@ impl PackedValues {
         packed_len(self.kivi.bits, PAGE, padded(self.dim))
     }
 
-    /// Codes of the whole blocks around `tokens`.
-    fn blocks(&self, tokens: &Range<usize>) -> Codes<'_> {
+    /// Groups of channels, each a part, for `tokens`.
+    fn groups_of(&self, tokens: Range<usize>) -> Packed<'_> {
         let (bits, lanes) = (self.kivi.bits, padded(self.dim));
-        let blocks = tokens.start / block(bits)..tokens.end.div_ceil(block(bits));
-        let words = block_words(bits, lanes);
-        Codes::new(bits, lanes, &self.words[blocks.start * words..blocks.end * words])
-    }
-
-    /// The grid of channel group `j` for `tokens`.
-    fn group_grid(&self, j: usize, tokens: Range<usize>) -> Grid<'_> {
-        let grids = as_f16(&self.words[self.code_words()..]);
-        let (scale, zero) = grids[j * 2 * PAGE..(j + 1) * 2 * PAGE].split_at(PAGE);
-        Grid { scale: &scale[tokens.clone()], zero: &zero[tokens] }
+        let skipped = tokens.start / block(bits) * block_words(bits, lanes);
+        let scales_at = self.code_words() - skipped + tokens.start;
+        Packed {
+            words: &self.words[skipped..],
+            bits,
+            outer: tokens.len(),
+            lead: tokens.start % block(bits),
+            parts: self.groups(),
+            width: self.kivi.group,
+            lanes,
+            codes_step: 0,
+            scales_at,
+            zeros_at: scales_at + PAGE,
+            grids_step: 2 * PAGE,
+        }
     }
 
     pub(in crate::quantize) fn tokens(&self) -> usize {
@@ -99,12 +104,12 @@ impl PackedValues {
 
     /// The code of channel `c` of token `t`.
     pub fn code(&self, t: usize, c: usize) -> u8 {
-        self.blocks(&(0..PAGE)).get(t, c)
+        self.groups_of(0..PAGE).codes(0).0.get(t, c)
     }
 
     /// Scale and zero-point of channel group `j` of token `t`.
     pub fn grid(&self, t: usize, j: usize) -> (f32, f32) {
-        let grid = self.group_grid(j, t..t + 1);
+        let grid = self.groups_of(t..t + 1).grid(j);
         (grid.scale[0].to_f32(), grid.zero[0].to_f32())
     }
 }
@@ -131,27 +136,18 @@ impl ValueSegment for PackedValues {
         w: Mat<'_>,
         first: usize,
         n: usize,
-        mut acc: MatMut<'_>,
+        acc: MatMut<'_>,
         scratch: &mut Scratch,
         ahead: &mut Ahead<'_>,
     ) {
-        let codes = self.blocks(&(first..first + n));
-        let lead = first % block(self.kivi.bits);
-        let share = ahead.left().div_ceil(self.groups());
-        let largest = Folded::largest_word(self.kivi.bits, codes.outer());
-        // Words before and behind the tokens stay 0: what else is in their blocks adds nothing.
-        scratch.folded.reset(w.rows, self.kivi.bits, codes.outer());
-        for j in 0..self.groups() {
-            ahead.fetch(share);
-            let lanes = j * self.kivi.group..((j + 1) * self.kivi.group).min(codes.lanes());
-            (scratch.kernels.fold)(w, self.group_grid(j, first..first + n), largest, lead, &mut scratch.folded);
-            (scratch.kernels.add_codes)(&scratch.folded, codes, lanes, acc.from_column(0));
-        }
+        let packed = self.groups_of(first..first + n);
+        (scratch.kernels.add_packed)(w, &packed, acc, &mut scratch.folded, ahead);
     }
 
     fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
-        let codes = self.blocks(&(first..first + n));
-        let (lanes, lead) = (codes.lanes(), first % block(self.kivi.bits));
+        let Packed { lead, .. } = self.groups_of(first..first + n);
+        let codes = self.groups_of(first..first + n).codes(0).0;
+        let lanes = codes.lanes();
         scratch.buffer.resize(codes.outer() * lanes, 0.0);
         (scratch.kernels.unpack)(codes, MatMut::new(&mut scratch.buffer, codes.outer(), lanes));
         for t in 0..n {

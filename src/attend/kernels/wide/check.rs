@@ -2,11 +2,9 @@
 
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
-
-use super::super::{Folded, Grid};
 use crate::attend::codes::{Codes, LANES};
 use crate::attend::mat::{Mat, MatMut};
+use crate::attend::packed::Packed;
 use crate::tensor::Slice;
 
 pub(in super::super) fn dot_rows(q: Mat<'_>, rows: Slice<'_>, d: usize, out: &MatMut<'_>) {
@@ -17,19 +15,9 @@ pub(in super::super) fn add_rows(w: Mat<'_>, rows: Slice<'_>, d: usize, acc: &Ma
     assert!(d > 0 && w.has_columns(rows.len() / d) && acc.has_columns(d) && acc.rows == w.rows);
 }
 
-pub(in super::super) fn fold(x: Mat<'_>, grid: Grid<'_>, lead: usize, out: &Folded) {
-    let n = grid.scale.len();
-    assert!(grid.zero.len() == n && x.has_columns(n) && lead + n <= out.stride);
-    assert!(out.rows == x.rows && holds_rows(out));
-}
-
-pub(in super::super) fn add_codes(w: &Folded, codes: Codes<'_>, lanes: &Range<usize>, acc: &MatMut<'_>) {
-    assert!(lanes.start.is_multiple_of(LANES) && lanes.end.is_multiple_of(LANES) && lanes.end <= codes.lanes());
-    assert!(w.stride == codes.outer() && holds_rows(w) && acc.has_columns(lanes.end) && acc.rows == w.rows);
-}
-
-fn holds_rows(w: &Folded) -> bool {
-    w.words.len() >= w.rows * w.stride && w.step.len() >= w.rows && w.offset.len() >= w.rows
+pub(in super::super) fn add_packed(w: Mat<'_>, packed: &Packed<'_>, acc: &MatMut<'_>) {
+    assert!(packed.width.is_multiple_of(LANES) && w.has_columns(packed.outer));
+    assert!(acc.has_columns(packed.columns()) && acc.rows == w.rows);
 }
 
 pub(in super::super) fn unpack(codes: Codes<'_>, out: &MatMut<'_>) {

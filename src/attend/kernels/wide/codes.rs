@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::super::vector::Vector;
 use super::super::Folded;
+use super::super::vector::Vector;
 use super::tiles_of_heads;
 use crate::attend::codes::{Codes, block, block_words};
 use crate::attend::mat::MatMut;
@@ -35,11 +35,8 @@ impl<V: Vector> Block<V> {
     unsafe fn load<const BITS: u8>(words: *const u16, lanes: usize, skipped: usize) -> Self {
         // SAFETY: by the caller's contract.
         unsafe {
-            let third = if BITS == 3 {
-                V::load_bytes(words.add(2 * (lanes - skipped) + skipped))
-            } else {
-                V::integer_zero()
-            };
+            let third =
+                if BITS == 3 { V::load_bytes(words.add(2 * (lanes - skipped) + skipped)) } else { V::integer_zero() };
             Self { pairs: V::load_pairs(words), third }
         }
     }
@@ -62,71 +59,61 @@ impl<V: Vector> Block<V> {
     }
 }
 
-/// `acc[g, l] += step_g sum_o w[g, o] codes[o, l] + offset_g`.
+/// `acc[g, l] += step_r sum_o words[r, o] codes[o, first lane + l] + offset_r` for rows `r = first + g` of `w`.
 #[inline(always)]
-pub(in super::super) unsafe fn add_codes<V: Vector>(
+pub(super) unsafe fn add_codes<V: Vector, const BITS: u8>(
     w: &Folded,
+    first: usize,
     codes: Codes<'_>,
     lanes: Range<usize>,
-    acc: MatMut<'_>,
+    acc: &mut MatMut<'_>,
 ) {
-    // SAFETY: by the caller's contract.
-    unsafe {
-        match codes.bits() {
-            8 => add_codes_of::<V, 8>(w, codes, lanes, acc),
-            4 => add_codes_of::<V, 4>(w, codes, lanes, acc),
-            3 => add_codes_of::<V, 3>(w, codes, lanes, acc),
-            _ => add_codes_of::<V, 2>(w, codes, lanes, acc),
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn add_codes_of<V: Vector, const BITS: u8>(
-    w: &Folded,
-    codes: Codes<'_>,
-    lanes: Range<usize>,
-    mut acc: MatMut<'_>,
-) {
-    tiles_of_heads!(w.rows, g, G => {
+    tiles_of_heads!(acc.rows, g, G => {
+        let (w, mut acc) = (Rows { folded: w, first: first + g }, acc.part(g, G));
         let mut lane = lanes.start;
         let many = V::REGISTERS > 16 || G < 4;
         // SAFETY: by the caller's contract.
         unsafe {
             while many && lane + 4 * V::LANES <= lanes.end {
-                add_codes_tile::<V, BITS, G, 4>(w, g, codes, lane, &mut acc);
+                add_tile::<V, BITS, G, 4>(w, codes, lane, acc.from_column(lane - lanes.start));
                 lane += 4 * V::LANES;
             }
             while lane + 2 * V::LANES <= lanes.end {
-                add_codes_tile::<V, BITS, G, 2>(w, g, codes, lane, &mut acc);
+                add_tile::<V, BITS, G, 2>(w, codes, lane, acc.from_column(lane - lanes.start));
                 lane += 2 * V::LANES;
             }
             while lane + V::LANES <= lanes.end {
-                add_codes_tile::<V, BITS, G, 1>(w, g, codes, lane, &mut acc);
+                add_tile::<V, BITS, G, 1>(w, codes, lane, acc.from_column(lane - lanes.start));
                 lane += V::LANES;
             }
             if lane < lanes.end {
-                add_codes_tile::<V::Half, BITS, G, 1>(w, g, codes, lane, &mut acc);
+                add_tile::<V::Half, BITS, G, 1>(w, codes, lane, acc.from_column(lane - lanes.start));
             }
         }
     });
 }
 
-/// Rows `first .. first + G` of `w`, `N` vectors of lanes from `lane` on.
-#[inline(always)]
-unsafe fn add_codes_tile<V: Vector, const BITS: u8, const G: usize, const N: usize>(
-    w: &Folded,
+/// Rows of integers from `first` on.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    folded: &'a Folded,
     first: usize,
+}
+
+/// `G` rows, `N` vectors of lanes from `lane` on.
+#[inline(always)]
+unsafe fn add_tile<V: Vector, const BITS: u8, const G: usize, const N: usize>(
+    Rows { folded: w, first }: Rows<'_>,
     codes: Codes<'_>,
     lane: usize,
-    acc: &mut MatMut<'_>,
+    acc: MatMut<'_>,
 ) {
     // SAFETY: blocks and lanes are within `codes`, rows within `w` and `acc`, by the caller's contract.
     unsafe {
         let (lanes, in_block) = (codes.lanes(), block(BITS));
         let mut sum = [[[V::integer_zero(); N]; G]; 2];
         // Few sums that wait for their own latency: even and odd pairs get sums of their own.
-        let apart = usize::from(V::FUSED_DOT && G * N < 8);
+        let apart = usize::from(V::FUSED_DOT && G * N <= 8);
         let mut words = codes.words().as_ptr().add(2 * lane);
         let mut w_block = w.words.as_ptr().add(first * w.stride);
         for _ in 0..codes.outer() / in_block {
@@ -151,14 +138,12 @@ unsafe fn add_codes_tile<V: Vector, const BITS: u8, const G: usize, const N: usi
             w_block = w_block.add(in_block);
         }
         for g in 0..G {
-            let (step, offset) = (V::splat(w.step[first + g]), V::splat(w.offset[first + g]));
+            let step = V::splat(*w.step.get_unchecked(first + g));
+            let offset = V::splat(*w.offset.get_unchecked(first + g));
             for v in 0..N {
-                let p = acc.data.as_mut_ptr().add((first + g) * acc.stride + lane + v * V::LANES);
-                let mut x = V::fma(V::to_float(sum[0][g][v]), step, V::add(V::load(p), offset));
-                if apart == 1 {
-                    x = V::fma(V::to_float(sum[1][g][v]), step, x);
-                }
-                V::store(p, x);
+                let p = acc.data.as_mut_ptr().add(g * acc.stride + v * V::LANES);
+                let total = if apart == 1 { V::add_integers(sum[0][g][v], sum[1][g][v]) } else { sum[0][g][v] };
+                V::store(p, V::fma(V::to_float(total), step, V::add(V::load(p), offset)));
             }
         }
     }

@@ -14,6 +14,7 @@ pub(super) mod check;
 pub(super) mod codes;
 pub(super) mod fold;
 pub(super) mod matmul;
+pub(super) mod packed;
 pub(super) mod rows;
 pub(super) mod softmax;
 
@@ -63,15 +64,10 @@ macro_rules! kernels {
                 // SAFETY: as above.
                 unsafe { compiled::add_rows(w, rows, d, acc, ahead) }
             },
-            fold: |x, grid, largest, lead, out| {
-                wide::check::fold(x, grid, lead, out);
+            add_packed: |w, packed, acc, folded, ahead| {
+                wide::check::add_packed(w, packed, &acc);
                 // SAFETY: as above.
-                unsafe { compiled::fold(x, grid, largest, lead, out) }
-            },
-            add_codes: |w, codes, lanes, acc| {
-                wide::check::add_codes(w, codes, &lanes, &acc);
-                // SAFETY: as above.
-                unsafe { compiled::add_codes(w, codes, lanes, acc) }
+                unsafe { compiled::add_packed(w, packed, acc, folded, ahead) }
             },
             unpack: |codes, out| {
                 wide::check::unpack(codes, &out);
@@ -88,11 +84,10 @@ macro_rules! kernels {
         };
 
         mod compiled {
-            use std::ops::Range;
-
-            use super::super::{Ahead, Folded, Grid, wide};
+            use super::super::{Ahead, Folded, wide};
             use crate::attend::codes::Codes;
             use crate::attend::mat::{Mat, MatMut};
+            use crate::attend::packed::Packed;
             use crate::tensor::Slice;
 
             type V = super::$V;
@@ -119,12 +114,14 @@ macro_rules! kernels {
                 unsafe { wide::rows::add_rows::<V>(w, rows, d, acc, ahead) }
             }
             #[target_feature(enable = $features)]
-            pub(super) unsafe fn fold(x: Mat<'_>, grid: Grid<'_>, largest: f32, lead: usize, out: &mut Folded) {
-                unsafe { wide::fold::fold::<V>(x, grid, largest, lead, out) }
-            }
-            #[target_feature(enable = $features)]
-            pub(super) unsafe fn add_codes(w: &Folded, codes: Codes<'_>, lanes: Range<usize>, acc: MatMut<'_>) {
-                unsafe { wide::codes::add_codes::<V>(w, codes, lanes, acc) }
+            pub(super) unsafe fn add_packed(
+                w: Mat<'_>,
+                packed: &Packed<'_>,
+                acc: MatMut<'_>,
+                folded: &mut Folded,
+                ahead: &mut Ahead<'_>,
+            ) {
+                unsafe { wide::packed::add_packed::<V>(w, packed, acc, folded, ahead) }
             }
             #[target_feature(enable = $features)]
             pub(super) unsafe fn unpack(codes: Codes<'_>, out: MatMut<'_>) {

@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 
-use super::super::vector::Vector;
 use super::super::Ahead;
+use super::super::vector::Vector;
 use super::tiles_of_heads;
 use crate::attend::mat::{Mat, MatMut};
 use crate::tensor::Slice;
