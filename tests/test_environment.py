@@ -93,10 +93,108 @@ def test_an_unknown_instruction_set_is_refused_at_import(isa: str) -> None:
 
 def test_info() -> None:
     info = kvpack.info()
-    assert set(info) == {"version", "isa", "isa_available", "threads"}
+    assert set(info) == {"version", "isa", "isa_available", "threads", "team"}
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", info["version"])
     assert info["version"] == kvpack.__version__
     assert info["threads"] == torch.get_num_threads()
+    assert re.fullmatch(r"own|openmp \(.+\)", info["team"])
+
+
+@pytest.mark.skipif(
+    "OpenMP" not in torch.__config__.parallel_info() or sys.platform != "linux", reason="torch has threads of its own"
+)
+def test_the_team_is_torchs_openmp() -> None:
+    library = re.fullmatch(r"openmp \((.+)\)", kvpack.info()["team"])
+    assert library is not None
+    assert library[1] in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(("most", "threads"), [("", 3), ("1", 1), ("2", 2), ("64", 3)])
+def test_the_environment_caps_the_threads(most: str, threads: int) -> None:
+    code = "import torch; torch.set_num_threads(3); import kvpack; print(kvpack.info()['threads'])"
+    done = python("-c", code, KVPACK_NUM_THREADS=most)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(threads)]
+
+
+@pytest.mark.parametrize("most", ["0", "-2", "two", "1.5", " 1", "99999999999999999999999"])
+def test_a_bad_number_of_threads_is_refused_at_import(most: str) -> None:
+    done = python("-c", "import kvpack", KVPACK_NUM_THREADS=most)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    expected = f"KVPACK_NUM_THREADS={most} is not accepted; accepted: a positive whole number"
+    assert last == f"kvpack.errors.OptionError: {expected}"
+
+
+# Run in a process of its own, which ends when it is stuck: argv = the folder of the tests.
+THREADED = """
+import faulthandler, os, sys, threading
+faulthandler.dump_traceback_later(120, exit=True)
+sys.path.insert(0, sys.argv[1])
+import torch
+from support import forward, random_kv, relative_error, tiny_config
+import kvpack
+
+torch.set_num_threads(2)
+torch.set_grad_enabled(False)
+config = tiny_config(layers=1, heads=8, kv_heads=4, head_dim=64)
+cache = kvpack.PackedCache(config, quantize=kvpack.KIVI(bits=4))
+cache.update(*random_kv(1, 4, 8192, 64), 0)
+step = *random_kv(1, 4, 1, 64), torch.randn(1, 8, 1, 64)
+
+def attend():
+    k, v, q = step
+    return forward(cache.fork(), k, v, query=q)
+
+torch.set_num_threads(1)
+expected = attend()
+torch.set_num_threads(2)
+torch.randn(300, 300) @ torch.randn(300, 300)  # torch's threads exist now
+assert relative_error(attend(), expected) < 1e-5
+"""
+
+
+def threaded(code: str, **environment: str) -> str:
+    done = python("-W", "ignore", "-c", THREADED + code, str(Path(__file__).parent), **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_forked_process_uses_threads_of_its_own() -> None:
+    code = """
+child = os.fork()
+if child == 0:
+    right = relative_error(attend(), expected) < 1e-5 and kvpack.info()["team"] == "own"
+    os._exit(0 if right else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert relative_error(attend(), expected) < 1e-5
+print(kvpack.info()["team"])
+"""
+    assert threaded(code).strip() == kvpack.info()["team"]
+
+
+def test_several_threads_at_once() -> None:
+    code = """
+right = []
+def work():
+    torch.set_grad_enabled(False)
+    right.extend(bool(relative_error(attend(), expected) < 1e-5) for _ in range(20))
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert right == [True] * 80, right
+"""
+    threaded(code)
+
+
+def test_the_number_of_threads_may_change_at_any_time() -> None:
+    code = """
+for threads in (1, 4, 2, 3, 1, 2):
+    torch.set_num_threads(threads)
+    assert kvpack.info()["threads"] == cache.info()["threads"] == min(threads, 3)
+    assert relative_error(attend(), expected) < 1e-5
+"""
+    threaded(code, KVPACK_NUM_THREADS="3")
 
 
 @every_codec

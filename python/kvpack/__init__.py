@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _kvpack, _requirements, attention
+from . import _kvpack, _requirements, attention  # noqa: F401  # the requirements are checked first
+from ._threads import threads
 from .attach import Attachment, attach
 from .cache import PackedCache
 from .errors import (
@@ -55,14 +56,16 @@ __version__ = _kvpack.__version__
 
 
 def info() -> dict[str, Any]:
-    """Version, instruction set in use and available (`KVPACK_ISA` chooses), and threads."""
+    """Version, instruction set in use and available (`KVPACK_ISA` chooses), threads and whose they are."""
     return {
         "version": __version__,
         "isa": _kvpack.isa(),
         "isa_available": _kvpack.isa_available(),
-        "threads": _requirements.torch.get_num_threads(),
+        **threads(),
     }
 
 
-_kvpack.isa()  # an unknown KVPACK_ISA is an error here and now, not in the middle of a generation
+# A bad KVPACK_ISA or KVPACK_NUM_THREADS is an error here and now, not in the middle of a generation.
+_kvpack.use_openmp()
+info()
 attention.register()

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from . import _kvpack
+from ._threads import threads
 from .errors import ConcurrencyError, DeviceError, KvpackError, ModelMismatchError, OptionError
 from .layer import PackedLayer
 from .memory import Memory, readable_bytes
@@ -225,7 +226,7 @@ class PackedCache(Cache):
         return {
             "version": _kvpack.__version__,
             "isa": _kvpack.isa(),
-            "threads": torch.get_num_threads(),
+            **threads(),
             "quantize": repr(self.quantize),
             "layers": [type(layer).__name__ for layer in self.layers],
             "tokens": self.get_seq_length(),

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::kernels::Ahead;
 use super::mat::{Mat, MatMut};
-use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, key_chunks};
+use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, Weights, key_chunks};
 
 /// Attention of one query for each of the `G` query heads of a KV head, over the chunks of its tokens that start
 /// in `tokens`.
@@ -27,18 +27,20 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
         if !all_visible {
             head.positions.collect_into(at, n, &mut held);
         }
+        let mut largest_share = 0.0f32;
         for g in 0..heads {
             let scores = &mut scores[g * CHUNK..][..n];
             queries.softmax.cap(scores);
             if !all_visible {
                 queries.visible.apply(queries.first_head + g, 0, &held, scores);
             }
-            partial.weigh(g, scores, scratch.kernels);
+            largest_share = largest_share.max(partial.weigh(g, scores, scratch.kernels));
         }
         let mut ahead = Ahead::new(chunks.get(i + 1).map_or(&[], |next| next.segment.bytes(next.first, next.tokens)));
         let weights = Mat::new(&scores, heads, CHUNK);
         cursor.read(at, n, |values, first, n, offset| {
-            values.accumulate(weights.from_column(offset), first, n, partial.acc(), scratch, &mut ahead);
+            let weights = Weights { of: weights.from_column(offset), largest_share };
+            values.accumulate(weights, first, n, partial.acc(), scratch, &mut ahead);
         });
     }
     partial

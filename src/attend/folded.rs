@@ -1,15 +1,20 @@
 //! Queries or weights with a part's scales folded in, as integers.
 //!
-//! Packed numbers are small integers on a grid, `x_o = scale_o c_o + zero_o`, so
+//! Packed numbers are small integers on a grid, `x_o = scale_o c_o + zero_o`. With `m` in the middle of the codes,
 //!
 //! ```text
-//! sum_o w_o x_o = sum_o (w_o scale_o) c_o + sum_o w_o zero_o = step sum_o n_o c_o + offset
+//! sum_o w_o x_o = sum_o (w_o scale_o) (c_o - m) + sum_o w_o (zero_o + m scale_o)
+//!               = step sum_o n_o (c_o - m)      + sum_o w_o (zero_o + m scale_o)
+//!               = step sum_o n_o c_o + offset,   offset = sum_o w_o (zero_o + m scale_o) - step m sum_o n_o
 //! ```
 //!
 //! where `n_o = round(w_o scale_o / step)` are words of 16 bits and `step = max |w_o scale_o| / N`. The sum of integers is
-//! exact. Rounding `w_o scale_o` moves the result by about `step / sqrt(12) |c|`, while rounding to codes moved it by
-//! about `|w scale| / sqrt(12)`, and `|w scale| >= N step`. So the ratio of the two errors is at most `|c| / N`: for
-//! `N = 32767` and 128 codes of 8 bits at most 0.05, of 4 bits 0.003, and far less as soon as several `w_o` matter.
+//! exact. Rounding `w_o scale_o` moves the result by about `step / sqrt(12) |c - m|`, while rounding to codes moved it by
+//! about `|w scale| / sqrt(12)`, and `|w scale| >= N step`. So the ratio of the two errors is at most `|c - m| / N`: for
+//! `N = 32767` and 128 codes of 8 bits about 0.025, of 4 bits 0.002, and far less as soon as several `w_o` matter.
+//!
+//! A logit's error is absolute, and large logits have a large step: where [`negligible`] says no, what rounding left over
+//! becomes words too, `2 N` times finer, whose sums are added.
 
 #![forbid(unsafe_code)]
 
@@ -33,9 +38,10 @@ pub struct Folded {
 }
 
 impl Folded {
-    /// Room for `heads` rows a part of `packed`; zeros where no outer row is in use.
+    /// Room for `heads` rows a part of `packed` and as many for what rounding one part leaves over; zeros where no outer row
+    /// is in use.
     pub fn reset(&mut self, heads: usize, packed: &Packed<'_>) {
-        self.rows = packed.parts * heads;
+        self.rows = (packed.parts + 1) * heads;
         self.stride = packed.padded_outer();
         if packed.outer < self.stride {
             self.words.clear();
@@ -50,6 +56,20 @@ impl Folded {
 pub fn largest_word(bits: u8, outer: usize) -> f32 {
     let largest_code = i64::from(u8::MAX >> (8 - bits));
     (i64::from(i32::MAX) / (largest_code * outer.max(1) as i64)).min(i64::from(i16::MAX)) as f32
+}
+
+/// The middle of codes of `bits` bits.
+pub fn middle(bits: u8) -> f32 {
+    f32::from(u8::MAX >> (8 - bits)) / 2.0
+}
+
+/// How much finer the words of what rounding left over are: at most half a step becomes at most `N`.
+pub const FINER: f32 = 65534.0;
+
+/// Whether rounding with `step` adds no more than `tolerance` to sums over `outer` codes of `bits` bits: for codes that are
+/// spread evenly, `step / sqrt(12)` times their `m / sqrt(3)` times `sqrt(outer)`.
+pub fn negligible(step: f32, bits: u8, outer: usize, tolerance: f32) -> bool {
+    step * middle(bits) * (outer as f32).sqrt() / 6.0 <= tolerance
 }
 
 /// Step, and its inverse, for products of at most `max` in magnitude; below 1e-30, whose inverse would not be finite, 0.

@@ -63,16 +63,25 @@ pub trait KeySegment: Sync {
     fn tile(&self, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch);
 }
 
+/// Weights of tokens, not yet divided by their sum.
+#[derive(Clone, Copy)]
+pub struct Weights<'a> {
+    /// A row a query head.
+    pub of: Mat<'a>,
+    /// The largest share of all weight so far that one of them has.
+    pub largest_share: f32,
+}
+
 /// Values of consecutive tokens of one KV head.
 pub trait ValueSegment: Sync {
     /// The bytes that a read of `n` tokens from `first` on will want, to be fetched ahead.
     fn bytes(&self, first: usize, n: usize) -> &[u8];
 
-    /// `acc[g, c] += sum_t w[g, t] v_(first + t)[c]` for `t < n`; `acc` has room for the dim rounded up to a multiple of 8.
+    /// `acc[g, c] += sum_t w[g, t] v_(first + t)[c]` for `t < n` and the weights `w`; `acc` has room for the dim rounded up to a multiple of 8.
     /// Meanwhile all of `ahead` is fetched.
     fn accumulate(
         &self,
-        w: Mat<'_>,
+        weights: Weights<'_>,
         first: usize,
         n: usize,
         acc: MatMut<'_>,

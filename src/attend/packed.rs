@@ -37,6 +37,8 @@ pub struct Packed<'a> {
     pub zeros_at: usize,
     /// Distance of the parts' grids in `words`.
     pub grids_step: usize,
+    /// The error (root mean square) that rounding to integers may add to a sum; where it would be more, rounding is finer.
+    pub tolerance: f32,
 }
 
 /// Scales and zero-points, one an outer row.

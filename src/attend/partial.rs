@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::kernels::Kernels;
+use super::kernels::{Kernels, Weighed};
 use super::mat::MatMut;
 use super::padded;
 
@@ -31,11 +31,13 @@ impl Partial {
         self.max.len()
     }
 
-    /// Turns the logits of row `row` for further tokens into weights, and the state to their new maximum.
-    pub fn weigh(&mut self, row: usize, scores: &mut [f32], kernels: &Kernels) {
-        let (max, sum) = (kernels.softmax)(scores, self.max[row]);
+    /// Turns the logits of row `row` for further tokens into weights, and the state to their new maximum; returns the
+    /// largest share of all weight so far that one of these tokens has.
+    pub fn weigh(&mut self, row: usize, scores: &mut [f32], kernels: &Kernels) -> f32 {
+        let Weighed { max, sum, heaviest } = (kernels.softmax)(scores, self.max[row]);
         self.rescale(row, max);
         self.sum[row] += sum;
+        heaviest / self.sum[row]
     }
 
     /// The weighted sums, to add to.

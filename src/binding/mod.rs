@@ -21,7 +21,7 @@ mod _kvpack {
     #[pymodule_export]
     use super::layer::Layer;
     #[pymodule_export]
-    use super::{isa, isa_available, set_threads, threads};
+    use super::{isa, isa_available, openmp_library, set_threads, use_openmp};
 
     #[allow(non_upper_case_globals)]
     #[pymodule_export]
@@ -40,14 +40,23 @@ fn isa_available() -> Vec<&'static str> {
     kernels::available().iter().map(|k| k.name).collect()
 }
 
-/// How many threads the next calls use.
+/// Sets how many threads the next calls use, and returns it: `n`, or what `KVPACK_NUM_THREADS` says if that is less;
+/// `OptionError` when that is no positive whole number.
 #[pyfunction]
-fn set_threads(n: usize) {
+fn set_threads(py: Python<'_>, n: usize) -> PyResult<usize> {
+    pool::most_threads().map_err(|e| errors::to_python(py, &e))?;
     pool::set_threads(n);
+    Ok(pool::threads())
 }
 
-/// How many threads the next calls use.
+/// Makes the OpenMP threads that torch uses ours too, if they can be found; says whether.
 #[pyfunction]
-fn threads() -> usize {
-    pool::threads()
+fn use_openmp() -> bool {
+    pool::use_openmp()
+}
+
+/// File name of the OpenMP library whose threads are used; `None` when they are our own.
+#[pyfunction]
+fn openmp_library() -> Option<&'static str> {
+    pool::openmp_library()
 }

@@ -47,9 +47,9 @@ impl<P: Page> Column<P> {
         P::due(codec, self.tail.len().saturating_sub(self.sinks(codec)))
     }
 
-    /// Whether something of the tail is due to be sealed.
-    pub(super) fn is_due(&self, codec: &Codec) -> bool {
-        self.due(codec) > 0
+    /// How many numbers of the tail are due to be sealed.
+    pub(super) fn numbers_due(&self, codec: &Codec) -> usize {
+        self.due(codec) * self.tail.dim()
     }
 
     /// Seals what is due of the tail.

@@ -55,9 +55,9 @@ impl KvHead {
         }
     }
 
-    /// Whether the codec's rule wants something packed.
-    pub(super) fn is_due(&self, codec: &Codec) -> bool {
-        self.keys.is_due(codec) || self.values.is_due(codec)
+    /// How many numbers the codec's rule wants packed.
+    pub(super) fn numbers_due(&self, codec: &Codec) -> usize {
+        self.keys.numbers_due(codec) + self.values.numbers_due(codec)
     }
 
     pub(super) fn settle(&mut self, codec: &Codec) {

@@ -10,6 +10,17 @@ use crate::pool;
 use crate::quantize::Codec;
 use crate::tensor::{Dtype, View};
 
+/// Multiply-adds that take as long as copying a number.
+pub(super) const COPYING: usize = 8;
+
+/// Multiply-adds that take as long as packing a number.
+fn packing(codec: &Codec) -> usize {
+    match codec {
+        Codec::Exact => COPYING,
+        Codec::Kivi(_) => 64,
+    }
+}
+
 /// What the first keys and values fix for all that follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
@@ -161,7 +172,8 @@ impl Layer {
         for (b, row) in self.rows.iter_mut().enumerate().filter(|&(b, _)| source[b] == b) {
             work.extend(Arc::make_mut(row).iter_mut().enumerate().map(|(h, head)| (b, h, head)));
         }
-        pool::map(k.shape().iter().product(), work, |(b, h, head)| {
+        let numbers = batch * heads * n * (shape.key_dim + shape.value_dim);
+        pool::map(numbers * codec.map_or(COPYING, packing), work, |(b, h, head)| {
             head.append(k, v, [b, h], row_valid(b), seen, codec);
         });
         for (b, &source) in source.iter().enumerate() {
@@ -177,10 +189,10 @@ impl Layer {
     pub fn settle(&mut self) {
         let codec = self.codec.clone();
         self.each_unique(
-            |row| row.iter().any(|head| head.is_due(&codec)),
+            |row| row.iter().any(|head| head.numbers_due(&codec) > 0),
             |heads| {
-                let work = heads.iter().map(|head| head.keys.tail.len() * head.keys.tail.dim()).sum();
-                pool::map(work, heads, |head| head.settle(&codec));
+                let due: usize = heads.iter().map(|head| head.numbers_due(&codec)).sum();
+                pool::map(due * packing(&codec), heads, |head| head.settle(&codec));
             },
         );
     }

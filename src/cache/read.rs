@@ -3,15 +3,15 @@
 use std::ops::Range;
 
 use super::head::KvHead;
-use super::layer::{Layer, Shape, expect};
+use super::layer::{COPYING, Layer, Shape, expect};
 use crate::attend::kernels::Kernels;
-use crate::attend::{Mask, Partial, Queries, Scratch, Softmax, Visibility, attend_many, attend_one};
+use crate::attend::{CHUNK, Mask, Partial, Queries, Scratch, Softmax, Visibility, attend_many, attend_one};
 use crate::error::{Error, Result};
 use crate::pool;
 use crate::tensor::{View, ViewMut};
 
-/// Tokens that are worth a task of their own when one KV head is split over threads.
-const TOKENS_A_TASK: usize = 2048;
+/// Tokens that are worth a task of their own when one KV head is split over threads: a chunk, as none is cut.
+const TOKENS_A_TASK: usize = CHUNK;
 
 /// Queries that are.
 const QUERIES_A_TASK: usize = 16;
@@ -46,18 +46,17 @@ impl Layer {
         let shape = self.check_request(request, out)?;
         let [batch, query_heads, queries, _] = request.query.shape();
         let tokens = self.rows.iter().map(|row| row[0].positions.len()).max().unwrap_or(0);
-        let work = batch * query_heads * queries * tokens * (shape.key_dim + shape.value_dim) / 2;
-        let tasks = self.tasks(tokens, queries, shape.heads);
+        let work = batch * query_heads * queries * tokens * (shape.key_dim + shape.value_dim);
+        let tasks = self.tasks(tokens, queries, shape.heads, pool::threads_for(work));
         let places: Vec<_> = tasks.iter().map(|task| (task.row, task.head, task.queries.start)).collect();
         let partials = pool::map(work, tasks, |task| self.run(request, &task, query_heads / shape.heads, kernels));
         write_out(places, partials, request.sinks, query_heads / shape.heads, shape.value_dim, out);
         Ok(())
     }
 
-    /// Every KV head of every sequence; few heads are split further, so that all threads have work.
-    fn tasks(&self, tokens: usize, queries: usize, heads: usize) -> Vec<Task> {
-        let threads = pool::threads();
-        let wanted = if threads == 1 { 1 } else { (2 * threads).div_ceil(self.batch() * heads) };
+    /// Every KV head of every sequence; few heads are split further, so that all threads have the same share.
+    fn tasks(&self, tokens: usize, queries: usize, heads: usize, threads: usize) -> Vec<Task> {
+        let wanted = parts(self.batch() * heads, threads);
         let cut = |n: usize, least: usize| {
             let parts = wanted.min(n / least).max(1);
             let len = n.div_ceil(parts).max(1);
@@ -164,9 +163,21 @@ impl Layer {
             return Err(Error::Shape { what: "out", given, expected: format!("{expected:?}") });
         }
         let heads = self.rows.iter().flat_map(|row| row.iter());
-        pool::map(expected.iter().product(), heads.zip(out.split()).collect(), |(head, mut out)| each(head, &mut out));
+        pool::map(COPYING * expected.iter().product::<usize>(), heads.zip(out.split()).collect(), |(head, mut out)| {
+            each(head, &mut out);
+        });
         Ok(())
     }
+}
+
+/// In how many parts to cut each of `n` equal pieces of work so that `threads` threads end at about the same time: the
+/// fewest with which none is idle for more than an eighth of it, and each has at least two, as some start late.
+fn parts(n: usize, threads: usize) -> usize {
+    if threads == 1 {
+        return 1;
+    }
+    let fits = |tasks: usize| tasks >= 2 * threads && tasks.next_multiple_of(threads) * 8 <= tasks * 9;
+    (1..2 * threads).find(|parts| fits(n * parts)).unwrap_or(2 * threads)
 }
 
 /// A task's queries as f32 `[G, queries, dim]`, scaled.

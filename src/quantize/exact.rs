@@ -2,7 +2,7 @@
 
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
-use crate::attend::{KeySegment, Scratch, ValueSegment};
+use crate::attend::{KeySegment, Scratch, ValueSegment, Weights};
 use crate::tensor::Rows;
 
 /// Tokens of a page: small, so that the copy of an open tail that every beam makes is small.
@@ -58,14 +58,14 @@ impl ValueSegment for Rows {
 
     fn accumulate(
         &self,
-        w: Mat<'_>,
+        weights: Weights<'_>,
         first: usize,
         n: usize,
         acc: MatMut<'_>,
         scratch: &mut Scratch,
         ahead: &mut Ahead<'_>,
     ) {
-        (scratch.kernels.add_rows)(w, self.slice(first..first + n), self.dim(), acc, ahead);
+        (scratch.kernels.add_rows)(weights.of, self.slice(first..first + n), self.dim(), acc, ahead);
     }
 
     fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, _: &mut Scratch) {

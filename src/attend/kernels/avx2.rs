@@ -50,15 +50,20 @@ impl Vector for Avx2 {
         unsafe { _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())), 16)) }
     }
     #[inline(always)]
+    unsafe fn load_words(p: *const i16) -> __m256 {
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn store(p: *mut f32, x: __m256) {
         unsafe { _mm256_storeu_ps(p, x) }
     }
     #[inline(always)]
-    unsafe fn store_rounded(p: *mut i16, a: __m256, b: __m256) {
+    unsafe fn store_rounded(p: *mut i16, a: __m256, b: __m256) -> __m256i {
         unsafe {
+            let (a, b) = (_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
             // Packs within 128-bit halves: the two inner quarters change places.
-            let words = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
-            _mm256_storeu_si256(p.cast(), _mm256_permute4x64_epi64(words, 0b11_01_10_00));
+            _mm256_storeu_si256(p.cast(), _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0b11_01_10_00));
+            _mm256_add_epi32(a, b)
         }
     }
     #[inline(always)]

@@ -56,14 +56,20 @@ impl Vector for Avx512 {
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())), 16)) }
     }
     #[inline(always)]
+    unsafe fn load_words(p: *const i16) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(p.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn store(p: *mut f32, x: __m512) {
         unsafe { _mm512_storeu_ps(p, x) }
     }
     #[inline(always)]
-    unsafe fn store_rounded(p: *mut i16, a: __m512, b: __m512) {
+    unsafe fn store_rounded(p: *mut i16, a: __m512, b: __m512) -> __m512i {
         unsafe {
-            _mm256_storeu_si256(p.cast(), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a)));
-            _mm256_storeu_si256(p.add(16).cast(), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(b)));
+            let (a, b) = (_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+            _mm256_storeu_si256(p.cast(), _mm512_cvtsepi32_epi16(a));
+            _mm256_storeu_si256(p.add(16).cast(), _mm512_cvtsepi32_epi16(b));
+            _mm512_add_epi32(a, b)
         }
     }
     #[inline(always)]

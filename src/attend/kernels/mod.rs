@@ -41,10 +41,21 @@ pub struct Kernels {
     pub add_packed: fn(w: Mat<'_>, packed: &Packed<'_>, acc: MatMut<'_>, folded: &mut Folded, ahead: &mut Ahead<'_>),
     /// `out[o, l] = codes[o, l]`.
     pub unpack: fn(codes: Codes<'_>, out: MatMut<'_>),
-    /// `x <- exp(x - m)` where `m` is the largest of `x` and `max`; returns `m` and the sum. When all are -inf, `x` is 0.
-    pub softmax: fn(x: &mut [f32], max: f32) -> (f32, f32),
+    /// `x <- exp(x - m)` where `m` is the largest of `x` and `max`. When all are -inf, `x` is 0.
+    pub softmax: fn(x: &mut [f32], max: f32) -> Weighed,
     /// `c[m, n] += sum_k a[m, k] b[k, n]` for `n` columns.
     pub matmul: fn(a: Mat<'_>, b: Mat<'_>, n: usize, c: MatMut<'_>),
+}
+
+/// What `Kernels::softmax` says of the weights that it made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Weighed {
+    /// The largest logit, old ones included.
+    pub max: f32,
+    /// Sum of the weights.
+    pub sum: f32,
+    /// The largest weight; 1 unless an old logit was larger.
+    pub heaviest: f32,
 }
 
 /// Weights of logits that are all -inf (`exp(-inf - -inf)` would be NaN) or NaN, and their sum.

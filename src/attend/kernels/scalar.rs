@@ -2,9 +2,9 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Ahead, Folded, Kernels, nothing_visible};
+use super::{Ahead, Folded, Kernels, Weighed, nothing_visible};
 use crate::attend::codes::Codes;
-use crate::attend::folded::{largest_word, step_of};
+use crate::attend::folded::{largest_word, middle, negligible, step_of};
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::{Grid, Packed};
 use crate::tensor::Slice;
@@ -35,25 +35,35 @@ fn add_rows(w: Mat<'_>, rows: Slice<'_>, d: usize, mut acc: MatMut<'_>, _: &mut 
 }
 
 fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut Folded, _: &mut Ahead<'_>) {
-    folded.reset(w.rows, packed);
-    let largest = largest_word(packed.bits, packed.outer);
+    let Packed { bits, outer, lead, tolerance, .. } = *packed;
+    let (largest, m) = (largest_word(bits, outer), middle(bits));
+    folded.reset(1, packed);
     for i in 0..packed.parts {
-        let Grid { scale, zero } = packed.grid(i);
-        let (codes, lanes) = packed.codes(i);
+        let (Grid { scale, zero }, (codes, lanes)) = (packed.grid(i), packed.codes(i));
+        let product = |g: usize, o: usize| w.row(g)[o] * scale[o].to_f32();
+        let max = |g: usize| (0..outer).map(|o| product(g, o).abs()).fold(0.0, f32::max);
+        let exact = (0..w.rows).any(|g| !negligible(step_of(max(g), largest).0, bits, outer, tolerance));
         for g in 0..w.rows {
-            let w = &w.row(g)[..packed.outer];
-            let product = |o: usize| w[o] * scale[o].to_f32();
-            let max = (0..w.len()).map(|o| product(o).abs()).fold(0.0, f32::max);
-            let (step, inverse) = step_of(max, largest);
-            let words = &mut folded.words[packed.lead..][..w.len()];
-            for (o, word) in words.iter_mut().enumerate() {
-                *word = (product(o) * inverse).round_ties_even() as i16;
+            let out = &mut acc.row(g)[i * packed.width..][..lanes.len()];
+            let weighted = |x: &dyn Fn(usize) -> f32| (0..outer).map(|o| w.row(g)[o] * x(o)).sum::<f32>();
+            if exact {
+                let offset = weighted(&|o| zero[o].to_f32());
+                for (l, out) in lanes.clone().zip(out) {
+                    *out += (0..outer).map(|o| product(g, o) * f32::from(codes.get(lead + o, l))).sum::<f32>() + offset;
+                }
+                continue;
             }
-            let offset: f32 = (0..w.len()).map(|o| w[o] * zero[o].to_f32()).sum();
-            for (l, acc) in lanes.clone().zip(&mut acc.row(g)[i * packed.width..]) {
-                let code = |o: usize| i32::from(codes.get(packed.lead + o, l));
-                let sum: i32 = words.iter().enumerate().map(|(o, &word)| i32::from(word) * code(o)).sum();
-                *acc += step * sum as f32 + offset;
+            let (step, inverse) = step_of(max(g), largest);
+            let words = &mut folded.words[..outer];
+            for (o, word) in words.iter_mut().enumerate() {
+                *word = (product(g, o) * inverse).round_ties_even() as i16;
+            }
+            let at_middle = weighted(&|o| zero[o].to_f32() + m * scale[o].to_f32());
+            let offset = at_middle - step * m * words.iter().map(|&word| i32::from(word)).sum::<i32>() as f32;
+            for (l, out) in lanes.clone().zip(out) {
+                let code = |o: usize| i32::from(codes.get(lead + o, l));
+                *out += step * words.iter().enumerate().map(|(o, &word)| i32::from(word) * code(o)).sum::<i32>() as f32
+                    + offset;
             }
         }
     }
@@ -67,17 +77,18 @@ fn unpack(codes: Codes<'_>, mut out: MatMut<'_>) {
     }
 }
 
-fn softmax(x: &mut [f32], max: f32) -> (f32, f32) {
-    let max = x.iter().copied().fold(max, f32::max);
+fn softmax(x: &mut [f32], max: f32) -> Weighed {
+    let own = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = max.max(own);
     if max == f32::NEG_INFINITY {
-        return (max, nothing_visible(x));
+        return Weighed { max, sum: nothing_visible(x), heaviest: 0.0 };
     }
     let mut sum = 0.0;
     for x in x {
         *x = (*x - max).exp();
         sum += *x;
     }
-    (max, sum)
+    Weighed { max, sum, heaviest: (own - max).exp() }
 }
 
 fn matmul(a: Mat<'_>, b: Mat<'_>, n: usize, mut c: MatMut<'_>) {

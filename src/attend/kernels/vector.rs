@@ -27,9 +27,11 @@ pub(super) trait Vector: Copy {
     unsafe fn load(p: *const f32) -> Self::F;
     unsafe fn load_f16(p: *const f16) -> Self::F;
     unsafe fn load_bf16(p: *const bf16) -> Self::F;
+    /// 16-bit integers.
+    unsafe fn load_words(p: *const i16) -> Self::F;
     unsafe fn store(p: *mut f32, x: Self::F);
-    /// Rounds both, half to even, and stores them one after the other as 16-bit integers.
-    unsafe fn store_rounded(p: *mut i16, a: Self::F, b: Self::F);
+    /// Rounds both, half to even, and stores them one after the other as 16-bit integers; returns their sum.
+    unsafe fn store_rounded(p: *mut i16, a: Self::F, b: Self::F) -> Self::I;
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;

@@ -13,6 +13,10 @@ use crate::attend::{KeySegment, Scratch};
 use crate::quantize::PageBytes;
 use crate::tensor::Rows;
 
+/// What rounding queries to integers may add to a logit (root mean square). It changes weights by as much, and outputs, which
+/// are averages, by less: below 1e-4 of the largest.
+const TOLERANCE: f32 = 4e-5;
+
 /// Per group of tokens the codes `[channels, tokens]`, and a scale and a zero-point per channel.
 #[derive(Clone)]
 pub struct PackedKeys {
@@ -70,6 +74,7 @@ impl PackedKeys {
             scales_at: code_words,
             zeros_at: code_words + self.dim,
             grids_step: group_words,
+            tolerance: TOLERANCE,
         }
     }
 

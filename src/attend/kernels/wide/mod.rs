@@ -12,7 +12,7 @@
 
 pub(super) mod check;
 pub(super) mod codes;
-pub(super) mod fold;
+mod fold;
 pub(super) mod matmul;
 pub(super) mod packed;
 pub(super) mod rows;
@@ -84,7 +84,7 @@ macro_rules! kernels {
         };
 
         mod compiled {
-            use super::super::{Ahead, Folded, wide};
+            use super::super::{Ahead, Folded, Weighed, wide};
             use crate::attend::codes::Codes;
             use crate::attend::mat::{Mat, MatMut};
             use crate::attend::packed::Packed;
@@ -128,7 +128,7 @@ macro_rules! kernels {
                 unsafe { wide::codes::unpack::<V>(codes, out) }
             }
             #[target_feature(enable = $features)]
-            pub(super) unsafe fn softmax(x: &mut [f32], max: f32) -> (f32, f32) {
+            pub(super) unsafe fn softmax(x: &mut [f32], max: f32) -> Weighed {
                 unsafe { wide::softmax::softmax::<V>(x, max) }
             }
             #[target_feature(enable = $features)]

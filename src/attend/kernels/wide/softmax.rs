@@ -1,23 +1,24 @@
 //! Exponentials, a vector at a time.
 
-use super::super::nothing_visible;
 use super::super::vector::Vector;
+use super::super::{Weighed, nothing_visible};
 
 /// As `Kernels::softmax` says.
 #[inline(always)]
-pub(in super::super) unsafe fn softmax<V: Vector>(x: &mut [f32], max: f32) -> (f32, f32) {
+pub(in super::super) unsafe fn softmax<V: Vector>(x: &mut [f32], max: f32) -> Weighed {
     let whole = x.len() / V::LANES * V::LANES;
-    let max = x[whole..].iter().copied().fold(max, f32::max);
+    let own = x[whole..].iter().copied().fold(f32::NEG_INFINITY, f32::max);
     // SAFETY: i + LANES <= the length.
     unsafe {
-        let mut largest = V::splat(max);
+        let mut largest = V::splat(own);
         for i in (0..whole).step_by(V::LANES) {
             // In this order a NaN is passed over here; its weight will be one.
             largest = V::max(V::load(x.as_ptr().add(i)), largest);
         }
-        let max = V::largest(largest);
+        let own = V::largest(largest);
+        let max = max.max(own);
         if max == f32::NEG_INFINITY {
-            return (max, nothing_visible(x));
+            return Weighed { max, sum: nothing_visible(x), heaviest: 0.0 };
         }
         let mut sum = V::zero();
         for i in (0..whole).step_by(V::LANES) {
@@ -30,7 +31,7 @@ pub(in super::super) unsafe fn softmax<V: Vector>(x: &mut [f32], max: f32) -> (f
             *x = (*x - max).exp();
             total += *x;
         }
-        (max, total)
+        Weighed { max, sum: total, heaviest: (own - max).exp() }
     }
 }
 
