@@ -10,6 +10,9 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 BUILT := $(VENV)/.kvpack-built
+COMPARED := $(VENV)/.kvpack-bench
+PEERS := .venv-peers
+PEERS_READY := $(PEERS)/.installed
 SOURCES := $(shell find src -name '*.rs' 2>/dev/null) $(wildcard Cargo.toml Cargo.lock build.rs pyproject.toml)
 PYTHON_CODE := python tests examples tools benchmarks
 
@@ -20,10 +23,10 @@ unexport CONDA_PREFIX PYTHONHOME
 MAKEFLAGS += --no-print-directory
 
 .NOTPARALLEL:
-.PHONY: help setup demo test rust python lint format bench compat clean
+.PHONY: help setup demo test rust python lint format bench bench-peers compat clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
 
 setup: $(BUILT) ## make .venv, install what is needed, build the extension
 
@@ -53,14 +56,17 @@ format: $(BUILT) ## format the Rust and the Python code
 	$(BIN)/ruff check --fix $(wildcard $(PYTHON_CODE))
 	$(BIN)/ruff format $(wildcard $(PYTHON_CODE))
 
-bench: ## nanoseconds a cached token, by codec, head shape and context; make bench ARGS=kivi4 for a part
-	cargo bench --locked -- $(ARGS)
+bench: $(COMPARED) ## against torch and transformers, 35 minutes; make bench ARGS="--only attention" for a part
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-peers: $(COMPARED) $(PEERS_READY) ## against llama.cpp (compiled first, 10 minutes) and OpenVINO
+	$(BIN)/python -m benchmarks --only peers $(ARGS)
 
 compat: $(BUILT) ## the equality tests under the oldest, a middle and the newest transformers
 	tools/compat.sh
 
 clean: ## remove everything that was built, .venv too
-	rm -rf $(VENV) target demo-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) target demo-output benchmarks/results/quick* .mypy_cache .pytest_cache .ruff_cache
 	rm -f python/kvpack/_kvpack*.so
 
 # The first Python that is new enough, unless PYTHON says which.
@@ -77,3 +83,17 @@ $(BUILT): $(VENV)/pyvenv.cfg $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'maturin>=1.9,<2'
 	$(BIN)/maturin develop --release --extras transformers,dev
 	@touch $@
+
+# What the benchmarks compare with, in transformers' own interface.
+$(COMPARED): pyproject.toml | $(BUILT)
+	$(BIN)/maturin develop --release --extras transformers,dev,bench
+	@touch $@
+
+# The other runtimes have an environment of their own. One that cannot be installed is reported as missing, and tried
+# again the next time.
+$(PEERS_READY): benchmarks/peers-requirements.txt | $(BUILT)
+	$(BIN)/python -m venv $(PEERS)
+	@failed=; while read -r package; do \
+	    $(PEERS)/bin/python -m pip install --disable-pip-version-check "$$package" || failed+=" $$package"; \
+	done < <(grep -v '^#' $<); \
+	if [ -z "$$failed" ]; then touch $@; else echo "cannot be installed, and so not measured:$$failed" >&2; fi

@@ -88,10 +88,13 @@ MATERIALISED: dict[str, dict[str, Any]] = {
     "falcon": {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2},
     "bloom": {"n_layer": 4, "n_head": 4},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 256},
-    "gptj": {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8, "n_positions": 256},
 }
 # Releases differ: the newest caches the compressed latents, which are expanded before attention.
-EITHER: dict[str, dict[str, Any]] = {"deepseek_v3": MLA}
+# Newer releases of transformers moved GPT-J to the attention interface.
+EITHER: dict[str, dict[str, Any]] = {
+    "deepseek_v3": MLA,
+    "gptj": {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8, "n_positions": 256},
+}
 NOTHING_TO_PACK: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 8}}
 PATHS = {"fused": FUSED, "materialised": MATERIALISED, "either": EITHER, "none": NOTHING_TO_PACK}
 # Their configurations do not validate there, or they need a cache of their own.

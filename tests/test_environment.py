@@ -150,7 +150,7 @@ torch.set_num_threads(1)
 expected = attend()
 torch.set_num_threads(2)
 torch.randn(300, 300) @ torch.randn(300, 300)  # torch's threads exist now
-assert relative_error(attend(), expected) < 1e-5
+assert relative_error(attend(), expected) < 1e-4
 """
 
 
@@ -164,10 +164,10 @@ def test_a_forked_process_uses_threads_of_its_own() -> None:
     code = """
 child = os.fork()
 if child == 0:
-    right = relative_error(attend(), expected) < 1e-5 and kvpack.info()["team"] == "own"
+    right = relative_error(attend(), expected) < 1e-4 and kvpack.info()["team"] == "own"
     os._exit(0 if right else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert relative_error(attend(), expected) < 1e-5
+assert relative_error(attend(), expected) < 1e-4
 print(kvpack.info()["team"])
 """
     assert threaded(code).strip() == kvpack.info()["team"]
@@ -178,7 +178,7 @@ def test_several_threads_at_once() -> None:
 right = []
 def work():
     torch.set_grad_enabled(False)
-    right.extend(bool(relative_error(attend(), expected) < 1e-5) for _ in range(20))
+    right.extend(bool(relative_error(attend(), expected) < 1e-4) for _ in range(20))
 threads = [threading.Thread(target=work) for _ in range(4)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
@@ -192,7 +192,7 @@ def test_the_number_of_threads_may_change_at_any_time() -> None:
 for threads in (1, 4, 2, 3, 1, 2):
     torch.set_num_threads(threads)
     assert kvpack.info()["threads"] == cache.info()["threads"] == min(threads, 3)
-    assert relative_error(attend(), expected) < 1e-5
+    assert relative_error(attend(), expected) < 1e-4
 """
     threaded(code, KVPACK_NUM_THREADS="3")
 

@@ -3,6 +3,7 @@
 from typing import TypeAlias, final
 
 _Tensor: TypeAlias = tuple[int, str, tuple[int, int, int, int], tuple[int, int, int, int]]
+_New: TypeAlias = tuple[_Tensor, _Tensor, _Tensor | None, bool, bool]
 _Packed: TypeAlias = tuple[int, bytes, list[float], list[float]]
 
 __all__ = ["Layer", "__version__", "isa", "isa_available", "openmp_library", "set_threads", "use_openmp"]
@@ -23,16 +24,18 @@ class Layer:
     def kivi(bits: int, group: int, window: int, sinks: int) -> Layer: ...
     def fork(self) -> Layer: ...
     def check(self, k: _Tensor, v: _Tensor) -> None: ...
-    def append(self, k: _Tensor, v: _Tensor, valid: _Tensor | None = None, settle: bool = False) -> None: ...
+    def append(self, new: _New, threads: int) -> None: ...
     def settle(self) -> None: ...
     def attend(
         self,
         q: _Tensor,
         out: _Tensor,
-        mask: _Tensor | None = None,
-        scaling: float = 1.0,
-        softcap: float | None = None,
-        sinks: list[float] | None = None,
+        new: _New | None,
+        mask: _Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: list[float] | None,
+        threads: int,
     ) -> None: ...
     def write_keys(self, out: _Tensor) -> None: ...
     def write_values(self, out: _Tensor) -> None: ...

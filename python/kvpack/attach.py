@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
+from inspect import signature
 from types import TracebackType
 from typing import Any
+
+from transformers import GenerationMixin
 
 from . import attention
 from .cache import PackedCache
 from .errors import OptionError
 from .methods import Quantize
+
+# What `generate` calls its cache: transformers 5.24 renamed it, and warns of the old name.
+CACHE_ARGUMENT = (
+    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+)
 
 
 class Attachment:
@@ -27,7 +35,7 @@ class Attachment:
         @functools.wraps(generate)
         def with_packed_cache(*args: Any, **kwargs: Any) -> Any:
             if _wants_our_cache(model, args, kwargs):
-                kwargs["past_key_values"] = self.cache = PackedCache(model, quantize=quantize)
+                kwargs[CACHE_ARGUMENT] = self.cache = PackedCache(model, quantize=quantize)
             return generate(*args, **kwargs)
 
         with_packed_cache._kvpack = self  # type: ignore[attr-defined]
@@ -53,7 +61,7 @@ class Attachment:
 def attach(model: Any, *, quantize: Quantize | None = None) -> Attachment:
     """Makes `model.generate`, and pipelines around the model, use a fresh PackedCache at every call.
 
-    A call that names its own `past_key_values`, `cache_implementation` or `use_cache=False` is left alone.
+    A call that names its own cache, `cache_implementation` or `use_cache=False` is left alone.
 
     Args:
         model: a transformers model on the CPU.
@@ -80,7 +88,7 @@ def _wants_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return kwargs[name] if name in kwargs else getattr(config, name, None)
 
     return (
-        kwargs.get("past_key_values") is None
+        all(kwargs.get(name) is None for name in ("past_key_values", "cache"))
         and setting("use_cache") is not False
         and setting("cache_implementation") is None
     )

@@ -52,15 +52,16 @@ def kvpack_attention(
     """
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[2] == 1 < query.shape[2]:
-        attention_mask = attention_mask.expand(-1, -1, query.shape[2], -1)
+    new = query.shape[2]
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[2] == 1 < new:
+        attention_mask = attention_mask.expand(-1, -1, new, -1)
     if isinstance(key, LazyKV) and isinstance(value, LazyKV) and not dropout:
         packed = key.packed_layer
         value.packed_layer  # noqa: B018  # a stale handle raises
         _check_model(packed, module)
-        if attention_mask is None and query.shape[2] > 1 and not getattr(module, "is_causal", True):
-            attention_mask = torch.ones((1, 1, query.shape[2], key.shape[2]), dtype=torch.bool)
-        valid = _PADS.valid(attention_mask, query.shape[2])
+        if attention_mask is None and new > 1 and not getattr(module, "is_causal", True):
+            attention_mask = torch.ones((1, 1, new, key.shape[2]), dtype=torch.bool)
+        valid = _PADS.valid(attention_mask, new)
         return packed.attend(query, attention_mask, valid, scaling, softcap, s_aux), None
     prefill, version = getattr(key, "_kvpack_prefill", (lambda: None, 0))
     layer = prefill()
@@ -80,7 +81,7 @@ def kvpack_attention(
     )
     if layer is not None:
         del key._kvpack_prefill
-        layer.commit(version, _PADS.valid(attention_mask, query.shape[2]))
+        layer.commit(version, _PADS.valid(attention_mask, new))
     return out, None
 
 

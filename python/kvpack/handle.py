@@ -17,6 +17,8 @@ from .errors import StaleHandleError
 if TYPE_CHECKING:
     from .layer import PackedLayer
 
+_CPU = torch.device("cpu")
+
 
 class LazyKV(Tensor):
     """All keys, or all values, that a layer holds: `[batch, KV heads, positions seen, head_dim]`."""
@@ -24,15 +26,15 @@ class LazyKV(Tensor):
     _layer: PackedLayer
     _which: Literal["keys", "values"]
     _made_at: int
-    _full: Tensor | None
+    _full: Tensor | None = None
 
     @staticmethod
     def __new__(
         cls, layer: PackedLayer, which: Literal["keys", "values"], shape: tuple[int, ...], dtype: torch.dtype
     ) -> LazyKV:
         """A handle on what `layer` holds now."""
-        handle: LazyKV = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu")
-        handle._layer, handle._which, handle._made_at, handle._full = layer, which, layer.version, None
+        handle: LazyKV = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=_CPU)
+        handle._layer, handle._which, handle._made_at = layer, which, layer.version
         return handle
 
     @property

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from . import _kvpack
-from ._tensors import DTYPES, describe, plain, readable
+from ._tensors import DTYPES, New, describe, plain, readable
 from .errors import CropError, KvpackError, ShapeError, StaleHandleError
 from .handle import LazyKV
 from .methods import Quantize
@@ -50,6 +49,7 @@ class PackedLayer(CacheLayerMixin):
         self.version = 0
         self.counts = {"prefill": 0, "fused": 0, "materialised": 0}
         self._store = quantize.make_store()
+        self._window = getattr(quantize, "window", 0)
         self._seen = 0
         self._pending: tuple[Tensor, Tensor] | None = None
 
@@ -76,7 +76,8 @@ class PackedLayer(CacheLayerMixin):
                 the cache is unchanged.
         """
         keys, values = plain("keys", key_states), plain("values", value_states)
-        self.absorb()
+        if self._pending is not None:
+            self.absorb()
         self._store.check(describe(keys), describe(values))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -86,28 +87,50 @@ class PackedLayer(CacheLayerMixin):
             key_states._kvpack_prefill = (weakref.ref(self), self.version)
             return key_states, value_states
         batch, heads, new, key_dim = keys.shape
-        logical = (batch, heads, self._seen + new)
+        seen, dtype = self._seen + new, keys.dtype
         return (
-            LazyKV(self, "keys", (*logical, key_dim), keys.dtype),
-            LazyKV(self, "values", (*logical, values.shape[-1]), values.dtype),
+            LazyKV(self, "keys", (batch, heads, seen, key_dim), dtype),
+            LazyKV(self, "values", (batch, heads, seen, values.shape[3]), dtype),
         )
 
     def absorb(self, valid: Tensor | None = None) -> None:
         """Stores what is pending; `valid` `[B, q]` says which tokens are not pads."""
+        valid = self._valid(valid)
+        new = self._new(valid)
+        if new is not None:
+            self._store.append(new, torch.get_num_threads())
+            self._absorbed()
+
+    def _valid(self, valid: Tensor | None) -> Tensor | None:
+        """`valid` as Rust reads it."""
+        if valid is None or self._pending is None:
+            return None
+        keys = self._pending[0]
+        return valid[:, None, None, :].expand(keys.shape[0], 1, 1, keys.shape[2]).contiguous()
+
+    def _new(self, valid: Tensor | None) -> New | None:
+        """What is pending, as Rust takes it.
+
+        A forward's tokens are packed when the next forward's arrive, so that until then they can be cropped; only a
+        first prompt is packed at once.
+        """
         if self._pending is None:
-            return
+            return None
         keys, values = self._pending
-        _kvpack.set_threads(torch.get_num_threads())
-        if valid is not None:
-            valid = valid[:, None, None, :].expand(keys.shape[0], 1, 1, keys.shape[2]).contiguous()
-        # A forward's tokens are packed when the next forward's arrive, so that until then they can be cropped;
-        # only a first prompt is packed at once.
-        if not self.record_past:
-            self._store.settle()
-        settle = self._seen == 0 and not self.record_past
-        self._store.append(describe(keys), describe(values), None if valid is None else describe(valid), settle)
-        self._seen += keys.shape[2]
-        self._pending = None
+        pack = not self.record_past
+        return (
+            describe(keys),
+            describe(values),
+            None if valid is None else describe(valid),
+            pack,
+            pack and not self._seen,
+        )
+
+    def _absorbed(self) -> None:
+        """Counts what was pending, now that it is stored."""
+        if self._pending is not None:
+            self._seen += self._pending[0].shape[2]
+            self._pending = None
 
     def discard(self) -> None:
         """Forgets the pending tokens, as if they had not been given."""
@@ -187,38 +210,38 @@ class PackedLayer(CacheLayerMixin):
         query = plain("queries", query)
         if mask is not None:
             mask = _four_dimensional(mask)
+        valid = self._valid(valid)
+        batch, heads, new, _ = query.shape
+        out = torch.empty(batch, new, heads, self._value_dim(), dtype=query.dtype)
         before = self._seen
-        self.absorb(valid)
         try:
-            out = self._read(query, mask, scaling, softcap, sinks)
+            self._store.attend(
+                describe(query),
+                describe(out),
+                self._new(valid),
+                None if mask is None else describe(mask),
+                scaling,
+                softcap,
+                None if sinks is None else sinks.detach().float().tolist(),
+                torch.get_num_threads(),
+            )
         except KvpackError:
-            self.take_back(before)
+            if self._store.seen() > before:  # the new tokens were stored, their attention failed
+                self._absorbed()
+                self.take_back(before)
             raise
+        self._absorbed()
         self.counts["fused"] += 1
-        if not (self.record_past or self.shared) and query.shape[2] > self._window:
+        if new > self._window and not (self.record_past or self.shared):
             self._store.settle()  # a long chunk would otherwise be held exactly in all layers at once
         return out
 
-    def _read(
-        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
+    def _value_dim(self) -> int:
+        if self._pending is not None:
+            return int(self._pending[1].shape[3])
         shape = self._store.shape()
         assert shape is not None  # there is a handle, so there are tokens
-        out = torch.empty((query.shape[0], query.shape[2], query.shape[1], shape[3]), dtype=query.dtype)
-        _kvpack.set_threads(torch.get_num_threads())
-        self._store.attend(
-            describe(query),
-            describe(out),
-            None if mask is None else describe(mask),
-            scaling,
-            softcap,
-            None if sinks is None else sinks.detach().float().tolist(),
-        )
-        return out
-
-    @property
-    def _window(self) -> int:
-        return getattr(self.quantize, "window", 0)
+        return shape[3]
 
     def materialize(self, which: Literal["keys", "values"]) -> Tensor:
         """All keys or values `[B, Hkv, seen, D]`, dequantised, in the model's dtype; zeros where a pad was."""

@@ -11,6 +11,7 @@ use crate::attend::Softmax;
 use crate::attend::kernels::{self, Kernels};
 use crate::cache::{self, Request};
 use crate::error::{Error, Result};
+use crate::pool;
 use crate::quantize::{Codec, Kivi};
 
 /// Keys and values of one attention layer. Tensors are `(pointer, dtype, shape, strides)`.
@@ -33,6 +34,27 @@ impl Layer {
             })
         });
         result.map_err(|e| to_python(py, &e))
+    }
+}
+
+/// New tokens: keys, values, which of them are not pads (booleans `[B, 1, 1, n]`), whether to pack first what is due, and
+/// whether to pack afterwards what is due then.
+#[derive(FromPyObject)]
+struct New(Tensor, Tensor, Option<Tensor>, bool, bool);
+
+impl New {
+    /// # Safety
+    /// The tensors are alive and nobody writes to them meanwhile.
+    unsafe fn append_to(&self, layer: &mut cache::Layer) -> Result<()> {
+        let Self(k, v, valid, before, after) = self;
+        if *before {
+            layer.settle();
+        }
+        // SAFETY: by this function's contract.
+        unsafe {
+            let valid = valid.as_ref().map(|valid| valid.flags("valid")).transpose()?;
+            layer.append(&k.view("keys")?, &v.view("values")?, valid.as_deref(), *after)
+        }
     }
 }
 
@@ -69,14 +91,11 @@ impl Layer {
         self.enter(py, |layer| unsafe { layer.check(&k.view("keys")?, &v.view("values")?) })
     }
 
-    /// Appends checked tokens; `valid` (booleans `[B, 1, 1, n]`) leaves pads out, `settle` packs what is due.
-    #[pyo3(signature = (k, v, valid=None, settle=false))]
-    fn append(&self, py: Python<'_>, k: Tensor, v: Tensor, valid: Option<Tensor>, settle: bool) -> PyResult<()> {
+    /// Appends checked tokens, with up to `threads` threads.
+    fn append(&self, py: Python<'_>, new: New, threads: usize) -> PyResult<()> {
+        pool::set_threads(threads);
         // SAFETY: as in `check`.
-        self.enter(py, |layer| unsafe {
-            let valid = valid.map(|valid| valid.flags("valid")).transpose()?;
-            layer.append(&k.view("keys")?, &v.view("values")?, valid.as_deref(), settle)
-        })
+        self.enter(py, |layer| unsafe { new.append_to(layer) })
     }
 
     /// Packs what is due.
@@ -87,21 +106,27 @@ impl Layer {
         })
     }
 
-    /// Attention of the newest positions' queries, written to `out` `[B, Q, Hq, Dv]`.
-    #[pyo3(signature = (q, out, mask=None, scaling=1.0, softcap=None, sinks=None))]
+    /// Appends checked tokens, if any; then attention of the newest positions' queries, written to `out`
+    /// `[B, Q, Hq, Dv]`. With up to `threads` threads.
     #[allow(clippy::too_many_arguments)]
     fn attend(
         &self,
         py: Python<'_>,
         q: Tensor,
         out: Tensor,
+        new: Option<New>,
         mask: Option<Tensor>,
         scaling: f32,
         softcap: Option<f32>,
         sinks: Option<Vec<f32>>,
+        threads: usize,
     ) -> PyResult<()> {
+        pool::set_threads(threads);
         // SAFETY: as in `check`; `out` was made for this call.
         self.enter(py, |layer| unsafe {
+            if let Some(new) = new {
+                new.append_to(layer)?;
+            }
             let request = Request {
                 query: q.view("query")?,
                 mask: mask.map(|m| m.mask()).transpose()?,

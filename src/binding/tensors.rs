@@ -7,8 +7,18 @@ use crate::error::{Error, Result};
 use crate::tensor::{Dtype, View, ViewMut};
 
 /// A strided 4-D CPU tensor of someone else.
-#[derive(FromPyObject)]
 pub(super) struct Tensor(usize, String, [usize; 4], [usize; 4]);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Tensor {
+    type Error = PyErr;
+
+    /// Tuples all the way down: sequences in general take twice as long.
+    fn extract(tuple: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        type Four = (usize, usize, usize, usize);
+        let (ptr, dtype, shape, strides): (_, _, Four, Four) = tuple.extract()?;
+        Ok(Self(ptr, dtype, shape.into(), strides.into()))
+    }
+}
 
 impl Tensor {
     fn check(&self, what: &'static str, align: usize) -> Result<()> {
