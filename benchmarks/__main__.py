@@ -19,7 +19,6 @@ from pathlib import Path
 from rich.console import Console
 
 from . import attention, kernels, model, peers, report
-from .environment import OtherPrograms, environment, environment_line
 from .options import Options
 from .paths import FOLDER, RESULTS, ROOT
 from .progress import Bars
@@ -68,8 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(names: list[str], sizes: Options, results: Results, results_file: Path, console: Console) -> bool:
     """Run the parts, each saved as soon as it is there; say whether all of them worked."""
-    surroundings = environment(sizes)
-    console.print(f"[bold]kvpack benchmarks[/] on {environment_line(surroundings)}")
+    # It imports torch, which takes seconds: not for a report, or for --help.
+    from .environment import OtherPrograms, environment
+
+    console.print(f"[bold]kvpack benchmarks[/] on {report.environment_line(environment(sizes))}")
     for name in names:
         duration = "seconds" if sizes.quick else f"about {STEPS[name].minutes} minutes on two cores"
         console.print(f"  {name}: {STEPS[name].title}; {duration}", highlight=False)

@@ -17,8 +17,6 @@ import demo_environment
 COMPARED = ("hqq", "optimum-quanto")
 # A part's results change the committed ones before the next part runs, so the whole checkout would soon be dirty.
 MEASURED = ("src", "python", "benches", "Cargo.toml", "Cargo.lock", "benchmarks/*.py")
-# On few cores even a little of it is much: threads that wait for each other wait for the slowest.
-MUCH = 0.03
 
 
 class OtherPrograms:
@@ -59,22 +57,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{name}-dirty" if changed else name
-
-
-def environment_line(surroundings: dict[str, Any]) -> str:
-    """Return an environment in one line."""
-    packed = surroundings["kvpack"]
-    compared = "".join(f"{name} {found}, " for name, found in surroundings["compared"].items())
-    notes = " QUICK RUN: the numbers say nothing." if surroundings["quick"] else ""
-    others = surroundings.get("others")
-    if others is not None:
-        notes += f" Other programs took {100 * others:.1f} % of the CPUs' time{': DISTURBED' if others > MUCH else ''}."
-    return (
-        f"{surroundings['cpu']} ({surroundings['cpus']} CPUs; {' '.join(surroundings['cpu_flags'])}), kvpack "
-        f"{packed['version']} ({packed['isa']}, commit {surroundings['commit'] or 'unknown'}), torch "
-        f"{surroundings['torch']}, transformers {surroundings['transformers']}, {compared}Python "
-        f"{surroundings['python']}, {surroundings['date'][:10]}.{notes}"
-    )
 
 
 def _own_seconds() -> float:

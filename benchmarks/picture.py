@@ -26,6 +26,8 @@ from .targets import heads, length
 # are grey or black; the markers tell them apart once more.
 BLACK, GREY, LIGHT = "#000000", "#777777", "#a8a8a8"
 BLUE, SKY, GREEN, VERMILION, PINK, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00"
+# The title and the legend need so many inches.
+LEAST_WIDTH = 13
 SMALL_PRINT = FontProperties(size=8.5)
 RC = {
     "font.size": 10,
@@ -122,7 +124,7 @@ def _attention(part: Part) -> Figure:
     figure, grid = plt.subplots(
         len(threads),
         len(shapes),
-        figsize=(3.7 * len(shapes) + 1, 4.2 * len(threads) + 1.6),
+        figsize=(max(3.7 * len(shapes) + 1, LEAST_WIDTH), 4.2 * len(threads) + 1.6),
         sharex=True,
         sharey="col",
         squeeze=False,
@@ -179,7 +181,7 @@ def _model(results: Results) -> Figure:
     figure, grid = plt.subplots(
         len(threads),
         len(columns),
-        figsize=(5.0 * len(columns) + 0.6, 3.7 * len(threads) + 2.2),
+        figsize=(max(5.0 * len(columns) + 0.6, 8), 3.7 * len(threads) + 2.2),
         sharex=True,
         squeeze=False,
         layout="constrained",

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import picture, tables
-from .environment import environment_line
 from .results import Part, Results, Rows
 from .targets import targets
+
+# The share of the CPUs' time that other programs may take. On few cores even a little is much: threads that wait for
+# each other wait for the slowest.
+DISTURBING = 0.03
 
 HEAD = """\
 # Benchmarks
@@ -137,6 +141,23 @@ def text(results: Results) -> str:
         part = results.parts.get(name)
         lines += _section(section, part) if part else [section.text, "Not measured yet.", ""]
     return _single_blank_lines("\n".join(lines))
+
+
+def environment_line(surroundings: dict[str, Any]) -> str:
+    """Return an environment in one line."""
+    packed = surroundings["kvpack"]
+    compared = "".join(f"{name} {found}, " for name, found in surroundings["compared"].items())
+    notes = " QUICK RUN: the numbers say nothing." if surroundings["quick"] else ""
+    others = surroundings.get("others")
+    if others is not None:
+        notes += f" Other programs took {100 * others:.1f} % of the CPUs' time."
+        notes += " DISTURBED." if others > DISTURBING else ""
+    return (
+        f"{surroundings['cpu']} ({surroundings['cpus']} CPUs; {' '.join(surroundings['cpu_flags'])}), kvpack "
+        f"{packed['version']} ({packed['isa']}, commit {surroundings['commit'] or 'unknown'}), torch "
+        f"{surroundings['torch']}, transformers {surroundings['transformers']}, {compared}Python "
+        f"{surroundings['python']}, {surroundings['date'][:10]}.{notes}"
+    )
 
 
 def _section(section: Section, part: Part) -> list[str]:

@@ -7,8 +7,9 @@
 //! Every function is always inlined into one that enables the instruction set (`kernels!`), and is unsafe for that reason:
 //! its sizes were checked by the caller there.
 
-// Sums are arrays of registers: indices keep the tile visible. Without inlining, no instruction set.
-#![allow(clippy::inline_always, clippy::needless_range_loop)]
+// Sums are arrays of registers: indices keep the tile visible. Without inlining, no instruction set. Matrices that are
+// written to pass from hand to hand.
+#![allow(clippy::inline_always, clippy::needless_range_loop, clippy::needless_pass_by_value)]
 
 pub(super) mod check;
 pub(super) mod codes;
