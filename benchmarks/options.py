@@ -45,7 +45,7 @@ class Options:
     @property
     def cell_seconds(self) -> float:
         """How long a cell of the attention part is sampled, at least five rounds though."""
-        return 0.1 if self.quick else 5.0
+        return 0.1 if self.quick else 2.0
 
     @property
     def past(self) -> int:
@@ -70,7 +70,7 @@ class Options:
     @property
     def rounds(self) -> int:
         """Turns that every engine of the whole model gets in a context."""
-        return 2 if self.quick else 6
+        return 2 if self.quick else 4
 
     @property
     def turn_steps(self) -> int:
