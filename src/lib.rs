@@ -6,8 +6,8 @@
 //! |---|---|
 //! | [`error`] | one error enum: what was wrong, what was given, what is accepted |
 //! | [`tensor`] | borrowed views over f32 / f16 / bf16 memory, and exact rows |
-//! | [`pool`] | threads |
-//! | [`attend`] | reading: segments, online softmax, one query and many; `kernels` has one file an instruction set |
+//! | [`pool`] | threads: torch's own team, or ours |
+//! | [`attend`] | reading: segments, online softmax, one query and many; `kernels` has one file an instruction set, and the loops once for all |
 //! | [`quantize`] | writing with fewer bits: one file a method |
 //! | [`cache`] | the manager: layers, sequences, KV heads, pages, tails, memory |
 //! | `binding` | `PyO3` only: extract, validate, release the GIL, call, map the error |
