@@ -56,7 +56,7 @@ format: $(BUILT) ## format the Rust and the Python code
 	$(BIN)/ruff check --fix $(wildcard $(PYTHON_CODE))
 	$(BIN)/ruff format $(wildcard $(PYTHON_CODE))
 
-bench: $(COMPARED) ## against torch and transformers, 35 minutes; make bench ARGS="--only attention" for a part
+bench: $(COMPARED) ## against torch and transformers, 30 minutes; make bench ARGS="--only attention" for a part
 	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-peers: $(COMPARED) $(PEERS_READY) ## against llama.cpp (compiled first, 10 minutes) and OpenVINO

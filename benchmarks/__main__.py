@@ -37,7 +37,7 @@ class Step:
 
 STEPS = {
     "kernels": Step("the Rust kernels alone (criterion)", 5, kernels.run),
-    "attention": Step("decode attention of one layer, against torch", 13, attention.run_decode),
+    "attention": Step("decode attention of one layer, against torch", 8, attention.run_decode),
     "queries": Step("many queries over a packed past, against torch", 2, attention.run_queries),
     "model": Step("the whole model, milliseconds a token", 10, model.run_decode),
     "prefill": Step("prefill of a long prompt, and its peak memory", 2, model.run_prefill),

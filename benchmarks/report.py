@@ -21,7 +21,7 @@ HEAD = """\
 kvpack's packed KV caches beside torch, transformers' own caches and other runtimes, on one machine. This page is
 written by the benchmarks, from `results/latest.json`; edit the modules, not the page.
 
-    make bench                            # everything but the peers: about 35 minutes on two cores
+    make bench                            # everything but the peers: about 30 minutes on two cores
     make bench ARGS="--only attention"    # some parts, with commas between; the others keep their results
     make bench ARGS="--quick"             # minutes: does everything work? Its report goes to results/quick
     make bench-peers                      # llama.cpp and OpenVINO: installs them into .venv-peers, then 25 minutes
