@@ -129,7 +129,7 @@ def test_a_bad_number_of_threads_is_refused_at_import(most: str) -> None:
 # Run in a process of its own, which ends when it is stuck: argv = the folder of the tests.
 THREADED = """
 import faulthandler, os, sys, threading
-faulthandler.dump_traceback_later(120, exit=True)
+faulthandler.dump_traceback_later(500, exit=True)
 sys.path.insert(0, sys.argv[1])
 import torch
 from support import forward, random_kv, relative_error, tiny_config
