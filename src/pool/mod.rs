@@ -22,9 +22,9 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use crate::error::{Error, Result};
 use patience::Caller;
 
-/// Multiply-adds that are worth the OpenMP team: 7 microseconds of one thread at 75 a nanosecond, which is what decoding
-/// reaches in the first cache level. The team takes 1 to 2.
-const WORTH_OPENMP: usize = 1 << 19;
+/// Multiply-adds that are worth the OpenMP team: 14 microseconds of one thread at 75 a nanosecond, which is what decoding
+/// reaches in the first cache levels. The team takes 3, and what it reads lies in the caches of one core at first.
+const WORTH_OPENMP: usize = 1 << 20;
 
 /// Multiply-adds that each of our own threads must have to be worth its start: 110 microseconds of one thread. It takes 50.
 const WORTH_OWN: usize = 1 << 23;
@@ -126,11 +126,12 @@ fn in_team(threads: usize, items: usize, work: impl Fn() + Sync) {
             return;
         }
         MEMBER.set(true);
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(&work)) {
-            lock(&panicked).get_or_insert(panic);
-        }
+        caller.time(|| {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(&work)) {
+                lock(&panicked).get_or_insert(panic);
+            }
+        });
         MEMBER.set(false);
-        caller.is_done();
     };
     run(threads, &member);
     caller.all_are_done(threads, items);

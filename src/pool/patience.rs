@@ -9,8 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
 
-/// Microseconds that a member may be late: sleeping threads wake within 60, and a scheduler's time slice is 3000.
-const LATE: u64 = 200;
+/// Microseconds that a team may keep its caller waiting: sleeping threads wake within 60, new ones take 15 each, and a
+/// scheduler's time slice is 3000.
+const LATE: u64 = 160;
+const LATE_A_THREAD: u64 = 20;
 
 /// Alone for so many times what was lost.
 const ALONE: u64 = 10;
@@ -30,35 +32,38 @@ pub(super) fn is_over() -> bool {
     until > 0 && now() < until
 }
 
-/// The caller's times during one piece of work.
+/// The caller's times, from before a team is called together until all of it has left.
 pub(super) struct Caller {
     thread: ThreadId,
     start: u64,
-    done: AtomicU64,
+    worked: AtomicU64,
 }
 
 impl Caller {
-    /// The work starts.
+    /// The team is called.
     pub(super) fn new() -> Self {
-        let start = now();
-        Self { thread: thread::current().id(), start, done: AtomicU64::new(start) }
+        Self { thread: thread::current().id(), start: now(), worked: AtomicU64::new(0) }
     }
 
-    /// A member found nothing left to do; only the caller's own time counts.
-    pub(super) fn is_done(&self) {
+    /// Does a member's work; how long it took is noted when the member is the caller.
+    pub(super) fn time(&self, work: impl FnOnce()) {
         if thread::current().id() == self.thread {
-            self.done.store(now(), Ordering::Relaxed);
+            let start = now();
+            work();
+            self.worked.store(now() - start, Ordering::Relaxed);
+        } else {
+            work();
         }
     }
 
     /// All `items` are done, by up to `threads` members.
     pub(super) fn all_are_done(self, threads: usize, items: usize) {
-        let (end, done) = (now(), self.done.into_inner());
+        let (end, worked) = (now(), self.worked.into_inner());
         // When the caller found nothing left, the others had up to one item each at hand; items differ, so allow for two.
-        let allowed = LATE + (done - self.start) * 2 * threads as u64 / items as u64;
-        let lost = end - done;
-        if lost > allowed {
-            ALONE_UNTIL.store(end + ALONE * lost, Ordering::Relaxed);
+        let others = worked * 2 * threads as u64 / items as u64;
+        let waited = end - self.start - worked;
+        if waited > LATE + LATE_A_THREAD * threads as u64 + others {
+            ALONE_UNTIL.store(end + ALONE * waited, Ordering::Relaxed);
         }
     }
 }
