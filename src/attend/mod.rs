@@ -55,7 +55,7 @@ pub trait KeySegment: Sync {
     fn bytes(&self, first: usize, n: usize) -> &[u8];
 
     /// Logits before scaling: `out[g, t] = q_g . k_(first + t)` for `t < n`; `q` is `[G, dim]`, `out` has room for `n`
-    /// rounded up to a whole unit. Meanwhile all of `ahead` is fetched.
+    /// rounded up to a whole unit. Meanwhile `ahead` is fetched.
     fn scores(&self, q: Mat<'_>, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch, ahead: &mut Ahead<'_>);
 
     /// The keys as f32, transposed: `out[c, t] = k_(first + t)[c]`; `out` has [`tile_rows`] of the dim rows, and columns for
@@ -77,8 +77,8 @@ pub trait ValueSegment: Sync {
     /// The bytes that a read of `n` tokens from `first` on will want, to be fetched ahead.
     fn bytes(&self, first: usize, n: usize) -> &[u8];
 
-    /// `acc[g, c] += sum_t w[g, t] v_(first + t)[c]` for `t < n` and the weights `w`; `acc` has room for the dim rounded up to a multiple of 8.
-    /// Meanwhile all of `ahead` is fetched.
+    /// `acc[g, c] += sum_t w[g, t] v_(first + t)[c]` for `t < n` and the weights `w`; `acc` has room for the dim
+    /// rounded up to a multiple of 8. Meanwhile `ahead` is fetched.
     fn accumulate(
         &self,
         weights: Weights<'_>,

@@ -1,10 +1,10 @@
 //! Scales folded into queries or weights, which become integers.
 
+use half::f16;
+
 use super::super::Folded;
 use super::super::vector::Vector;
 use super::tiles_of_heads;
-use half::f16;
-
 use crate::attend::folded::{FINER, step_of};
 use crate::attend::mat::Mat;
 use crate::attend::packed::Grid;
