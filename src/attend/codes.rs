@@ -19,23 +19,33 @@ pub const LANES: usize = 8;
 /// Outer rows of the largest block.
 pub const MOST_OUTER: usize = 16;
 
+/// The binary logarithm of [`block`]: the inner loops ask for blocks too often to divide.
+const fn block_log2(bits: u8) -> u32 {
+    match bits {
+        8 => 2,
+        4 => 3,
+        _ => MOST_OUTER.trailing_zeros(),
+    }
+}
+
 /// Outer rows that are packed together.
 pub const fn block(bits: u8) -> usize {
-    match bits {
-        8 => 4,
-        4 => 8,
-        _ => MOST_OUTER,
-    }
+    1 << block_log2(bits)
+}
+
+/// Blocks that hold `outer` rows.
+pub const fn blocks(bits: u8, outer: usize) -> usize {
+    (outer + block(bits) - 1) >> block_log2(bits)
 }
 
 /// `outer` rounded up to whole blocks.
 pub const fn padded_outer(bits: u8, outer: usize) -> usize {
-    outer.next_multiple_of(block(bits))
+    blocks(bits, outer) << block_log2(bits)
 }
 
 /// Words of `[outer, lanes]` codes; `lanes` is a multiple of [`LANES`].
 pub const fn packed_len(bits: u8, outer: usize, lanes: usize) -> usize {
-    outer.div_ceil(block(bits)) * block_words(bits, lanes)
+    blocks(bits, outer) * block_words(bits, lanes)
 }
 
 /// Words of one block.
@@ -48,18 +58,20 @@ pub const fn block_words(bits: u8, lanes: usize) -> usize {
 pub struct Codes<'a> {
     bits: u8,
     lanes: usize,
+    blocks: usize,
     words: &'a [u16],
 }
 
 impl<'a> Codes<'a> {
-    /// Codes of `bits` (2, 3, 4 or 8) bits in rows of `lanes`.
+    /// The first `blocks` blocks of codes of `bits` (2, 3, 4 or 8) bits in rows of `lanes`.
     ///
     /// # Panics
-    /// When `words` are not whole blocks, or `lanes` is not a multiple of [`LANES`].
-    pub fn new(bits: u8, lanes: usize, words: &'a [u16]) -> Self {
+    /// When `words` are fewer, or `lanes` is not a multiple of [`LANES`].
+    #[inline]
+    pub fn new(bits: u8, lanes: usize, blocks: usize, words: &'a [u16]) -> Self {
         assert!(matches!(bits, 2 | 3 | 4 | 8), "{bits}-bit codes");
-        assert!(lanes > 0 && lanes.is_multiple_of(LANES) && words.len().is_multiple_of(block_words(bits, lanes)));
-        Self { bits, lanes, words }
+        assert!(lanes > 0 && lanes.is_multiple_of(LANES));
+        Self { bits, lanes, blocks, words: &words[..blocks * block_words(bits, lanes)] }
     }
 
     /// Bits of one code.
@@ -74,7 +86,7 @@ impl<'a> Codes<'a> {
 
     /// Rows, whole blocks of them.
     pub fn outer(self) -> usize {
-        self.words.len() / block_words(self.bits, self.lanes) * block(self.bits)
+        self.blocks << block_log2(self.bits)
     }
 
     /// The words, block after block.
@@ -162,7 +174,7 @@ mod tests {
                 put_lane(bits, lanes, &column, l, &mut by_lane);
             }
             prop_assert_eq!(&words, &by_lane);
-            let codes = Codes::new(bits, lanes, &words);
+            let codes = Codes::new(bits, lanes, blocks, &words);
             prop_assert_eq!(codes.outer(), outer);
             prop_assert_eq!(words.len() * 16, outer * lanes * usize::from(bits));
             for o in 0..outer {

@@ -16,7 +16,7 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
     let mut partial = Partial::new(heads, head.value_dim);
     let mut cursor = ValueCursor::new(&head.values);
     let mut scores = vec![0.0; heads * CHUNK];
-    let mut held = Vec::new();
+    let (mut held, mut weighed) = (Vec::new(), Vec::with_capacity(heads));
     let all_visible = queries.visible.all(0, head.positions.last().unwrap_or(0));
     let mut chunks = key_chunks(&head.keys);
     chunks.retain(|chunk| tokens.contains(&chunk.at));
@@ -27,14 +27,17 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
         if !all_visible {
             head.positions.collect_into(at, n, &mut held);
         }
-        let mut largest_share = 0.0f32;
-        for g in 0..heads {
-            let scores = &mut scores[g * CHUNK..][..n];
-            queries.softmax.cap(scores);
+        for (g, scores) in scores.chunks_exact_mut(CHUNK).enumerate() {
+            queries.softmax.cap(&mut scores[..n]);
             if !all_visible {
-                queries.visible.apply(queries.first_head + g, 0, &held, scores);
+                queries.visible.apply(queries.first_head + g, 0, &held, &mut scores[..n]);
             }
-            largest_share = largest_share.max(partial.weigh(g, scores, scratch.kernels));
+        }
+        partial.weigh(0, MatMut::new(&mut scores, heads, CHUNK), n, scratch.kernels, &mut weighed);
+        let mut largest_share = 0.0f32;
+        for (g, &weighed) in weighed.iter().enumerate() {
+            partial.take(g, weighed);
+            largest_share = largest_share.max(weighed.heaviest / partial.sum[g]);
         }
         let mut ahead = Ahead::new(chunks.get(i + 1).map_or(&[], |next| next.segment.bytes(next.first, next.tokens)));
         let weights = Mat::new(&scores, heads, CHUNK);

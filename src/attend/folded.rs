@@ -13,8 +13,8 @@
 //! about `|w scale| / sqrt(12)`, and `|w scale| >= N step`. So the ratio of the two errors is at most `|c - m| / N`: for
 //! `N = 32767` and 128 codes of 8 bits about 0.025, of 4 bits 0.002, and far less as soon as several `w_o` matter.
 //!
-//! A logit's error is absolute, and large logits have a large step: where [`negligible`] says no, what rounding left over
-//! becomes words too, `2 N` times finer, whose sums are added.
+//! A logit's error is absolute, and large logits have a large step: where [`rounding_error`] is beyond what a caller
+//! tolerates, what rounding left over becomes words too, `2 N` times finer, whose sums are added.
 
 #![forbid(unsafe_code)]
 
@@ -31,9 +31,11 @@ pub struct Folded {
     pub stride: usize,
     /// What 1 in a row is worth.
     pub step: Vec<f32>,
+    /// Its inverse.
+    pub inverse: Vec<f32>,
     /// What a row adds to all sums.
     pub offset: Vec<f32>,
-    /// `w scale` of some rows, before rounding.
+    /// `w scale` before rounding, a row a part and query head.
     pub products: Vec<f32>,
 }
 
@@ -48,7 +50,10 @@ impl Folded {
         }
         self.words.resize(self.rows * self.stride, 0);
         self.step.resize(self.rows, 0.0);
+        self.inverse.resize(self.rows, 0.0);
         self.offset.resize(self.rows, 0.0);
+        let products = packed.parts * heads * packed.outer;
+        self.products.resize(self.products.len().max(products), 0.0);
     }
 }
 
@@ -66,10 +71,10 @@ pub fn middle(bits: u8) -> f32 {
 /// How much finer the words of what rounding left over are: at most half a step becomes at most `N`.
 pub const FINER: f32 = 65534.0;
 
-/// Whether rounding with `step` adds no more than `tolerance` to sums over `outer` codes of `bits` bits: for codes that are
-/// spread evenly, `step / sqrt(12)` times their `m / sqrt(3)` times `sqrt(outer)`.
-pub fn negligible(step: f32, bits: u8, outer: usize, tolerance: f32) -> bool {
-    step * middle(bits) * (outer as f32).sqrt() / 6.0 <= tolerance
+/// What rounding with `step` adds to sums over `outer` codes of `bits` bits, root mean square: for codes that are spread
+/// evenly, `step / sqrt(12)` times their `m / sqrt(3)` times `sqrt(outer)`.
+pub fn rounding_error(step: f32, bits: u8, outer: usize) -> f32 {
+    step * middle(bits) * (outer as f32).sqrt() / 6.0
 }
 
 /// Step, and its inverse, for products of at most `max` in magnitude; below 1e-30, whose inverse would not be finite, 0.

@@ -20,7 +20,7 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, scratch: &mut Scratch
     let mut key_tile = vec![0.0; tile_rows(dk) * CHUNK];
     let mut value_tile = vec![0.0; CHUNK * stride];
     let mut scores = vec![0.0; QUERY_BLOCK * CHUNK];
-    let mut held = Vec::new();
+    let (mut held, mut weighed) = (Vec::new(), Vec::new());
     for KeyChunk { segment, first, tokens: n, at } in key_chunks(&head.keys) {
         head.positions.collect_into(at, n, &mut held);
         if queries.visible.none(queries.range.end - 1, held[0]) {
@@ -36,7 +36,11 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, scratch: &mut Scratch
             let (q, keys) = (Mat::new(&queries.q, rows, dk).part(block, m), Mat::new(&key_tile, dk, CHUNK));
             (scratch.kernels.matmul)(q, keys, n, MatMut::new(&mut scores, m, CHUNK));
             for (scores, row) in scores.chunks_exact_mut(CHUNK).zip(block..block + m) {
-                weigh(queries, row, &held, &mut scores[..n], &mut partial, scratch);
+                adjust(queries, row, &held, &mut scores[..n]);
+            }
+            partial.weigh(block, MatMut::new(&mut scores, m, CHUNK), n, scratch.kernels, &mut weighed);
+            for (row, &weighed) in (block..).zip(&weighed) {
+                partial.take(row, weighed);
             }
             let (weights, values) = (Mat::new(&scores, m, CHUNK), Mat::new(&value_tile, n, stride));
             (scratch.kernels.matmul)(weights, values, dv, partial.acc().part(block, m));
@@ -45,19 +49,11 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, scratch: &mut Scratch
     partial
 }
 
-/// Turns the logits of row `row` for the tokens at positions `held` into weights.
-fn weigh(
-    queries: &Queries<'_>,
-    row: usize,
-    held: &[u32],
-    scores: &mut [f32],
-    partial: &mut Partial,
-    scratch: &Scratch,
-) {
+/// Caps the logits of row `row` for the tokens at positions `held`, and hides what it may not see.
+fn adjust(queries: &Queries<'_>, row: usize, held: &[u32], scores: &mut [f32]) {
     let (g, i) = (row / queries.range.len(), queries.range.start + row % queries.range.len());
     queries.softmax.cap(scores);
     if !queries.visible.all(i, held[held.len() - 1]) {
         queries.visible.apply(queries.first_head + g, i, held, scores);
     }
-    partial.weigh(row, scores, scratch.kernels);
 }

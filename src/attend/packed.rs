@@ -7,7 +7,7 @@ use std::ops::Range;
 use half::f16;
 use half::slice::HalfBitsSliceExt;
 
-use super::codes::{Codes, block_words, padded_outer};
+use super::codes::{Codes, blocks, padded_outer};
 
 /// Parts of packed numbers `x_i[o, l] = scale_i[o] code_i[o, l] + zero_i[o]`: a grid a part and outer row.
 ///
@@ -52,14 +52,16 @@ pub struct Grid<'a> {
 
 impl<'a> Packed<'a> {
     /// Codes of part `i`, and which of their lanes are its.
+    #[inline]
     pub fn codes(&self, i: usize) -> (Codes<'a>, Range<usize>) {
-        let len = self.padded_outer() / super::codes::block(self.bits) * block_words(self.bits, self.lanes);
-        let codes = Codes::new(self.bits, self.lanes, &self.words[i * self.codes_step..][..len]);
+        let blocks = blocks(self.bits, self.lead + self.outer);
+        let codes = Codes::new(self.bits, self.lanes, blocks, &self.words[i * self.codes_step..]);
         let first = if self.codes_step == 0 { i * self.width } else { 0 };
         (codes, first..(first + self.width).min(self.lanes))
     }
 
     /// The grid of part `i`, for the outer rows in use.
+    #[inline]
     pub fn grid(&self, i: usize) -> Grid<'a> {
         let numbers = |at: usize| self.words[at + i * self.grids_step..][..self.outer].reinterpret_cast();
         Grid { scale: numbers(self.scales_at), zero: numbers(self.zeros_at) }

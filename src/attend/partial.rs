@@ -31,13 +31,18 @@ impl Partial {
         self.max.len()
     }
 
-    /// Turns the logits of row `row` for further tokens into weights, and the state to their new maximum; returns the
-    /// largest share of all weight so far that one of these tokens has.
-    pub fn weigh(&mut self, row: usize, scores: &mut [f32], kernels: &Kernels) -> f32 {
-        let Weighed { max, sum, heaviest } = (kernels.softmax)(scores, self.max[row]);
-        self.rescale(row, max);
-        self.sum[row] += sum;
-        heaviest / self.sum[row]
+    /// Turns the logits `[rows, n]` of the rows from `first` on for `n` further tokens into weights; [`Self::take`] takes
+    /// them in.
+    pub fn weigh(&self, first: usize, scores: MatMut<'_>, n: usize, kernels: &Kernels, weighed: &mut Vec<Weighed>) {
+        weighed.clear();
+        weighed.extend(self.max[first..first + scores.rows].iter().map(|&max| Weighed::before(max)));
+        (kernels.softmax)(scores, n, weighed);
+    }
+
+    /// Takes the weights of further tokens in, for their values to be added.
+    pub fn take(&mut self, row: usize, weighed: Weighed) {
+        self.rescale(row, weighed.max);
+        self.sum[row] += weighed.sum;
     }
 
     /// The weighted sums, to add to.
@@ -54,7 +59,7 @@ impl Partial {
 
     fn rescale(&mut self, row: usize, max: f32) {
         if max > self.max[row] {
-            let factor = (self.max[row] - max).exp();
+            let factor = decay(self.max[row], max);
             self.sum[row] *= factor;
             for a in &mut self.acc[row * self.stride..][..self.stride] {
                 *a *= factor;
@@ -70,7 +75,7 @@ impl Partial {
                 continue;
             }
             self.rescale(row, other.max[row]);
-            let factor = (other.max[row] - self.max[row]).exp();
+            let factor = decay(other.max[row], self.max[row]);
             self.sum[row] += factor * other.sum[row];
             let at = row * self.stride..(row + 1) * self.stride;
             for (a, b) in self.acc[at.clone()].iter_mut().zip(&other.acc[at]) {
@@ -86,4 +91,9 @@ impl Partial {
             *o = a * factor;
         }
     }
+}
+
+/// What weights relative to the logit `from` are worth relative to `to`, which is no smaller.
+fn decay(from: f32, to: f32) -> f32 {
+    if from == to { 1.0 } else { (from - to).exp() }
 }

@@ -3,29 +3,30 @@
 //! Pages lie apart in memory, so the CPU's own prefetcher has to find each one anew, which costs a few times the latency
 //! of memory a page. All requests at once would only queue up: they are spread over the work before.
 
-/// Bytes still to be asked for.
-pub struct Ahead<'a>(&'a [u8]);
+/// Cache lines still to be asked for.
+pub struct Ahead<'a>(&'a [[u8; Ahead::LINE]]);
 
 impl<'a> Ahead<'a> {
-    const LINE: usize = 64;
+    /// Bytes of a line.
+    pub const LINE: usize = 64;
 
     /// Nothing asked for yet of `bytes`.
     pub fn new(bytes: &'a [u8]) -> Self {
-        Self(bytes)
+        Self(bytes.as_chunks().0)
     }
 
-    /// Bytes still to be asked for.
+    /// Lines still to be asked for.
     pub fn left(&self) -> usize {
         self.0.len()
     }
 
-    /// Asks for the next `bytes`, or so many as are left.
+    /// Asks for the next `lines`, or so many as are left.
     #[inline]
-    pub fn fetch(&mut self, bytes: usize) {
-        let (now, later) = self.0.split_at(bytes.next_multiple_of(Self::LINE).min(self.0.len()));
-        self.0 = later;
-        for line in now.iter().step_by(Self::LINE) {
-            prefetch(line);
+    pub fn fetch(&mut self, lines: usize) {
+        for _ in 0..lines {
+            let Some((line, later)) = self.0.split_first() else { return };
+            prefetch(&line[0]);
+            self.0 = later;
         }
     }
 }

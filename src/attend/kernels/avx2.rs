@@ -87,23 +87,21 @@ impl Vector for Avx2 {
         unsafe { _mm256_max_ps(a, b) }
     }
     #[inline(always)]
-    unsafe fn abs(x: __m256) -> __m256 {
-        unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), x) }
+    unsafe fn max_magnitude(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0), b), a) }
     }
     #[inline(always)]
     unsafe fn round(x: __m256) -> __m256 {
         unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
     }
     #[inline(always)]
-    unsafe fn power_of_two(n: __m256) -> __m256 {
+    unsafe fn times_power_of_two(x: __m256, n: __m256) -> __m256 {
         unsafe {
+            // A biased exponent of 0 means 0.
             let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-            _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))
+            let power = _mm256_slli_epi32(_mm256_max_epi32(biased, _mm256_setzero_si256()), 23);
+            _mm256_mul_ps(x, _mm256_castsi256_ps(power))
         }
-    }
-    #[inline(always)]
-    unsafe fn zero_below(test: __m256, limit: __m256, x: __m256) -> __m256 {
-        unsafe { _mm256_andnot_ps(_mm256_cmp_ps(test, limit, _CMP_LT_OQ), x) }
     }
     #[inline(always)]
     unsafe fn sum(x: __m256) -> f32 {
@@ -121,14 +119,6 @@ impl Vector for Avx2 {
             let mut sums = [0.0; 4];
             _mm_storeu_ps(sums.as_mut_ptr(), x);
             sums
-        }
-    }
-    #[inline(always)]
-    unsafe fn largest(x: __m256) -> f32 {
-        unsafe {
-            let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-            _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)))
         }
     }
     #[inline(always)]
@@ -152,10 +142,6 @@ impl Vector for Avx2 {
     #[inline(always)]
     unsafe fn splat_word(x: i16) -> __m256i {
         unsafe { _mm256_set1_epi16(x) }
-    }
-    #[inline(always)]
-    unsafe fn splat_pair(p: *const i16) -> __m256i {
-        unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
     }
     #[inline(always)]
     unsafe fn load_pairs(p: *const u16) -> __m256i {
@@ -182,8 +168,13 @@ impl Vector for Avx2 {
         unsafe { _mm256_sll_epi16(x, _mm_cvtsi32_si128(n as i32)) }
     }
     #[inline(always)]
-    unsafe fn dot(sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)) }
+    unsafe fn dot<const J: usize, const N: usize>(sums: &mut [__m256i; N], words: &[__m256i; N], pairs: *const i16) {
+        unsafe {
+            let pair = _mm256_set1_epi32(pairs.cast::<i32>().add(J).read_unaligned());
+            for v in 0..N {
+                sums[v] = _mm256_add_epi32(sums[v], _mm256_madd_epi16(words[v], pair));
+            }
+        }
     }
     #[inline(always)]
     unsafe fn add_integers(a: __m256i, b: __m256i) -> __m256i {

@@ -11,12 +11,13 @@ use super::avx2::{self, Avx2};
 use super::vector::Vector;
 use super::wide;
 
-wide::kernels!("avx512", Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");
+wide::kernels!("avx512", Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
 
 pub(super) fn detected() -> bool {
     avx2::detected()
         && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512vnni")
 }
@@ -67,8 +68,8 @@ impl Vector for Avx512 {
     unsafe fn store_rounded(p: *mut i16, a: __m512, b: __m512) -> __m512i {
         unsafe {
             let (a, b) = (_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
-            _mm256_storeu_si256(p.cast(), _mm512_cvtsepi32_epi16(a));
-            _mm256_storeu_si256(p.add(16).cast(), _mm512_cvtsepi32_epi16(b));
+            let even = _mm512_cvtepu8_epi16(_mm256_loadu_si256(EVEN.as_ptr().cast()));
+            _mm512_storeu_si512(p.cast(), _mm512_permutex2var_epi16(a, even, b));
             _mm512_add_epi32(a, b)
         }
     }
@@ -93,23 +94,16 @@ impl Vector for Avx512 {
         unsafe { _mm512_max_ps(a, b) }
     }
     #[inline(always)]
-    unsafe fn abs(x: __m512) -> __m512 {
-        unsafe { _mm512_abs_ps(x) }
+    unsafe fn max_magnitude(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_range_ps::<0b1011>(a, b) }
     }
     #[inline(always)]
     unsafe fn round(x: __m512) -> __m512 {
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
     }
     #[inline(always)]
-    unsafe fn power_of_two(n: __m512) -> __m512 {
-        unsafe {
-            let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-            _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))
-        }
-    }
-    #[inline(always)]
-    unsafe fn zero_below(test: __m512, limit: __m512, x: __m512) -> __m512 {
-        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(test, limit), x) }
+    unsafe fn times_power_of_two(x: __m512, n: __m512) -> __m512 {
+        unsafe { _mm512_scalef_ps(x, n) }
     }
     #[inline(always)]
     unsafe fn sum(x: __m512) -> f32 {
@@ -118,10 +112,6 @@ impl Vector for Avx512 {
     #[inline(always)]
     unsafe fn sum4([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
         unsafe { Avx2::sum4([halves_sum(a), halves_sum(b), halves_sum(c), halves_sum(d)]) }
-    }
-    #[inline(always)]
-    unsafe fn largest(x: __m512) -> f32 {
-        unsafe { Avx2::largest(halves_max(x)) }
     }
     #[inline(always)]
     unsafe fn largest4([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
@@ -135,10 +125,6 @@ impl Vector for Avx512 {
     #[inline(always)]
     unsafe fn splat_word(x: i16) -> __m512i {
         unsafe { _mm512_set1_epi16(x) }
-    }
-    #[inline(always)]
-    unsafe fn splat_pair(p: *const i16) -> __m512i {
-        unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
     }
     #[inline(always)]
     unsafe fn load_pairs(p: *const u16) -> __m512i {
@@ -165,8 +151,10 @@ impl Vector for Avx512 {
         unsafe { _mm512_sll_epi16(x, _mm_cvtsi32_si128(n as i32)) }
     }
     #[inline(always)]
-    unsafe fn dot(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
-        unsafe { multiply_add_pairs(sum, a, b) }
+    unsafe fn dot<const J: usize, const N: usize>(sums: &mut [__m512i; N], words: &[__m512i; N], pairs: *const i16) {
+        for v in 0..N {
+            sums[v] = unsafe { multiply_add_pairs::<J>(sums[v], words[v], pairs) };
+        }
     }
     #[inline(always)]
     unsafe fn add_integers(a: __m512i, b: __m512i) -> __m512i {
@@ -203,14 +191,27 @@ unsafe fn halves_max(x: __m512) -> __m256 {
     unsafe { _mm256_max_ps(_mm512_castps512_ps256(x), upper(x)) }
 }
 
-/// `vpdpwssd`. Of its intrinsic the compiler makes two instructions, to shorten chains that are short here anyway.
+/// The words of two vectors that are the low halves of 32-bit integers.
+const EVEN: [u8; 32] = {
+    let mut even = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        even[i] = 2 * i as u8;
+        i += 1;
+    }
+    even
+};
+
+/// `vpdpwssd` with the pair of words number `J` at `pairs` in every lane. Of its intrinsic the compiler makes two
+/// instructions, to shorten chains that are short here anyway.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn multiply_add_pairs(mut sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
-    // SAFETY: works on registers alone.
+unsafe fn multiply_add_pairs<const J: usize>(mut sum: __m512i, words: __m512i, pairs: *const i16) -> __m512i {
+    // SAFETY: reads the pair, by the contract of `Vector`.
     unsafe {
-        asm!("vpdpwssd {sum}, {a}, {b}", sum = inout(zmm_reg) sum, a = in(zmm_reg) a, b = in(zmm_reg) b,
-            options(pure, nomem, nostack, preserves_flags));
+        asm!("vpdpwssd {sum}, {words}, dword ptr [{pairs} + {offset}]{{1to16}}", sum = inout(zmm_reg) sum,
+            words = in(zmm_reg) words, pairs = in(reg) pairs, offset = const { 4 * J },
+            options(pure, readonly, nostack, preserves_flags));
     }
     sum
 }

@@ -41,13 +41,14 @@ pub struct Kernels {
     pub add_packed: fn(w: Mat<'_>, packed: &Packed<'_>, acc: MatMut<'_>, folded: &mut Folded, ahead: &mut Ahead<'_>),
     /// `out[o, l] = codes[o, l]`.
     pub unpack: fn(codes: Codes<'_>, out: MatMut<'_>),
-    /// `x <- exp(x - m)` where `m` is the largest of `x` and `max`. When all are -inf, `x` is 0.
-    pub softmax: fn(x: &mut [f32], max: f32) -> Weighed,
+    /// `x[g, t] <- exp(x[g, t] - m_g)` for `t < n`, where `m_g` is the largest of them and of `weighed[g].max`, which becomes
+    /// it; the rest of `weighed` is what was made. Where all are -inf, `x` is 0.
+    pub softmax: fn(x: MatMut<'_>, n: usize, weighed: &mut [Weighed]),
     /// `c[m, n] += sum_k a[m, k] b[k, n]` for `n` columns.
     pub matmul: fn(a: Mat<'_>, b: Mat<'_>, n: usize, c: MatMut<'_>),
 }
 
-/// What `Kernels::softmax` says of the weights that it made.
+/// What `Kernels::softmax` says of the weights that it made of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Weighed {
     /// The largest logit, old ones included.
@@ -58,12 +59,21 @@ pub struct Weighed {
     pub heaviest: f32,
 }
 
-/// Weights of logits that are all -inf (`exp(-inf - -inf)` would be NaN) or NaN, and their sum.
-fn nothing_visible(x: &mut [f32]) -> f32 {
-    for x in x.iter_mut() {
-        *x = if x.is_nan() { f32::NAN } else { 0.0 };
+impl Weighed {
+    /// Before a softmax, when the largest logit so far is `max`.
+    pub fn before(max: f32) -> Self {
+        Self { max, sum: 0.0, heaviest: 0.0 }
     }
-    x.iter().sum()
+
+    /// The weight of the largest logit `own` of a row.
+    fn heaviest(own: f32, max: f32) -> f32 {
+        if own == max { f32::from(max > f32::NEG_INFINITY) } else { (own - max).exp() }
+    }
+}
+
+/// What is taken off logits whose largest is `max`: `-inf - -inf` would be NaN.
+fn shift(max: f32) -> f32 {
+    if max == f32::NEG_INFINITY { 0.0 } else { max }
 }
 
 const ENV: &str = "KVPACK_ISA";

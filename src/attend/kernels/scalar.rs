@@ -2,9 +2,9 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Ahead, Folded, Kernels, Weighed, nothing_visible};
+use super::{Ahead, Folded, Kernels, Weighed, shift};
 use crate::attend::codes::Codes;
-use crate::attend::folded::{largest_word, middle, negligible, step_of};
+use crate::attend::folded::{largest_word, middle, rounding_error, step_of};
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::{Grid, Packed};
 use crate::tensor::Slice;
@@ -42,7 +42,8 @@ fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut
         let (Grid { scale, zero }, (codes, lanes)) = (packed.grid(i), packed.codes(i));
         let product = |g: usize, o: usize| w.row(g)[o] * scale[o].to_f32();
         let max = |g: usize| (0..outer).map(|o| product(g, o).abs()).fold(0.0, f32::max);
-        let exact = (0..w.rows).any(|g| !negligible(step_of(max(g), largest).0, bits, outer, tolerance));
+        let error = rounding_error((0..w.rows).map(|g| step_of(max(g), largest).0).fold(0.0, f32::max), bits, outer);
+        let exact = error > tolerance;
         for g in 0..w.rows {
             let out = &mut acc.row(g)[i * packed.width..][..lanes.len()];
             let weighted = |x: &dyn Fn(usize) -> f32| (0..outer).map(|o| w.row(g)[o] * x(o)).sum::<f32>();
@@ -77,18 +78,16 @@ fn unpack(codes: Codes<'_>, mut out: MatMut<'_>) {
     }
 }
 
-fn softmax(x: &mut [f32], max: f32) -> Weighed {
-    let own = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let max = max.max(own);
-    if max == f32::NEG_INFINITY {
-        return Weighed { max, sum: nothing_visible(x), heaviest: 0.0 };
+fn softmax(mut x: MatMut<'_>, n: usize, weighed: &mut [Weighed]) {
+    for (g, weighed) in weighed.iter_mut().enumerate() {
+        let x = &mut x.row(g)[..n];
+        let own = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let max = weighed.max.max(own);
+        for x in x.iter_mut() {
+            *x = (*x - shift(max)).exp();
+        }
+        *weighed = Weighed { max, sum: x.iter().sum(), heaviest: Weighed::heaviest(own, max) };
     }
-    let mut sum = 0.0;
-    for x in x {
-        *x = (*x - max).exp();
-        sum += *x;
-    }
-    Weighed { max, sum, heaviest: (own - max).exp() }
 }
 
 fn matmul(a: Mat<'_>, b: Mat<'_>, n: usize, mut c: MatMut<'_>) {

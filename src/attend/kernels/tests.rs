@@ -141,7 +141,7 @@ proptest! {
     fn unpack(bits in prop::sample::select(vec![2u8, 3, 4, 8]), blocks in 1usize..9, lanes in 1usize..12, seed: u64) {
         let (outer, lanes) = (blocks * block(bits), lanes * LANES);
         let words = random_codes(bits, outer, lanes, seed);
-        let codes = Codes::new(bits, lanes, &words);
+        let codes = Codes::new(bits, lanes, blocks, &words);
         each_isa(|k| {
             let stride = lanes + 8;
             let mut out = vec![0.0; outer * stride];
@@ -193,7 +193,7 @@ proptest! {
         let want: Vec<f64> = x.iter().map(|&x| (f64::from(x) - f64::from(max)).exp()).collect();
         each_isa(|k| {
             let mut got = x.clone();
-            let Weighed { max: m, sum, heaviest } = (k.softmax)(&mut got, before);
+            let Weighed { max: m, sum, heaviest } = softmax_of(k, &mut got, before);
             close(k.name, &[heaviest], &[want.iter().copied().fold(0.0, f64::max)], 1);
             assert_eq!(m, max);
             for (g, w) in got.iter().zip(&want) {
@@ -220,6 +220,32 @@ proptest! {
     }
 }
 
+/// The softmax of one row, which must not depend on the rows beside it.
+fn softmax_of(k: &Kernels, x: &mut [f32], before: f32) -> Weighed {
+    let n = x.len();
+    let mut one = Weighed::before(before);
+    (k.softmax)(MatMut::new(x, 1, n), n, std::slice::from_mut(&mut one));
+    one
+}
+
+#[test]
+fn rows_of_a_softmax_are_apart() {
+    let (rows, n, stride) = (7, 37, 40);
+    let x = numbers(rows * stride, 5);
+    each_isa(|k| {
+        let (mut all, mut weighed) = (x.clone(), vec![Weighed::before(f32::NEG_INFINITY); rows]);
+        weighed[3].max = 9.0;
+        let before = weighed.clone();
+        (k.softmax)(MatMut::new(&mut all, rows, stride), n, &mut weighed);
+        for g in 0..rows {
+            let mut one = x[g * stride..][..n].to_vec();
+            assert_eq!(softmax_of(k, &mut one, before[g].max), weighed[g], "{}, row {g}", k.name);
+            assert_eq!(one, all[g * stride..][..n]);
+            assert_eq!(x[g * stride + n..(g + 1) * stride], all[g * stride + n..(g + 1) * stride]);
+        }
+    });
+}
+
 #[test]
 fn masked_logits_weigh_nothing() {
     each_isa(|k| {
@@ -227,7 +253,7 @@ fn masked_logits_weigh_nothing() {
         x[3] = f32::NEG_INFINITY;
         x[18] = f32::NEG_INFINITY;
         assert_eq!(
-            (k.softmax)(&mut x, f32::NEG_INFINITY),
+            softmax_of(k, &mut x, f32::NEG_INFINITY),
             Weighed { max: 0.0, sum: 17.0, heaviest: 1.0 },
             "{}",
             k.name
@@ -235,13 +261,13 @@ fn masked_logits_weigh_nothing() {
         assert_eq!((x[3], x[18], x[0]), (0.0, 0.0, 1.0));
         let mut none = vec![f32::NEG_INFINITY; 11];
         let nothing = Weighed { max: f32::NEG_INFINITY, sum: 0.0, heaviest: 0.0 };
-        assert_eq!((k.softmax)(&mut none, f32::NEG_INFINITY), nothing);
+        assert_eq!(softmax_of(k, &mut none, f32::NEG_INFINITY), nothing);
         assert_eq!(none, [0.0; 11]);
         for at in [0, 8, 10] {
             let mut one = vec![0.5; 11];
             one[at] = f32::NAN;
-            assert!((k.softmax)(&mut one, 0.0).sum.is_nan(), "{}: a NaN stays one", k.name);
-            assert!((k.softmax)(&mut [f32::NAN; 11], f32::NEG_INFINITY).sum.is_nan());
+            assert!(softmax_of(k, &mut one, 0.0).sum.is_nan(), "{}: a NaN stays one", k.name);
+            assert!(softmax_of(k, &mut [f32::NAN; 11], f32::NEG_INFINITY).sum.is_nan());
         }
     });
 }

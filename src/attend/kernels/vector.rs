@@ -39,22 +39,18 @@ pub(super) trait Vector: Copy {
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// `b` where one is NaN.
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
-    unsafe fn abs(x: Self::F) -> Self::F;
+    /// `max(a, |b|)`, for `a` that is not negative.
+    unsafe fn max_magnitude(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn round(x: Self::F) -> Self::F;
-    /// `2^n` for whole `n` from -126 to 127.
-    unsafe fn power_of_two(n: Self::F) -> Self::F;
-    /// `x`, but 0 where `test < limit`.
-    unsafe fn zero_below(test: Self::F, limit: Self::F, x: Self::F) -> Self::F;
+    /// `x 2^n` for whole `n` from -200 to 127; 0, or nearly so, where `n < -126`.
+    unsafe fn times_power_of_two(x: Self::F, n: Self::F) -> Self::F;
     unsafe fn sum(x: Self::F) -> f32;
     unsafe fn sum4(x: [Self::F; 4]) -> [f32; 4];
-    unsafe fn largest(x: Self::F) -> f32;
     unsafe fn largest4(x: [Self::F; 4]) -> [f32; 4];
 
     unsafe fn integer_zero() -> Self::I;
     /// The same word everywhere.
     unsafe fn splat_word(x: i16) -> Self::I;
-    /// The same pair of words in every lane.
-    unsafe fn splat_pair(p: *const i16) -> Self::I;
     /// A pair of words a lane.
     unsafe fn load_pairs(p: *const u16) -> Self::I;
     /// A word a lane, its bytes widened to a pair of words.
@@ -65,8 +61,9 @@ pub(super) trait Vector: Copy {
     unsafe fn shift_right(x: Self::I, n: u32) -> Self::I;
     /// Every word shifted to the left by a constant.
     unsafe fn shift_left(x: Self::I, n: u32) -> Self::I;
-    /// `sum + a0 b0 + a1 b1`, of the pairs of signed words in every lane.
-    unsafe fn dot(sum: Self::I, a: Self::I, b: Self::I) -> Self::I;
+    /// `sums[v] += a0 b0 + a1 b1`, of the pairs `a` of signed words in every lane of `words[v]`, and the pair `b` that is
+    /// number `J` at `pairs`.
+    unsafe fn dot<const J: usize, const N: usize>(sums: &mut [Self::I; N], words: &[Self::I; N], pairs: *const i16);
     unsafe fn add_integers(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn to_float(x: Self::I) -> Self::F;
     /// The two words of the pairs, which are not negative, as floats.

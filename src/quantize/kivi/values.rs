@@ -16,7 +16,7 @@ const PAGE: usize = 128;
 
 /// Weights of a page are rounded to integers relative to its heaviest token, which moves the output by about
 /// `3e-5 share` of the values' range. That is nothing, unless a token has so large a share of all weight.
-const LARGE_SHARE: f32 = 0.03;
+const LARGE_SHARE: f32 = 0.02;
 
 /// The codes `[tokens, channels]`, and a scale and a zero-point per token and group of channels.
 #[derive(Clone)]

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use super::super::Weighed;
 use crate::attend::codes::{Codes, LANES};
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::Packed;
@@ -18,6 +19,10 @@ pub(in super::super) fn add_rows(w: Mat<'_>, rows: Slice<'_>, d: usize, acc: &Ma
 pub(in super::super) fn add_packed(w: Mat<'_>, packed: &Packed<'_>, acc: &MatMut<'_>) {
     assert!(packed.width.is_multiple_of(LANES) && w.has_columns(packed.outer));
     assert!(acc.has_columns(packed.columns()) && acc.rows == w.rows);
+}
+
+pub(in super::super) fn softmax(x: &MatMut<'_>, n: usize, weighed: &[Weighed]) {
+    assert!(x.has_columns(n) && x.rows == weighed.len());
 }
 
 pub(in super::super) fn unpack(codes: Codes<'_>, out: &MatMut<'_>) {

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::super::Folded;
 use super::super::vector::Vector;
+use super::super::{Ahead, Folded};
 use super::tiles_of_heads;
 use crate::attend::codes::{Codes, block, block_words};
 use crate::attend::mat::MatMut;
@@ -67,6 +67,7 @@ pub(super) unsafe fn add_codes<V: Vector, const BITS: u8>(
     codes: Codes<'_>,
     lanes: Range<usize>,
     acc: &mut MatMut<'_>,
+    ahead: &mut Ahead<'_>,
 ) {
     tiles_of_heads!(acc.rows, g, G => {
         let (w, mut acc) = (Rows { folded: w, first: first + g }, acc.part(g, G));
@@ -75,23 +76,26 @@ pub(super) unsafe fn add_codes<V: Vector, const BITS: u8>(
         // SAFETY: by the caller's contract.
         unsafe {
             while many && lane + 4 * V::LANES <= lanes.end {
-                add_tile::<V, BITS, G, 4>(w, codes, lane, acc.from_column(lane - lanes.start));
+                add_tile::<V, BITS, G, 4>(w, codes, lane, acc.from_column(lane - lanes.start), ahead);
                 lane += 4 * V::LANES;
             }
             while lane + 2 * V::LANES <= lanes.end {
-                add_tile::<V, BITS, G, 2>(w, codes, lane, acc.from_column(lane - lanes.start));
+                add_tile::<V, BITS, G, 2>(w, codes, lane, acc.from_column(lane - lanes.start), ahead);
                 lane += 2 * V::LANES;
             }
             while lane + V::LANES <= lanes.end {
-                add_tile::<V, BITS, G, 1>(w, codes, lane, acc.from_column(lane - lanes.start));
+                add_tile::<V, BITS, G, 1>(w, codes, lane, acc.from_column(lane - lanes.start), ahead);
                 lane += V::LANES;
             }
             if lane < lanes.end {
-                add_tile::<V::Half, BITS, G, 1>(w, codes, lane, acc.from_column(lane - lanes.start));
+                add_tile::<V::Half, BITS, G, 1>(w, codes, lane, acc.from_column(lane - lanes.start), ahead);
             }
         }
     });
 }
+
+/// Cache lines that are asked for beside a block.
+const LINES: usize = 2;
 
 /// Rows of integers from `first` on.
 #[derive(Clone, Copy)]
@@ -107,6 +111,7 @@ unsafe fn add_tile<V: Vector, const BITS: u8, const G: usize, const N: usize>(
     codes: Codes<'_>,
     lane: usize,
     acc: MatMut<'_>,
+    ahead: &mut Ahead<'_>,
 ) {
     // SAFETY: blocks and lanes are within `codes`, rows within `w` and `acc`, by the caller's contract.
     unsafe {
@@ -117,21 +122,18 @@ unsafe fn add_tile<V: Vector, const BITS: u8, const G: usize, const N: usize>(
         let mut words = codes.words().as_ptr().add(2 * lane);
         let mut w_block = w.words.as_ptr().add(first * w.stride);
         for _ in 0..codes.outer() / in_block {
+            ahead.fetch(LINES);
             let mut blocks = [Block::<V> { pairs: V::integer_zero(), third: V::integer_zero() }; N];
             for v in 0..N {
                 blocks[v] = Block::load::<BITS>(words.add(2 * v * V::LANES), lanes, lane + v * V::LANES);
             }
             each_pair!(BITS, J => {
-                let mut pair = [V::integer_zero(); G];
-                for g in 0..G {
-                    pair[g] = V::splat_pair(w_block.add(g * w.stride + 2 * J as usize));
-                }
-                let sum = &mut sum[J as usize & apart];
+                let mut codes = [V::integer_zero(); N];
                 for v in 0..N {
-                    let code = blocks[v].codes::<BITS>(J);
-                    for g in 0..G {
-                        sum[g][v] = V::dot(sum[g][v], code, pair[g]);
-                    }
+                    codes[v] = blocks[v].codes::<BITS>(J);
+                }
+                for g in 0..G {
+                    V::dot::<{ J as usize }, N>(&mut sum[J as usize & apart][g], &codes, w_block.add(g * w.stride));
                 }
             });
             words = words.add(block_words(BITS, lanes));

@@ -1,106 +1,65 @@
 //! Scales folded into queries or weights, which become integers.
+//!
+//! Two walks over all parts: sums that go through a whole row wait for themselves, but not for other rows'.
 
-use half::f16;
+use std::ops::Range;
 
-use super::super::Folded;
 use super::super::vector::Vector;
+use super::super::{Ahead, Folded};
 use super::tiles_of_heads;
-use crate::attend::folded::{FINER, step_of};
+use crate::attend::folded::{FINER, largest_word, middle, step_of};
 use crate::attend::mat::Mat;
-use crate::attend::packed::Grid;
+use crate::attend::packed::{Grid, Packed};
 
-/// How products become words.
-#[derive(Clone, Copy)]
-pub(super) struct Rounding {
-    pub(super) largest_word: f32,
-    pub(super) middle: f32,
-}
+/// Cache lines that are asked for beside some rows.
+const LINES: usize = 4;
 
-/// Folds the grid of a part into all rows of `w`: rows from `first` on of `out`, at word `lead` of each.
+/// Folds the grids of all parts into all rows of `w`: row `i w.rows + g` of `out` is part `i`'s and head `g`'s.
 #[inline(always)]
-pub(super) unsafe fn fold<V: Vector>(
-    w: Mat<'_>,
-    grid: Grid<'_>,
-    rounding: Rounding,
-    [first, lead]: [usize; 2],
-    out: &mut Folded,
-) {
-    let n = grid.scale.len();
-    tiles_of_heads!(w.rows, g, G => {
-        let w = w.part(g, G);
-        // SAFETY: by the caller's contract; `products` holds four rows.
+pub(super) unsafe fn fold<V: Vector>(w: Mat<'_>, packed: &Packed<'_>, out: &mut Folded, ahead: &mut Ahead<'_>) {
+    let (n, rows) = (packed.outer, packed.parts * w.rows);
+    let middle = middle(packed.bits);
+    for i in 0..packed.parts {
+        ahead.fetch(LINES);
+        let grid = packed.grid(i);
+        tiles_of_heads!(w.rows, g, G => {
+            let first = i * w.rows + g;
+            // SAFETY: by the caller's contract; `out` has a row of n products for each part and head.
+            unsafe { multiply::<V, G>(w.part(g, G), grid, middle, first, out) };
+        });
+    }
+    let largest_word = largest_word(packed.bits, n);
+    for (step, inverse) in out.step[..rows].iter_mut().zip(&mut out.inverse) {
+        (*step, *inverse) = step_of(*step, largest_word);
+    }
+    tiles_of_heads!(rows, row, G => {
+        ahead.fetch(LINES);
+        // SAFETY: as above, and of as many words from `lead` on.
         unsafe {
-            let words = out.words.as_mut_ptr().add((first + g) * out.stride + lead);
-            let (stride, products) = (out.stride, out.products.as_mut_ptr());
-            let (step, offset) = if n == 4 * V::LANES {
-                fold_vectors::<V, G, 4>(w, grid, rounding, words, stride)
-            } else if n == 8 * V::LANES {
-                fold_vectors::<V, G, 8>(w, grid, rounding, words, stride)
-            } else {
-                fold_any::<V, G>(w, grid, rounding, words, stride, products)
-            };
-            for i in 0..G {
-                *out.step.get_unchecked_mut(first + g + i) = step[i];
-                *out.offset.get_unchecked_mut(first + g + i) = offset[i];
+            let words = out.words.as_mut_ptr().add(row * out.stride + packed.lead);
+            let scaled = Scaled { x: out.products.as_ptr().add(row * n), n, factor: out.inverse.as_ptr().add(row) };
+            let sums = round::<V, G>(scaled, words, out.stride);
+            for g in 0..G {
+                *out.offset.get_unchecked_mut(row + g) -= middle * out.step.get_unchecked(row + g) * sums[g];
             }
         }
     });
 }
 
-/// `words[g] = round(w_g scale / step_g)`; returns the steps and offsets, for `N` vectors.
+/// Products, largest magnitudes (as steps), and `sum_o w_o (zero_o + middle scale_o)` (as offsets) of rows `first ..` of `out`.
 #[inline(always)]
-unsafe fn fold_vectors<V: Vector, const G: usize, const N: usize>(
+unsafe fn multiply<V: Vector, const G: usize>(
     w: Mat<'_>,
     Grid { scale, zero }: Grid<'_>,
-    Rounding { largest_word, middle }: Rounding,
-    words: *mut i16,
-    stride: usize,
-) -> ([f32; 4], [f32; 4]) {
-    // SAFETY: rows of `w`, the grid and `words` have N vectors, by the caller's contract.
-    unsafe {
-        let mut products = [[V::zero(); N]; G];
-        let (mut largest, mut offset) = ([V::zero(); 4], [V::zero(); 4]);
-        for v in 0..N {
-            let at = v * V::LANES;
-            let scale = V::load_f16(scale.as_ptr().add(at));
-            let at_middle = V::fma(scale, V::splat(middle), V::load_f16(zero.as_ptr().add(at)));
-            for g in 0..G {
-                let x = V::load(w.data.as_ptr().add(g * w.stride + at));
-                products[g][v] = V::mul(x, scale);
-                largest[g] = V::max(V::abs(products[g][v]), largest[g]);
-                offset[g] = V::fma(x, at_middle, offset[g]);
-            }
-        }
-        let (max, mut step) = (V::largest4(largest), [0.0; 4]);
-        for g in 0..G {
-            let inverse;
-            (step[g], inverse) = step_of(max[g], largest_word);
-            let (inverse, mut sum) = (V::splat(inverse), V::integer_zero());
-            for v in 0..N / 2 {
-                let [a, b] = [products[g][2 * v], products[g][2 * v + 1]];
-                let p = words.add(g * stride + 2 * v * V::LANES);
-                sum = V::add_integers(sum, V::store_rounded(p, V::mul(a, inverse), V::mul(b, inverse)));
-            }
-            offset[g] = V::fma(V::to_float(sum), V::splat(-middle * step[g]), offset[g]);
-        }
-        (step, V::sum4(offset))
-    }
-}
-
-/// As [`fold_vectors`], for any length; `products` has room for `G` rows.
-#[inline(always)]
-unsafe fn fold_any<V: Vector, const G: usize>(
-    w: Mat<'_>,
-    Grid { scale, zero }: Grid<'_>,
-    Rounding { largest_word, middle }: Rounding,
-    words: *mut i16,
-    stride: usize,
-    products: *mut f32,
-) -> ([f32; 4], [f32; 4]) {
+    middle: f32,
+    first: usize,
+    out: &mut Folded,
+) {
     let n = scale.len();
     let whole = n / V::LANES * V::LANES;
-    // SAFETY: i + LANES <= n, which rows of `w`, the grid, the products and the words have.
+    // SAFETY: i + LANES <= n, which rows of `w`, the grid and the products have.
     unsafe {
+        let products = out.products.as_mut_ptr().add(first * n);
         let (mut largest, mut offset) = ([V::zero(); 4], [V::zero(); 4]);
         for i in (0..whole).step_by(V::LANES) {
             let scale = V::load_f16(scale.as_ptr().add(i));
@@ -109,90 +68,91 @@ unsafe fn fold_any<V: Vector, const G: usize>(
                 let x = V::load(w.data.as_ptr().add(g * w.stride + i));
                 let product = V::mul(x, scale);
                 V::store(products.add(g * n + i), product);
-                largest[g] = V::max(V::abs(product), largest[g]);
+                largest[g] = V::max_magnitude(largest[g], product);
                 offset[g] = V::fma(x, at_middle, offset[g]);
             }
         }
-        let (mut max, mut offset) = (V::largest4(largest), V::sum4(offset));
+        let (mut largest, mut offset) = (V::largest4(largest), V::sum4(offset));
         for i in whole..n {
             let scale = scale[i].to_f32();
             for g in 0..G {
                 let x = w.data[g * w.stride + i];
                 *products.add(g * n + i) = x * scale;
-                max[g] = (x * scale).abs().max(max[g]);
+                largest[g] = (x * scale).abs().max(largest[g]);
                 offset[g] += x * (zero[i].to_f32() + middle * scale);
             }
         }
-        let mut step = [0.0; 4];
         for g in 0..G {
-            let inverse;
-            (step[g], inverse) = step_of(max[g], largest_word);
-            let sum = round::<V>(products.add(g * n), n, inverse, words.add(g * stride));
-            offset[g] -= middle * step[g] * sum;
+            *out.step.get_unchecked_mut(first + g) = largest[g];
+            *out.offset.get_unchecked_mut(first + g) = offset[g];
         }
-        (step, offset)
     }
 }
 
-/// `words = round(products inverse)`; returns their sum.
+/// Rows of `n` numbers, and a factor for each row.
+#[derive(Clone, Copy)]
+struct Scaled {
+    x: *const f32,
+    n: usize,
+    factor: *const f32,
+}
+
+/// `words = round(factor x)` of `G` rows; returns their sums.
 #[inline(always)]
-unsafe fn round<V: Vector>(products: *const f32, n: usize, inverse: f32, words: *mut i16) -> f32 {
+unsafe fn round<V: Vector, const G: usize>(
+    Scaled { x, n, factor }: Scaled,
+    words: *mut i16,
+    stride: usize,
+) -> [f32; 4] {
     let whole = n / (2 * V::LANES) * (2 * V::LANES);
-    // SAFETY: `words` has room for all products, by the caller's contract.
+    // SAFETY: all rows have n numbers, words, and a factor, by the caller's contract.
     unsafe {
-        let (factor, mut sum) = (V::splat(inverse), V::integer_zero());
-        for i in (0..whole).step_by(2 * V::LANES) {
-            let [a, b] = [V::load(products.add(i)), V::load(products.add(i + V::LANES))];
-            sum = V::add_integers(sum, V::store_rounded(words.add(i), V::mul(a, factor), V::mul(b, factor)));
-        }
-        let mut sum = V::sum(V::to_float(sum));
-        for i in whole..n {
-            let word = (*products.add(i) * inverse).round_ties_even() as i16;
-            words.add(i).write(word);
-            sum += f32::from(word);
-        }
-        sum
-    }
-}
-
-/// The words of what rounding left over, finer ones: rows `rest ..` of `out` from those at `first ..`.
-#[inline(always)]
-pub(super) unsafe fn fold_rest<V: Vector>(
-    w: Mat<'_>,
-    scale: &[f16],
-    middle: f32,
-    [first, rest, lead]: [usize; 3],
-    out: &mut Folded,
-) {
-    let (n, stride) = (scale.len(), out.stride);
-    let whole = n / (2 * V::LANES) * (2 * V::LANES);
-    for g in 0..w.rows {
-        let step = out.step[first + g];
-        let inverse = if step == 0.0 { 0.0 } else { 1.0 / step };
-        // SAFETY: by the caller's contract, rows of `w` and of words reach n, and `out` has all these rows.
-        unsafe {
-            let row = w.data.as_ptr().add(g * w.stride);
-            let rounded = out.words.as_ptr().add((first + g) * stride + lead);
-            let words = out.words.as_mut_ptr().add((rest + g) * stride + lead);
-            let (inverse_all, finer) = (V::splat(inverse), V::splat(FINER));
-            let left = |at: usize| {
-                let product = V::mul(V::load(row.add(at)), V::load_f16(scale.as_ptr().add(at)));
-                let exact = V::mul(product, inverse_all);
-                V::mul(V::sub(exact, V::load_words(rounded.add(at))), finer)
-            };
+        let mut sums = [V::zero(); 4];
+        for g in 0..G {
+            let (x, words, factor) = (x.add(g * n), words.add(g * stride), V::splat(*factor.add(g)));
             let mut sum = V::integer_zero();
             for i in (0..whole).step_by(2 * V::LANES) {
-                sum = V::add_integers(sum, V::store_rounded(words.add(i), left(i), left(i + V::LANES)));
+                let [a, b] = [V::load(x.add(i)), V::load(x.add(i + V::LANES))];
+                sum = V::add_integers(sum, V::store_rounded(words.add(i), V::mul(a, factor), V::mul(b, factor)));
             }
-            let mut sum = V::sum(V::to_float(sum));
+            sums[g] = V::to_float(sum);
+        }
+        let mut sums = V::sum4(sums);
+        for i in whole..n {
+            for g in 0..G {
+                let word = (*x.add(g * n + i) * *factor.add(g)).round_ties_even() as i16;
+                words.add(g * stride + i).write(word);
+                sums[g] += f32::from(word);
+            }
+        }
+        sums
+    }
+}
+
+/// The words of what rounding `rows` left over, finer ones: as many rows of `out` from `rest` on.
+#[inline(always)]
+pub(super) unsafe fn fold_rest<V: Vector>(packed: &Packed<'_>, rows: Range<usize>, rest: usize, out: &mut Folded) {
+    let (n, lead, middle) = (packed.outer, packed.lead, middle(packed.bits));
+    let whole = n / V::LANES * V::LANES;
+    for (row, rest) in rows.zip(rest..) {
+        let (step, inverse) = (out.step[row], out.inverse[row]);
+        // SAFETY: by the caller's contract, rows of products and of words reach n, and `out` has all these rows.
+        unsafe {
+            let products = out.products.as_mut_ptr().add(row * n);
+            let rounded = out.words.as_ptr().add(row * out.stride + lead);
+            for i in (0..whole).step_by(V::LANES) {
+                let exact = V::mul(V::load(products.add(i)), V::splat(inverse));
+                V::store(products.add(i), V::sub(exact, V::load_words(rounded.add(i))));
+            }
             for i in whole..n {
-                let exact = *row.add(i) * scale[i].to_f32() * inverse;
-                let word = ((exact - f32::from(*rounded.add(i))) * FINER).round_ties_even() as i16;
-                words.add(i).write(word);
-                sum += f32::from(word);
+                *products.add(i) = *products.add(i) * inverse - f32::from(*rounded.add(i));
             }
-            out.step[rest + g] = step / FINER;
-            out.offset[rest + g] = -middle * step / FINER * sum;
+            let words = out.words.as_mut_ptr().add(rest * out.stride + lead);
+            out.inverse[rest] = FINER;
+            let scaled = Scaled { x: products, n, factor: out.inverse.as_ptr().add(rest) };
+            let [sum, ..] = round::<V, 1>(scaled, words, out.stride);
+            out.step[rest] = step / FINER;
+            out.offset[rest] = -middle * step / FINER * sum;
         }
     }
 }

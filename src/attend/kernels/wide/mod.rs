@@ -75,8 +75,11 @@ macro_rules! kernels {
                 // SAFETY: as above.
                 unsafe { compiled::unpack(codes, out) }
             },
-            // SAFETY: as above; a slice knows its size.
-            softmax: |x, max| unsafe { compiled::softmax(x, max) },
+            softmax: |x, n, weighed| {
+                wide::check::softmax(&x, n, weighed);
+                // SAFETY: as above.
+                unsafe { compiled::softmax(x, n, weighed) }
+            },
             matmul: |a, b, n, c| {
                 wide::check::matmul(a, b, n, &c);
                 // SAFETY: as above.
@@ -129,8 +132,8 @@ macro_rules! kernels {
                 unsafe { wide::codes::unpack::<V>(codes, out) }
             }
             #[target_feature(enable = $features)]
-            pub(super) unsafe fn softmax(x: &mut [f32], max: f32) -> Weighed {
-                unsafe { wide::softmax::softmax::<V>(x, max) }
+            pub(super) unsafe fn softmax(x: MatMut<'_>, n: usize, weighed: &mut [Weighed]) {
+                unsafe { wide::softmax::softmax::<V>(x, n, weighed) }
             }
             #[target_feature(enable = $features)]
             pub(super) unsafe fn matmul(a: Mat<'_>, b: Mat<'_>, n: usize, c: MatMut<'_>) {

@@ -3,8 +3,8 @@
 use super::super::vector::Vector;
 use super::super::{Ahead, Folded};
 use super::codes::add_codes;
-use super::fold::{Rounding, fold, fold_rest};
-use crate::attend::folded::{largest_word, middle, negligible};
+use super::fold::{fold, fold_rest};
+use crate::attend::folded::rounding_error;
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::Packed;
 
@@ -18,21 +18,14 @@ pub(in super::super) unsafe fn add_packed<V: Vector>(
     ahead: &mut Ahead<'_>,
 ) {
     folded.reset(w.rows, packed);
-    folded.products.resize(folded.products.len().max(4 * packed.outer), 0.0);
-    let rounding = Rounding { largest_word: largest_word(packed.bits, packed.outer), middle: middle(packed.bits) };
-    let share = ahead.left().div_ceil(2 * packed.parts.max(1));
     // SAFETY: by the caller's contract; `reset` made room for a row a part and head.
     unsafe {
-        // All grids first: their sums wait for each other, those of different parts do not.
-        for i in 0..packed.parts {
-            ahead.fetch(share);
-            fold::<V>(w, packed.grid(i), rounding, [i * w.rows, packed.lead], folded);
-        }
+        fold::<V>(w, packed, folded, ahead);
         match packed.bits {
-            8 => add_parts::<V, 8>(w, packed, acc, folded, ahead, share),
-            4 => add_parts::<V, 4>(w, packed, acc, folded, ahead, share),
-            3 => add_parts::<V, 3>(w, packed, acc, folded, ahead, share),
-            _ => add_parts::<V, 2>(w, packed, acc, folded, ahead, share),
+            8 => add_parts::<V, 8>(w, packed, acc, folded, ahead),
+            4 => add_parts::<V, 4>(w, packed, acc, folded, ahead),
+            3 => add_parts::<V, 3>(w, packed, acc, folded, ahead),
+            _ => add_parts::<V, 2>(w, packed, acc, folded, ahead),
         }
     }
 }
@@ -44,21 +37,20 @@ unsafe fn add_parts<V: Vector, const BITS: u8>(
     mut acc: MatMut<'_>,
     folded: &mut Folded,
     ahead: &mut Ahead<'_>,
-    share: usize,
 ) {
     for i in 0..packed.parts {
-        ahead.fetch(share);
         let (codes, lanes) = packed.codes(i);
         let mut acc = acc.from_column(i * packed.width);
         let rows = i * w.rows..(i + 1) * w.rows;
         let step = folded.step[rows.clone()].iter().copied().fold(0.0, f32::max);
+        let error = rounding_error(step, BITS, packed.outer);
         // SAFETY: by the caller's contract; all columns of the parts are within `acc`.
         unsafe {
-            add_codes::<V, BITS>(folded, rows.start, codes, lanes.clone(), &mut acc);
-            if !negligible(step, BITS, packed.outer, packed.tolerance) {
+            add_codes::<V, BITS>(folded, rows.start, codes, lanes.clone(), &mut acc, ahead);
+            if error > packed.tolerance {
                 let rest = packed.parts * w.rows;
-                fold_rest::<V>(w, packed.grid(i).scale, middle(BITS), [rows.start, rest, packed.lead], folded);
-                add_codes::<V, BITS>(folded, rest, codes, lanes, &mut acc);
+                fold_rest::<V>(packed, rows.clone(), rest, folded);
+                add_codes::<V, BITS>(folded, rest, codes, lanes, &mut acc, ahead);
             }
         }
     }

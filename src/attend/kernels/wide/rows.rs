@@ -84,12 +84,12 @@ unsafe fn dot_rows_of<V: Vector, T: Number>(
         unsafe {
             while many && t + 4 <= n {
                 dot_tile::<V, T, G, 4>(q, rows, d, [g, t], &mut out);
-                ahead.fetch(4 * d * size_of::<T>());
+                ahead.fetch((4 * d * size_of::<T>()).div_ceil(Ahead::LINE));
                 t += 4;
             }
             while t + 2 <= n {
                 dot_tile::<V, T, G, 2>(q, rows, d, [g, t], &mut out);
-                ahead.fetch(2 * d * size_of::<T>());
+                ahead.fetch((2 * d * size_of::<T>()).div_ceil(Ahead::LINE));
                 t += 2;
             }
             if t < n {
@@ -216,7 +216,7 @@ unsafe fn add_tile<V: Vector, T: Number, const G: usize, const N: usize>(
         let mut sum = [[V::zero(); N]; G];
         for t in 0..rows.len() / d {
             let row = rows.as_ptr().add(t * d + c);
-            ahead.fetch(N * V::LANES * size_of::<T>());
+            ahead.fetch((N * V::LANES * size_of::<T>()).div_ceil(Ahead::LINE));
             let mut weight = [V::zero(); G];
             for g in 0..G {
                 weight[g] = V::splat(*w.data.as_ptr().add(g * w.stride + t));
