@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`error`] | one error enum: what was wrong, what was given, what is accepted |
 //! | [`tensor`] | borrowed views over f32 / f16 / bf16 memory, and exact rows |
+//! | `slabs` | the allocator of the Python package: apart from the heap of the process |
 //! | [`pool`] | threads: torch's own team, or ours |
 //! | [`attend`] | reading: segments, online softmax, one query and many; `kernels` has one file an instruction set, and the loops once for all |
 //! | [`quantize`] | writing with fewer bits: one file a method |
@@ -23,4 +24,6 @@ pub mod cache;
 pub mod error;
 pub mod pool;
 pub mod quantize;
+#[cfg(target_os = "linux")]
+pub mod slabs;
 pub mod tensor;

@@ -15,6 +15,10 @@ use pyo3::prelude::*;
 use crate::attend::kernels;
 use crate::pool;
 
+#[cfg(target_os = "linux")]
+#[global_allocator]
+static ALLOCATOR: crate::slabs::Slabs = crate::slabs::Slabs;
+
 /// The compiled half of kvpack.
 #[pymodule(gil_used = false)]
 mod _kvpack {
