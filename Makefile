@@ -14,7 +14,7 @@ COMPARED := $(VENV)/.kvpack-bench
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed
 SOURCES := $(shell find src -name '*.rs' 2>/dev/null) $(wildcard Cargo.toml Cargo.lock build.rs pyproject.toml)
-PYTHON_CODE := python tests examples tools benchmarks
+PYTHON_CODE := python tests examples tools benchmarks notebooks
 
 # One interpreter for maturin and clippy, or each would rebuild the other's pyo3.
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
@@ -23,7 +23,7 @@ unexport CONDA_PREFIX PYTHONHOME
 MAKEFLAGS += --no-print-directory
 
 .NOTPARALLEL:
-.PHONY: help setup demo test rust python lint format bench bench-peers compat clean
+.PHONY: help setup demo test rust python lint format bench bench-peers leaderboard compat clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -61,6 +61,9 @@ bench: $(COMPARED) ## against torch and transformers, 30 minutes; make bench ARG
 
 bench-peers: $(COMPARED) $(PEERS_READY) ## against llama.cpp (compiled first, 10 minutes) and OpenVINO
 	$(BIN)/python -m benchmarks --only peers $(ARGS)
+
+leaderboard: $(COMPARED) ## every method on the test model: make leaderboard TEXT=FILE; measures what is new
+	$(BIN)/python tools/leaderboard.py $(if $(TEXT),--text $(TEXT)) $(ARGS)
 
 compat: $(BUILT) ## the equality tests under the oldest, a middle and the newest transformers
 	tools/compat.sh

@@ -14,8 +14,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Larger memory has a mapping of its own: it is rare, and to map it costs little beside filling it.
 const MOST: usize = 1 << 17;
-/// Bytes of a slab, and its alignment: the slab of an address is found by a mask.
-const SLAB: usize = 1 << 19;
+/// Bytes of a slab, and its alignment: the slab of an address is found by a mask. It is the size of a huge page, too.
+const SLAB: usize = 1 << 21;
+/// Slabs of one size from which on they ask for huge pages: those are resident as a whole, but a long cache that is read from
+/// end to end misses no translations.
+const MANY: usize = 4;
 /// Sizes are rounded up to whole cache lines, which is also the alignment.
 const LINE: usize = 64;
 
@@ -56,16 +59,28 @@ struct Slab {
     used: usize,
 }
 
-/// Slabs with room, for each number of lines.
+/// Slabs of memory of one size.
+#[derive(Clone, Copy)]
+struct List {
+    /// The first of those with room.
+    first: *mut Slab,
+    /// How many there are, full ones too.
+    count: usize,
+}
+
+/// A list for each number of lines.
 struct Lists {
     locked: AtomicBool,
-    first: UnsafeCell<[*mut Slab; MOST / LINE + 1]>,
+    lists: UnsafeCell<[List; MOST / LINE + 1]>,
 }
 
 // SAFETY: the lists, and all slabs, are only touched under the lock.
 unsafe impl Sync for Lists {}
 
-static LISTS: Lists = Lists { locked: AtomicBool::new(false), first: UnsafeCell::new([null_mut(); MOST / LINE + 1]) };
+static LISTS: Lists = Lists {
+    locked: AtomicBool::new(false),
+    lists: UnsafeCell::new([List { first: null_mut(), count: 0 }; MOST / LINE + 1]),
+};
 
 impl Lists {
     fn lock(&self) {
@@ -89,9 +104,9 @@ impl Lists {
 
     /// A list, under the lock.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn first(&self, lines: usize) -> &mut *mut Slab {
+    unsafe fn of(&self, lines: usize) -> &mut List {
         // SAFETY: nobody else has the lock; `lines` is that of a size of ours.
-        unsafe { &mut (*self.first.get())[lines] }
+        unsafe { &mut (*self.lists.get())[lines] }
     }
 }
 
@@ -162,15 +177,16 @@ unsafe impl GlobalAlloc for Slabs {
 unsafe fn take(lines: usize) -> *mut u8 {
     // SAFETY: slabs in a list have room: a slot that was given back, or fresh ones.
     unsafe {
-        let first = LISTS.first(lines);
-        if first.is_null() {
-            let slab = map_slab();
+        let list = LISTS.of(lines);
+        if list.first.is_null() {
+            let slab = map_slab(list.count >= MANY);
             if slab.is_null() {
                 return null_mut();
             }
+            list.count += 1;
             link(slab, lines);
         }
-        let slab = &mut **LISTS.first(lines);
+        let slab = &mut *LISTS.of(lines).first;
         slab.used += 1;
         let slot = if slab.free.is_null() {
             let slot = std::ptr::from_mut(slab).cast::<u8>().add(slab.fresh);
@@ -204,6 +220,7 @@ unsafe fn give_back(p: *mut u8, lines: usize) {
         let alone = (*slab).next.is_null() && (*slab).previous.is_null();
         if (*slab).used == 0 && !alone {
             unlink(slab, lines);
+            LISTS.of(lines).count -= 1;
             unmap(slab.cast(), SLAB);
         }
     }
@@ -216,13 +233,13 @@ fn has_room(slab: &Slab, lines: usize) -> bool {
 unsafe fn link(slab: *mut Slab, lines: usize) {
     // SAFETY: under the lock, all slabs in the list are mapped.
     unsafe {
-        let first = LISTS.first(lines);
+        let list = LISTS.of(lines);
         (*slab).previous = null_mut();
-        (*slab).next = *first;
-        if let Some(next) = first.as_mut() {
+        (*slab).next = list.first;
+        if let Some(next) = list.first.as_mut() {
             next.previous = slab;
         }
-        *first = slab;
+        list.first = slab;
     }
 }
 
@@ -232,7 +249,7 @@ unsafe fn unlink(slab: *mut Slab, lines: usize) {
         let (previous, next) = ((*slab).previous, (*slab).next);
         match previous.as_mut() {
             Some(previous) => previous.next = next,
-            None => *LISTS.first(lines) = next,
+            None => LISTS.of(lines).first = next,
         }
         if let Some(next) = next.as_mut() {
             next.previous = previous;
@@ -242,7 +259,7 @@ unsafe fn unlink(slab: *mut Slab, lines: usize) {
 }
 
 /// A new slab, aligned to its size: twice as much is mapped, and what is beside it given back. Null when there is no memory.
-unsafe fn map_slab() -> *mut Slab {
+unsafe fn map_slab(huge: bool) -> *mut Slab {
     // SAFETY: the header is written into new memory.
     unsafe {
         let p = map(2 * SLAB);
@@ -256,6 +273,10 @@ unsafe fn map_slab() -> *mut Slab {
         }
         if before < SLAB {
             unmap(slab.add(SLAB), SLAB - before);
+        }
+        if huge {
+            // A wish: where the system has no huge pages, nothing is lost.
+            libc::madvise(slab.cast(), SLAB, libc::MADV_HUGEPAGE);
         }
         let (slab, fresh) = (slab.cast::<Slab>(), size_of::<Slab>().next_multiple_of(LINE));
         slab.write(Slab { next: null_mut(), previous: null_mut(), free: null_mut(), fresh, used: 0 });
@@ -364,17 +385,17 @@ mod tests {
         LISTS.locked(|| {
             // SAFETY: under the lock, all slabs in the list are mapped.
             let next = |slab: &*mut Slab| unsafe { slab.as_ref() }.map(|slab| slab.next);
-            let first = unsafe { *LISTS.first(size.div_ceil(LINE)) };
+            let first = unsafe { LISTS.of(size.div_ceil(LINE)).first };
             std::iter::successors(Some(first), next).filter(|slab| !slab.is_null()).count()
         })
     }
 
     #[test]
     fn slabs_go_back_to_the_system() {
-        let mut pages: Vec<Held> = (0..10_000).map(|i| Held::new(5120, i as u8)).collect();
+        let mut pages: Vec<Held> = (0..20_000).map(|i| Held::new(5120, i as u8)).collect();
         let mut some = Vec::new();
         while let Some(page) = pages.pop() {
-            some.extend(pages.len().is_multiple_of(500).then_some(page));
+            some.extend(pages.len().is_multiple_of(1000).then_some(page));
         }
         assert!(listed(5120) >= some.len() - 1, "a slab stays while one of its pages does");
         drop(some);

@@ -28,6 +28,7 @@ from .errors import (
     ShapeError,
     StaleHandleError,
 )
+from .evaluation import Evaluation, evaluate
 from .memory import Memory
 from .methods import KIVI, Exact
 
@@ -38,6 +39,7 @@ __all__ = [
     "CropError",
     "DeviceError",
     "DtypeError",
+    "Evaluation",
     "Exact",
     "GradError",
     "InternalError",
@@ -50,6 +52,7 @@ __all__ = [
     "ShapeError",
     "StaleHandleError",
     "attach",
+    "evaluate",
     "info",
 ]
 __version__ = _kvpack.__version__

@@ -220,6 +220,16 @@ class PackedCache(Cache):
             layers.append(sum(held.values()))
         return Memory(parts, layers)
 
+    def lossy_share(self, new: int = 0) -> float:
+        """Share of the keys' and values' numbers in packed layers that are not exactly what the model made.
+
+        Args:
+            new: leave out so many of the newest tokens: after a forward of `new` tokens it is the share of the past
+                that they read.
+        """
+        shares = [layer.lossy_share(new) for layer in self._packed]
+        return sum(shares) / len(shares) if shares else 0.0
+
     def info(self) -> dict[str, Any]:
         """What really runs: version, instruction set, threads, codec, layers, and attention calls by path."""
         packed = list(self._packed)

@@ -413,6 +413,11 @@ class PackedLayer(CacheLayerMixin):
         self.absorb()
         return dict(zip(("codes", "scales", "exact", "index"), self._store.memory(), strict=True))
 
+    def lossy_share(self, new: int = 0) -> float:
+        """Share of the numbers held that are not exactly what the model made; those of the `new` newest aside."""
+        self.absorb()
+        return self._store.lossy_share(new)
+
     def offload(self) -> None:
         """Nothing to do: the cache lives in CPU memory."""
 

@@ -3,15 +3,17 @@
 
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use super::mat::{Mat, MatMut};
 use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, key_chunks, tile_rows};
 
 /// Query rows that share one block of scores.
 const QUERY_BLOCK: usize = 64;
 
-/// Attention of some queries for each of the `G` query heads of a KV head, over all its tokens; rows of the result
-/// are `[G, queries]`.
-pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, scratch: &mut Scratch) -> Partial {
+/// Attention of some queries for each of the `G` query heads of a KV head, over the chunks of its tokens that start in
+/// `tokens`; rows of the result are `[G, queries]`.
+pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, scratch: &mut Scratch) -> Partial {
     let (dk, dv) = (head.key_dim, head.value_dim);
     let rows = queries.q.len() / dk;
     let mut partial = Partial::new(rows, dv);
@@ -22,6 +24,9 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, scratch: &mut Scratch
     let mut scores = vec![0.0; QUERY_BLOCK * CHUNK];
     let (mut held, mut weighed) = (Vec::new(), Vec::new());
     for KeyChunk { segment, first, tokens: n, at } in key_chunks(&head.keys) {
+        if !tokens.contains(&at) {
+            continue;
+        }
         head.positions.collect_into(at, n, &mut held);
         if queries.visible.none(queries.range.end - 1, held[0]) {
             continue;

@@ -192,6 +192,11 @@ impl Layer {
         })
     }
 
+    /// Share of the numbers held, the newest positions' aside, that are not what the model made.
+    fn lossy_share(&self, py: Python<'_>, new: usize) -> PyResult<f64> {
+        self.enter(py, |layer| Ok(layer.lossy_share(new)))
+    }
+
     /// Positions that a KV head of a sequence holds.
     fn positions(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<Vec<u32>> {
         self.enter(py, |layer| {

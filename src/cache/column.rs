@@ -38,6 +38,11 @@ impl<P: Page> Column<P> {
         self.segments.iter().map(|s| s.len).sum()
     }
 
+    /// Tokens in pages that do not hold them exactly.
+    pub(super) fn lossy(&self) -> usize {
+        self.segments.iter().filter(|s| s.page.as_exact().is_none()).map(|s| s.len).sum()
+    }
+
     /// Tokens at the front of the tail that stay exact when the first page is sealed.
     fn sinks(&self, codec: &Codec) -> usize {
         if self.segments.is_empty() { codec.sinks() } else { 0 }

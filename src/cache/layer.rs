@@ -272,6 +272,17 @@ impl Layer {
         *self = Self::new(self.codec.clone());
     }
 
+    /// The share of the numbers held, those of the newest `new` positions aside, that are not what the model made.
+    pub fn lossy_share(&self, new: usize) -> f64 {
+        let (mut lossy, mut held) = (0, 0);
+        for head in self.rows.iter().flat_map(|row| row.iter()) {
+            let (key_dim, value_dim) = (head.keys.tail.dim(), head.values.tail.dim());
+            lossy += head.keys.lossy() * key_dim + head.values.lossy() * value_dim;
+            held += head.positions.count_below(self.seen().saturating_sub(new)) * (key_dim + value_dim);
+        }
+        if held == 0 { 0.0 } else { (lossy as f64 / held as f64).min(1.0) }
+    }
+
     /// Bytes allocated for this layer; what its sequences share is counted once.
     pub fn memory(&self) -> Memory {
         let mut counter = Counter::default();

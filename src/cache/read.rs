@@ -13,8 +13,8 @@ use crate::tensor::{View, ViewMut};
 /// Tokens that are worth a task of their own when one KV head is split over threads: a chunk, as none is cut.
 const TOKENS_A_TASK: usize = CHUNK;
 
-/// Queries that are.
-const QUERIES_A_TASK: usize = 16;
+/// Queries that are: each task opens the packed pages anew, so fewer are not worth it, and tokens are split instead.
+const QUERIES_A_TASK: usize = 128;
 
 /// What is asked of a layer.
 #[derive(Clone, Copy)]
@@ -65,8 +65,10 @@ impl Layer {
         let mut tasks = Vec::new();
         for row in 0..self.batch() {
             for head in 0..heads {
-                if queries == 1 {
-                    tasks.extend(cut(tokens, TOKENS_A_TASK).map(|tokens| Task { row, head, tokens, queries: 0..1 }));
+                if queries < 2 * QUERIES_A_TASK {
+                    let all = 0..queries;
+                    let task = |tokens| Task { row, head, tokens, queries: all.clone() };
+                    tasks.extend(cut(tokens, TOKENS_A_TASK).map(task));
                 } else {
                     let all = 0..tokens;
                     let task = |queries| Task { row, head, tokens: all.clone(), queries };
@@ -90,7 +92,7 @@ impl Layer {
         if request.query.shape()[2] == 1 {
             attend_one(&head.view(), &queries, task.tokens.clone(), &mut scratch)
         } else {
-            attend_many(&head.view(), &queries, &mut scratch)
+            attend_many(&head.view(), &queries, task.tokens.clone(), &mut scratch)
         }
     }
 

@@ -75,8 +75,12 @@ fn a_panic_reaches_the_caller_and_the_next_call_works() {
 
 fn calls_nest() {
     let sums = map(MUCH, (0..20).collect(), |i: usize| {
-        assert_eq!(threads_for(MUCH), 1);
-        map(MUCH, (0..20).collect(), |j: usize| i * j).iter().sum::<usize>()
+        let here = thread::current().id();
+        let inner = |j: usize| {
+            assert_eq!(thread::current().id(), here);
+            i * j
+        };
+        map(MUCH, (0..20).collect(), inner).iter().sum::<usize>()
     });
     assert_eq!(sums, (0..20).map(|i| i * 190).collect::<Vec<_>>());
 }

@@ -8,6 +8,9 @@ use crate::tensor::Rows;
 /// Tokens of a page: small, so that the copy of an open tail that every beam makes is small.
 pub(super) const PAGE: usize = 64;
 
+/// f32 in a cache line.
+const LINE: usize = 16;
+
 /// Whole pages are due.
 pub(super) fn due(n: usize) -> usize {
     n / PAGE * PAGE
@@ -39,13 +42,18 @@ impl KeySegment for Rows {
         (scratch.kernels.dot_rows)(q, self.slice(first..first + n), self.dim(), out, ahead);
     }
 
-    fn tile(&self, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch) {
-        let row = &mut scratch.buffer;
-        row.resize(self.dim(), 0.0);
-        for t in 0..n {
-            self.slice(first + t..first + t + 1).to_f32(row);
-            for (c, x) in row.iter().enumerate() {
-                out.data[c * out.stride + t] = *x;
+    fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
+        let d = self.dim();
+        scratch.buffer.resize(LINE * d, 0.0);
+        // Rows of `out` lie far apart: each of its cache lines is written at once.
+        for t in (0..n).step_by(LINE) {
+            let m = LINE.min(n - t);
+            let rows = &mut scratch.buffer[..m * d];
+            self.slice(first + t..first + t + m).to_f32(rows);
+            for c in 0..d {
+                for (x, row) in out.row(c)[t..t + m].iter_mut().zip(rows.chunks_exact(d)) {
+                    *x = row[c];
+                }
             }
         }
     }

@@ -11,9 +11,15 @@ from ..errors import OptionError
 
 
 class Quantize(ABC):
-    """A codec: how tokens that have left the exact tail are stored."""
+    """A codec: how tokens that have left the exact tail are stored.
+
+    Attributes:
+        name: in the registry, and in methods written as text (`kivi:bits=2`).
+        standard: settings, as text, at which it is measured beside others.
+    """
 
     name: ClassVar[str]
+    standard: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def make_store(self) -> _kvpack.Layer:
@@ -28,6 +34,7 @@ class Exact(Quantize):
     """Lossless: keys and values stay in the model's dtype."""
 
     name: ClassVar[str] = "exact"
+    standard: ClassVar[tuple[str, ...]] = ("exact",)
 
     def make_store(self) -> _kvpack.Layer:
         """An empty store of one layer."""
@@ -54,6 +61,7 @@ class KIVI(Quantize):
     """
 
     name: ClassVar[str] = "kivi"
+    standard: ClassVar[tuple[str, ...]] = ("kivi:bits=8", "kivi:bits=4", "kivi:bits=3", "kivi:bits=2")
 
     bits: int = 4
     group: int = 32

@@ -1,0 +1,221 @@
+"""The command line: `kvpack eval`, `kvpack report`, `kvpack inspect`, `kvpack info`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+try:
+    import matplotlib
+    import tqdm  # noqa: F401
+    import typer
+    import yaml  # noqa: F401
+except ImportError as error:
+    raise ImportError("the kvpack command needs its extra: pip install 'kvpack[eval]'") from error
+
+from .errors import KvpackError, OptionError
+
+# Without a display, as on a server.
+matplotlib.use("agg")
+P = ParamSpec("P")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Small and fast KV caches for transformers models on CPUs.",
+)
+
+
+def _plain(command: Callable[P, None]) -> Callable[P, None]:
+    """Mistakes are one line on stderr and exit code 2; Ctrl-C is 130."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KvpackError as error:
+            typer.echo(f"kvpack: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("kvpack: stopped; `kvpack eval` goes on from here when it is started again", err=True)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+@app.command("eval")
+@_plain
+def evaluate(
+    model: Annotated[str, typer.Option(help="folder or hub name of a causal language model")],
+    text: Annotated[Path, typer.Option(help="a text in UTF-8")],
+    out: Annotated[Path, typer.Option(help="folder for the results; what is there already is not measured again")],
+    methods: Annotated[
+        str, typer.Option(help="names with commas between, such as exact,kivi:bits=2, or a YAML file")
+    ] = "exact,kivi:bits=8,kivi:bits=4,kivi:bits=2",
+    context: Annotated[int, typer.Option(help="tokens of a document")] = 2048,
+    tokens: Annotated[int, typer.Option(help="tokens of the text to read")] = 16_384,
+    chunk: Annotated[int, typer.Option(help="tokens fed at once")] = 128,
+    tasks: Annotated[str, typer.Option(help="retrieval tasks, with commas between; 'all' for all of them")] = "",
+    task_contexts: Annotated[
+        str, typer.Option(help="their lengths (default: a quarter, half and all of context)")
+    ] = "",
+    samples: Annotated[int, typer.Option(help="samples of each task, length and depth")] = 2,
+    filler: Annotated[
+        str, typer.Option(help="what tasks are hidden in: noise (the same sentences), or text")
+    ] = "noise",
+    greedy: Annotated[int, typer.Option(help="tokens of the greedy continuations; 0 leaves them out")] = 64,
+    dtype: Annotated[str, typer.Option(help="the model's dtype")] = "float32",
+    seed: Annotated[int, typer.Option(help="of the tasks and the intervals")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="of torch and kvpack; 0 leaves torch its choice")] = 0,
+) -> None:
+    """Measure what methods lose and what they gain: a table, pictures and every number.
+
+    A run that was ended goes on where it stopped when it is started again with the same options.
+    """
+    import torch
+
+    from .evaluation import TASKS, make_settings
+    from .evaluation import evaluate as measure
+    from .evaluation.contenders import parse_all
+    from .evaluation.settings import check_folder, check_methods, check_tasks, cut, identity
+    from .evaluation.store import Store
+
+    if filler not in ("noise", "text"):
+        raise OptionError(f"filler={filler!r} is not accepted; accepted: noise, text")
+    # All that can be wrong is found before the model is loaded.
+    contenders, chosen = parse_all(methods), _dtype(dtype)
+    settings = make_settings(
+        {
+            "context": context,
+            "tokens": tokens,
+            "chunk": chunk,
+            "greedy": greedy,
+            "seed": seed,
+            "samples": samples,
+            "filler": filler,
+            "tasks": tuple(TASKS) if tasks == "all" else _names(tasks),
+            "task_contexts": tuple(map(_whole, _names(task_contexts))),
+        }
+    )
+    words = _read(text)
+    check_folder(out)
+    config, tokenizer = _describe(model)
+    settings.check_model(config)
+    check_methods(contenders, config)
+    documents = cut(words, tokenizer, settings)
+    check_tasks(words, tokenizer, settings)
+    Store(out, identity(settings, config, documents, dtype))
+    if threads:
+        torch.set_num_threads(threads)
+    fields = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    result = measure(_load(model, chosen), tokenizer, words, contenders, out=out, **fields)
+    typer.echo(str(result))
+    for path in result.save(out):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+@_plain
+def report(folder: Annotated[Path, typer.Argument(help="the folder that `kvpack eval` wrote")]) -> None:
+    """Make the table and the pictures again from the numbers."""
+    from .evaluation import Evaluation
+
+    result = Evaluation.load(folder)
+    typer.echo(str(result))
+    for path in result.save(folder):
+        typer.echo(f"wrote {path}")
+
+
+@app.command("inspect")
+@_plain
+def look(
+    model: Annotated[str, typer.Option(help="folder or hub name of a causal language model")],
+    text: Annotated[Path, typer.Option(help="a text in UTF-8")],
+    out: Annotated[Path, typer.Option(help="folder for inspect.md, inspect.png and inspect.json")],
+    tokens: Annotated[int, typer.Option(help="tokens of the text to read")] = 1024,
+    dtype: Annotated[str, typer.Option(help="the model's dtype")] = "float32",
+) -> None:
+    """Say what a model's cache is like, and which families of methods fit it."""
+    from .evaluation.inspect import inspect
+    from .evaluation.settings import Settings, check_folder, cut
+
+    chosen = _dtype(dtype)
+    words = _read(text)
+    check_folder(out)
+    config, tokenizer = _describe(model)
+    settings = Settings(context=tokens, tokens=tokens, greedy=0, costs=False)
+    settings.check_model(config)
+    ids = cut(words, tokenizer, settings).documents[0]
+    found = inspect(_load(model, chosen), ids)
+    typer.echo(found.words())
+    for path in found.save(out):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+@_plain
+def info() -> None:
+    """Say which instruction set and threads are in use."""
+    import kvpack
+
+    for name, value in kvpack.info().items():
+        typer.echo(f"{name}: {value}")
+
+
+def _load(model: str, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"model: {model!r} cannot be loaded as a causal language model: {error}") from None
+
+
+def _describe(model: str) -> tuple[Any, Any]:
+    """The model's configuration and tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"model: {model!r} has no configuration that transformers can load: {error}") from None
+    if config.is_encoder_decoder:
+        raise OptionError(f"model: {model!r} is an encoder-decoder model, expected a causal language model")
+    try:
+        return config, AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # whatever a tokenizer's own code raises
+        raise OptionError(f"model: {model!r} has no tokenizer that transformers can load: {error}") from None
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    accepted = ("float32", "bfloat16", "float16")
+    if name not in accepted:
+        raise OptionError(f"dtype={name!r} is not accepted; accepted: {', '.join(accepted)}")
+    return getattr(torch, name)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"text: {path} cannot be read: {error}") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(f"task-contexts: given {text!r}, expected whole numbers with commas between") from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,78 @@
+"""A text read through several caches at once: how well each predicts it, and how far it moves from the full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contenders import FULL, Contender, Full, held_bytes
+from .forward import Reader
+from .store import Record
+
+
+class _Score:
+    """What one contender scored so far."""
+
+    def __init__(self, model: Any, contender: Contender) -> None:
+        self.reader = Reader(model, contender)
+        self.nll: list[Tensor] = []
+        self.kl: list[Tensor] = []
+        self.agree = 0
+        self.lossy = 0.0
+
+
+def read_document(
+    model: Any, contenders: Sequence[Contender], ids: Tensor, chunk: int, tick: Callable[[], None]
+) -> list[Record]:
+    """Feed a document `[n]` through the full cache and all contenders, a chunk through each in turn.
+
+    Every token but the first is predicted. KL is `sum p log(p / q)` in nats, with p of the full cache and q of the
+    contender, both on the same tokens; sums are in float64.
+
+    Returns:
+        For the full cache and each contender: `nll` (sum, nats), `tokens` predicted, `kl` (of each token), `agree`
+        (tokens whose likeliest next one is the full cache's), and `lossy` (the share of the past that was compressed
+        when a token was predicted, on average; too high where a method packs a chunk at once that is longer than its
+        window).
+    """
+    scores = [_Score(model, contender) for contender in (Full(), *contenders)]
+    full = scores[0]
+    predicted = len(ids) - 1
+    for first in range(0, predicted, chunk):
+        new = ids[first : min(first + chunk, predicted)]
+        targets = ids[first + 1 : first + 1 + len(new)]
+        expected: Tensor | None = None
+        for score in scores:
+            logits = score.reader(new)
+            if first:
+                share = score.reader.contender.lossy_share(score.reader.cache, len(new), held_bytes(full.reader.cache))
+                score.lossy += share * len(new)
+            found = torch.log_softmax(logits.double(), -1)
+            score.nll.append(-found.gather(-1, targets[:, None])[:, 0])
+            if expected is None:
+                expected = found
+            else:
+                terms = expected.exp() * (expected - found)
+                score.kl.append(terms.masked_fill(expected == -torch.inf, 0).sum(-1))
+                score.agree += int((expected.argmax(-1) == found.argmax(-1)).sum())
+            tick()
+    return [_record(score, predicted) for score in scores]
+
+
+def _record(score: _Score, tokens: int) -> Record:
+    record: Record = {
+        "kind": "text",
+        "method": score.reader.contender.label,
+        "tokens": tokens,
+        "nll": float(torch.cat(score.nll).sum()),
+        "lossy": round(score.lossy / tokens, 6),
+    }
+    if record["method"] != FULL:
+        # Five digits of each token's are more than any quantile needs.
+        record["kl"] = [float(f"{x:.4e}") for x in torch.cat(score.kl).tolist()]
+        record["kl_sum"] = float(torch.cat(score.kl).sum())
+        record["agree"] = score.agree
+    return record

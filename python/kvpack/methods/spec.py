@@ -1,0 +1,103 @@
+"""Methods written as text, for command lines and files: `kivi:bits=2`, `kivi:bits=4:group=64`.
+
+A method is its registered name and, after colons, parameters of its dataclass. Methods of several families are joined
+with `+`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import OptionError
+from .quantize import QUANTIZE
+
+FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE}
+"""The registry: the methods of each family by name. A family is also the name of PackedCache's argument."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One way to hold a cache.
+
+    Attributes:
+        label: what it was called, with its parameters in the order in which they were given.
+        options: the keyword arguments of `PackedCache`: at most one method a family.
+    """
+
+    label: str
+    options: Mapping[str, Any]
+
+
+def parse_spec(text: str) -> Spec:
+    """Return what `text` stands for.
+
+    Raises:
+        OptionError: a method or a parameter is unknown, a value is not accepted, or a family is named twice.
+    """
+    options: dict[str, Any] = {}
+    for part in text.split("+"):
+        name, parameters = split_parameters(part)
+        family = next((family for family, methods in FAMILIES.items() if name in methods), None)
+        if family is None:
+            raise OptionError(f"method {name!r} is unknown; accepted: {', '.join(names())}")
+        if family in options:
+            raise OptionError(f"method {text!r} is not accepted: it names two methods of the family {family!r}")
+        options[family] = make(FAMILIES[family][name], name, parameters)
+    return Spec("+".join(part.strip() for part in text.split("+")), options)
+
+
+def names() -> list[str]:
+    """Return the names of all registered methods."""
+    return [name for methods in FAMILIES.values() for name in methods]
+
+
+def standard_settings() -> list[str]:
+    """Return the settings, as text, at which the registered methods are measured beside each other."""
+    return [setting for methods in FAMILIES.values() for method in methods.values() for setting in method.standard]
+
+
+def split_parameters(text: str) -> tuple[str, dict[str, Any]]:
+    """Split `name:parameter=value:...` into the name and the parameters; values are Python literals, or strings.
+
+    Raises:
+        OptionError: something after a colon is no `parameter=value`, or a parameter is there twice.
+    """
+    name, *settings = (part.strip() for part in text.split(":"))
+    parameters: dict[str, Any] = {}
+    for setting in settings:
+        parameter, equals, value = (piece.strip() for piece in setting.partition("="))
+        if not equals or not parameter or not value:
+            raise OptionError(f"method {text!r}: given {setting!r} after a colon, expected parameter=value")
+        if parameter in parameters:
+            raise OptionError(f"method {text!r}: parameter {parameter!r} is there twice")
+        parameters[parameter] = _literal(value)
+    return name, parameters
+
+
+def make(method: type, name: str, parameters: Mapping[str, Any]) -> Any:
+    """Return the dataclass `method` with these parameters.
+
+    Raises:
+        OptionError: it has no such parameter, or does not accept a value.
+    """
+    accepted = [field.name for field in fields(method)]
+    for parameter in parameters:
+        if parameter not in accepted:
+            what = ", ".join(accepted) if accepted else "none, it has no parameters"
+            raise OptionError(f"method {name!r}: parameter {parameter!r} is unknown; accepted: {what}")
+    try:
+        return method(**parameters)
+    except OptionError as error:
+        raise OptionError(f"method {name!r}: {error}") from None
+    except TypeError as error:
+        raise OptionError(f"method {name!r}: a parameter is missing ({error}); it has: {', '.join(accepted)}") from None
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text

@@ -1,0 +1,51 @@
+"""Methods written as text: what is accepted, and what the errors say."""
+
+from __future__ import annotations
+
+import kvpack
+import pytest
+from kvpack.methods import QUANTIZE
+from kvpack.methods.spec import names, parse_spec
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("exact", kvpack.Exact()),
+        ("kivi", kvpack.KIVI()),
+        ("kivi:bits=2", kvpack.KIVI(bits=2)),
+        (" kivi : bits = 8 : group = 16 ", kvpack.KIVI(bits=8, group=16)),
+    ],
+)
+def test_a_name_and_its_parameters(text: str, method: object) -> None:
+    assert parse_spec(text).options == {"quantize": method}
+
+
+def test_every_registered_method_is_named_and_has_standard_settings() -> None:
+    assert set(QUANTIZE) <= set(names())
+    for name, method in QUANTIZE.items():
+        assert method.standard
+        for setting in method.standard:
+            assert isinstance(parse_spec(setting).options["quantize"], method)
+            assert setting.split(":")[0] == name
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("kivy", ["'kivy'", "exact", "kivi"]),
+        ("", ["''", "exact"]),
+        ("kivi:bit=2", ["'bit'", "bits", "group", "window", "sinks"]),
+        ("exact:bits=2", ["'bits'", "none"]),
+        ("kivi:bits=5", ["bits=5", "2, 3, 4, 8"]),
+        ("kivi:bits=two", ["bits='two'"]),
+        ("kivi:bits", ["'bits'", "parameter=value"]),
+        ("kivi:bits=2:bits=4", ["'bits'", "twice"]),
+        ("exact+kivi", ["two methods", "quantize"]),
+    ],
+)
+def test_what_is_not_accepted_is_named(text: str, words: list[str]) -> None:
+    with pytest.raises(kvpack.OptionError) as refused:
+        parse_spec(text)
+    for word in words:
+        assert word in str(refused.value)
