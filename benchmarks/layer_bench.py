@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 import kvpack
 import torch
+from kvpack.evaluation.peak import return_free_memory
 from kvpack.layer import PackedLayer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .measure import interleaved, return_free_memory, spread
+from .measure import interleaved, spread
 from .results import Row
 
 # Bytes that the layers of one engine hold together, at least: several times what the last cache level does.

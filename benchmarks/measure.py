@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
@@ -44,9 +42,3 @@ def spread(samples: list[float]) -> dict[str, Any]:
         "max": max(samples),
         "samples": len(samples),
     }
-
-
-def return_free_memory() -> None:
-    """Give the system the memory back that the process has freed and its allocator has kept."""
-    with suppress(OSError, AttributeError):  # glibc alone can
-        ctypes.CDLL(None).malloc_trim(0)

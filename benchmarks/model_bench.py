@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from typing import Any
 
 import kvpack
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
+from kvpack.evaluation.contenders import Hqq, Quantized, Quanto
+from kvpack.evaluation.peak import PeakMemory
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 from . import paths  # noqa: F401  # makes test_model importable
-from .measure import return_free_memory
 
 # isort: split
 from test_model import document, test_model_path
@@ -24,10 +24,6 @@ from test_model import document, test_model_path
 CHUNK = 512
 # The second step still pays for what the first one made.
 WARM_UP_STEPS = 2
-# The group and residual lengths of kvpack's KIVI; the axes are what each backend's layer works best with.
-BACKENDS = {"hqq": ("hqq", 1), "quanto": ("optimum.quanto", 0)}
-STATUS = Path("/proc/self/status")
-CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class NotInstalledError(ImportError):
@@ -46,14 +42,11 @@ def _packed(quantize: Any) -> Engine:
     return Engine("kvpack", lambda model: kvpack.PackedCache(model, quantize=quantize))
 
 
-def _quantized(backend: str) -> Engine:
-    package, axis = BACKENDS[backend]
-    options = {"nbits": 4, "q_group_size": 32, "residual_length": 128, "axis_key": axis, "axis_value": axis}
-
+def _quantized(backend: type[Quantized]) -> Engine:
     def empty(model: Any) -> Any:
-        if any(importlib.util.find_spec(name) is None for name in (package.partition(".")[0], package)):
-            raise NotInstalledError(package)
-        return QuantizedCache(backend, model.config, **options)
+        if not backend.installed():
+            raise NotInstalledError(backend.module)
+        return backend(bits=4).new_cache(model)
 
     return Engine("sdpa", empty)
 
@@ -63,8 +56,8 @@ ENGINES = {
     "Exact": _packed(kvpack.Exact()),
     "KIVI-4": _packed(kvpack.KIVI(bits=4)),
     "KIVI-2": _packed(kvpack.KIVI(bits=2)),
-    "HF hqq-4": _quantized("hqq"),
-    "HF quanto-4": _quantized("quanto"),
+    "HF hqq-4": _quantized(Hqq),
+    "HF quanto-4": _quantized(Quanto),
 }
 
 
@@ -126,15 +119,12 @@ class ModelBench:
         self.model.set_attn_implementation(ENGINES[engine].attention)
         with torch.inference_mode():
             self._forward(ENGINES[engine].empty(self.model), slice(0, 64))  # so that the threads are awake
-            return_free_memory()  # or what is taken from it would not count
-            resettable = _reset_peak()
-            before = _status_bytes("VmRSS")
-            cache = ENGINES[engine].empty(self.model)
-            start = time.perf_counter()
-            self._forward(cache, slice(0, tokens))
-            seconds = time.perf_counter() - start
-        peak = _status_bytes("VmHWM") - before if resettable else None
-        return {"seconds": seconds, "peak_bytes": peak}
+            with PeakMemory() as peak:
+                cache = ENGINES[engine].empty(self.model)
+                start = time.perf_counter()
+                self._forward(cache, slice(0, tokens))
+                seconds = time.perf_counter() - start
+        return {"seconds": seconds, "peak_bytes": peak.bytes}
 
     def layers(self) -> int:
         """Return the number of layers."""
@@ -159,19 +149,3 @@ def _long_text(folder: Path, tokens: int) -> torch.Tensor:
     """Return `[1, tokens]` ids: the document over and over."""
     ids = AutoTokenizer.from_pretrained(folder)(document(), return_tensors="pt", verbose=False).input_ids
     return ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
-
-
-def _reset_peak() -> bool:
-    """Make the system forget the process's peak memory; say whether it did."""
-    try:
-        CLEAR_REFS.write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status_bytes(field: str) -> int:
-    for line in STATUS.read_text(encoding="utf-8").splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise KeyError(field)

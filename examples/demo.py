@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import torch
 from demo_environment import OtherPrograms, environment
-from demo_measure import ENGINES, FULL, attention_layers, equal_prefix, generate, prefill, teacher_forced
+from demo_measure import ENGINES, FULL, attention_layers, generate, prefill, teacher_forced
 from demo_picture import draw
 from demo_report import Report
+from kvpack.evaluation.greedy import equal_prefix
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from test_model import FetchError, document, test_model_path

@@ -230,9 +230,3 @@ def generate(
     )
     result.generated = output[0, prompt.shape[1] :].tolist()
     result.first_token_s = ticker.first_token_s
-
-
-def equal_prefix(tokens: Sequence[int], reference: Sequence[int]) -> int:
-    """Return how many tokens agree before the first difference."""
-    pairs = zip(tokens, reference, strict=False)
-    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(tokens), len(reference)))

@@ -20,6 +20,7 @@ from kvpack.evaluation import Evaluation, evaluate
 from kvpack.evaluation.bootstrap import interval, quantile
 from kvpack.evaluation.contenders import held_bytes, parse, parse_all
 from kvpack.evaluation.greedy import equal_prefix
+from kvpack.evaluation.peak import PeakMemory
 from kvpack.evaluation.pictures import pareto_front
 from kvpack.evaluation.store import read
 from support import tiny_config, tiny_model
@@ -341,6 +342,13 @@ def test_methods_come_from_a_file_too(tmp_path: Path) -> None:
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+def test_the_peak_is_what_was_held_meanwhile() -> None:
+    with PeakMemory() as peak:
+        torch.ones(50_000_000)  # 200 MB, given back at once
+    assert peak.bytes is not None
+    assert 195e6 < peak.bytes < 230e6  # the system counts in batches
 
 
 def test_intervals_hold_the_mean_of_documents() -> None:

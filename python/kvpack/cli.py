@@ -7,14 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
-try:
-    import matplotlib
-    import tqdm  # noqa: F401
-    import typer
-    import yaml  # noqa: F401
-except ImportError as error:
-    raise ImportError("the kvpack command needs its extra: pip install 'kvpack[eval]'") from error
-
+from ._eval_requirements import matplotlib, typer
 from .errors import KvpackError, OptionError
 
 # Without a display, as on a server.
@@ -77,41 +70,29 @@ def evaluate(
     """
     import torch
 
-    from .evaluation import TASKS, make_settings
-    from .evaluation import evaluate as measure
-    from .evaluation.contenders import parse_all
-    from .evaluation.settings import check_folder, check_methods, check_tasks, cut, identity
-    from .evaluation.store import Store
+    from .evaluation import TASKS
+    from .evaluation.plan import prepare
 
+    # All that can be wrong is found before the model is loaded.
     if filler not in ("noise", "text"):
         raise OptionError(f"filler={filler!r} is not accepted; accepted: noise, text")
-    # All that can be wrong is found before the model is loaded.
-    contenders, chosen = parse_all(methods), _dtype(dtype)
-    settings = make_settings(
-        {
-            "context": context,
-            "tokens": tokens,
-            "chunk": chunk,
-            "greedy": greedy,
-            "seed": seed,
-            "samples": samples,
-            "filler": filler,
-            "tasks": tuple(TASKS) if tasks == "all" else _names(tasks),
-            "task_contexts": tuple(map(_whole, _names(task_contexts))),
-        }
-    )
-    words = _read(text)
-    check_folder(out)
+    chosen, words = _dtype(dtype), _read(text)
     config, tokenizer = _describe(model)
-    settings.check_model(config)
-    check_methods(contenders, config)
-    documents = cut(words, tokenizer, settings)
-    check_tasks(words, tokenizer, settings)
-    Store(out, identity(settings, config, documents, dtype))
+    settings = {
+        "context": context,
+        "tokens": tokens,
+        "chunk": chunk,
+        "greedy": greedy,
+        "seed": seed,
+        "samples": samples,
+        "filler": filler,
+        "tasks": tuple(TASKS) if tasks == "all" else _names(tasks),
+        "task_contexts": tuple(map(_whole, _names(task_contexts))),
+    }
+    plan = prepare(config, tokenizer, words, methods, out, dtype, settings)
     if threads:
         torch.set_num_threads(threads)
-    fields = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    result = measure(_load(model, chosen), tokenizer, words, contenders, out=out, **fields)
+    result = plan.run(_load(model, chosen))
     typer.echo(str(result))
     for path in result.save(out):
         typer.echo(f"wrote {path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -179,10 +179,9 @@ class Quantized(Contender):
     @property
     def label(self) -> str:
         """With the bits, and what else is not the default."""
-        others = (
-            f":{field.name}={getattr(self, field.name)}" for field in fields(self)[1:] if not is_default(self, field)
-        )
-        return f"{self.backend}:bits={self.bits}{''.join(others)}"
+        given = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        changed = (field.name for field in fields(self)[1:] if given[field.name] != field.default)
+        return f"{self.backend}:bits={self.bits}" + "".join(f":{name}={given[name]}" for name in changed)
 
     @classmethod
     def installed(cls) -> bool:
@@ -277,11 +276,6 @@ def _read_yaml(path: Path) -> list[str]:
     if not isinstance(content, list) or not all(isinstance(item, str) for item in content):
         raise OptionError(f"methods: {path} holds no list of names such as '- kivi:bits=2'")
     return content
-
-
-def is_default(method: Any, field: Field[Any]) -> bool:
-    """Say whether a dataclass has the default in `field`."""
-    return bool(getattr(method, field.name) == field.default)
 
 
 def _config(model: Any) -> Any:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor
 from ..cache import PackedCache
 from .contenders import Contender, Full, Packed, held_bytes
 from .forward import Reader
+from .peak import PeakMemory
 from .store import Record
 
 STEPS = 24
@@ -72,18 +70,17 @@ def ticks(contenders: int) -> int:
 
 
 def _read(reader: Reader, ids: Tensor) -> Record:
-    _return_free_memory()  # or what is taken from it would not count
-    resettable, before = _reset_peak(), _status_bytes("VmRSS")
     reader.prepare()
-    start = time.perf_counter()
-    reader(ids, keep=1)
-    seconds = _ms(start)
+    with PeakMemory() as peak:
+        start = time.perf_counter()
+        reader(ids, keep=1)
+        ms = _ms(start)
     return {
         "kind": "cost",
         "method": reader.contender.label,
         "context": len(ids),
-        "prefill_ms": seconds,
-        "peak_bytes": _status_bytes("VmHWM") - before if resettable else None,
+        "prefill_ms": ms,
+        "peak_bytes": peak.bytes,
         "pack_ms": None,
         "threads": torch.get_num_threads(),
         "ms": [],
@@ -104,26 +101,3 @@ def _numbers(layer: Any) -> int:
 
 def _ms(start: float) -> float:
     return round((time.perf_counter() - start) * 1e3, 3)
-
-
-def _return_free_memory() -> None:
-    """Give the system the memory back that the process has freed and its allocator has kept."""
-    with suppress(OSError, AttributeError):  # glibc alone can
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_peak() -> bool:
-    """Make the system forget the process's peak memory; say whether it did."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status_bytes(field: str) -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith(field + ":"):
-                return 1024 * int(line.split()[1])
-    return 0
