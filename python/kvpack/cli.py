@@ -13,6 +13,10 @@ from .errors import KvpackError, OptionError
 # Without a display, as on a server.
 matplotlib.use("agg")
 P = ParamSpec("P")
+# Options of more than one command.
+Model = Annotated[str, typer.Option(help="folder or hub name of a causal language model")]
+TextFile = Annotated[Path, typer.Option(help="a text in UTF-8")]
+Dtype = Annotated[str, typer.Option(help="the model's dtype")]
 
 app = typer.Typer(
     add_completion=False,
@@ -42,8 +46,8 @@ def _plain(command: Callable[P, None]) -> Callable[P, None]:
 @app.command("eval")
 @_plain
 def evaluate(
-    model: Annotated[str, typer.Option(help="folder or hub name of a causal language model")],
-    text: Annotated[Path, typer.Option(help="a text in UTF-8")],
+    model: Model,
+    text: TextFile,
     out: Annotated[Path, typer.Option(help="folder for the results; what is there already is not measured again")],
     methods: Annotated[
         str, typer.Option(help="names with commas between, such as exact,kivi:bits=2, or a YAML file")
@@ -60,7 +64,7 @@ def evaluate(
         str, typer.Option(help="what tasks are hidden in: noise (the same sentences), or text")
     ] = "noise",
     greedy: Annotated[int, typer.Option(help="tokens of the greedy continuations; 0 leaves them out")] = 64,
-    dtype: Annotated[str, typer.Option(help="the model's dtype")] = "float32",
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="of the tasks and the intervals")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="of torch and kvpack; 0 leaves torch its choice")] = 0,
 ) -> None:
@@ -113,11 +117,11 @@ def report(folder: Annotated[Path, typer.Argument(help="the folder that `kvpack 
 @app.command("inspect")
 @_plain
 def look(
-    model: Annotated[str, typer.Option(help="folder or hub name of a causal language model")],
-    text: Annotated[Path, typer.Option(help="a text in UTF-8")],
+    model: Model,
+    text: TextFile,
     out: Annotated[Path, typer.Option(help="folder for inspect.md, inspect.png and inspect.json")],
     tokens: Annotated[int, typer.Option(help="tokens of the text to read")] = 1024,
-    dtype: Annotated[str, typer.Option(help="the model's dtype")] = "float32",
+    dtype: Dtype = "float32",
 ) -> None:
     """Say what a model's cache is like, and which families of methods fit it."""
     from .evaluation.inspect import inspect
