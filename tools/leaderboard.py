@@ -16,6 +16,7 @@ from pathlib import Path
 import kvpack
 import torch
 from kvpack.evaluation.contenders import Hqq, Quanto
+from kvpack.evaluation.tasks import TASKS
 from kvpack.methods.spec import standard_settings
 from test_model import FetchError, document, test_model_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 RESULTS = FOLDER / "results" / "leaderboard"
 TABLE = FOLDER / "leaderboard.md"
-TASKS = ("passkey", "multikey")
 HEAD = """# Leaderboard
 
 Every registered method at its standard settings, beside the full cache, a cache that only keeps a window, and
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="a text in UTF-8 (default: a speech of 1941, of 4000 tokens)")
     parser.add_argument("--tokens", type=int, help="tokens to read (default: 32768, or what the speech has)")
     parser.add_argument("--context", type=int, help="tokens of a document (default: 4096, of the speech 1024)")
-    parser.add_argument("--samples", type=int, default=2, help="samples of each task, length and depth")
+    parser.add_argument("--samples", type=int, default=1, help="samples of each task, length and depth")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     options = parser.parse_args()
     try:
@@ -70,8 +70,8 @@ def main() -> int:
             out=RESULTS,
             context=context,
             tokens=tokens,
-            tasks=TASKS,
-            task_contexts=(context // 4, context // 2, context * 3 // 4),
+            tasks=tuple(TASKS),
+            task_contexts=(context // 4, context * 3 // 4),
             samples=options.samples,
         )
     except kvpack.KvpackError as error:

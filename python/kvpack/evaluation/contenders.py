@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -217,6 +219,14 @@ class Quanto(Quantized):
     """QuantizedCache with the backend quanto."""
 
     backend, module, package, axis = "quanto", "optimum.quanto", "optimum-quanto", 0
+
+    def new_cache(self, model: Any) -> Any:
+        """Return an empty QuantizedCache; quanto compiles its kernels at first use, with the ninja beside Python."""
+        beside = str(Path(sys.executable).parent)
+        path = os.environ.get("PATH", "")
+        if beside not in path.split(os.pathsep):
+            os.environ["PATH"] = os.pathsep.join([beside, path])
+        return super().new_cache(model)
 
 
 REFERENCES: dict[str, type[Contender]] = {"window": Window, "hqq": Hqq, "quanto": Quanto}

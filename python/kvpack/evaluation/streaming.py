@@ -71,8 +71,8 @@ def _record(score: _Score, tokens: int) -> Record:
         "lossy": round(score.lossy / tokens, 6),
     }
     if record["method"] != FULL:
-        # Five digits of each token's are more than any quantile needs.
-        record["kl"] = [float(f"{x:.4e}") for x in torch.cat(score.kl).tolist()]
+        # Three digits of each token's are what a quantile needs.
+        record["kl"] = [float(f"{x:.2e}") for x in torch.cat(score.kl).tolist()]
         record["kl_sum"] = float(torch.cat(score.kl).sum())
         record["agree"] = score.agree
     return record
