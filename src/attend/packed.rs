@@ -8,8 +8,10 @@ use half::f16;
 use half::slice::HalfBitsSliceExt;
 
 use super::codes::{Codes, blocks, padded_outer};
+use super::folded::middle;
 
-/// Parts of packed numbers `x_i[o, l] = scale_i[o] code_i[o, l] + zero_i[o]`: a grid a part and outer row.
+/// Parts of packed numbers `x_i[o, l] = lane_scale[l] (scale_i[o] code_i[o, l] + zero_i[o])`: a grid a part and outer row,
+/// and where there are any a factor a lane.
 ///
 /// Part `i` of keys is a group of tokens (outer = channels, lanes = tokens), part `i` of values a group of channels
 /// (outer = tokens, lanes = channels). Either lie in one run of words.
@@ -31,23 +33,72 @@ pub struct Packed<'a> {
     pub lanes: usize,
     /// Distance of the parts' codes in `words`; 0 where they share their rows.
     pub codes_step: usize,
-    /// Where the first part's scales begin in `words`.
-    pub scales_at: usize,
-    /// Where its zero-points do.
-    pub zeros_at: usize,
-    /// Distance of the parts' grids in `words`.
-    pub grids_step: usize,
+    /// The parts' grids.
+    pub grids: Grids,
+    /// Where the factors of the columns begin in `words`, if there are any.
+    pub lane_scales_at: Option<usize>,
     /// The error (root mean square) that rounding to integers may add to a sum; where it would be more, rounding is finer.
     pub tolerance: f32,
 }
 
-/// Scales and zero-points, one an outer row.
+/// How codes become numbers, and where in the words the scales and zero-points of part `i` are: `i step` further than those of
+/// the first part.
 #[derive(Clone, Copy)]
-pub struct Grid<'a> {
-    /// Factors of codes.
-    pub scale: &'a [f16],
-    /// What code 0 stands for.
-    pub zero: &'a [f16],
+pub enum Grids {
+    /// `x = scale code + zero`.
+    Affine {
+        /// Where scales begin.
+        scales_at: usize,
+        /// Where zero-points begin.
+        zeros_at: usize,
+        /// Distance of the parts' grids.
+        step: usize,
+    },
+    /// `x = scale (code - origin)`.
+    Scaled {
+        /// Where scales begin.
+        scales_at: usize,
+        /// The code that stands for 0.
+        origin: f32,
+        /// Distance of the parts' scales.
+        step: usize,
+    },
+    /// `x = code - origin`.
+    Plain {
+        /// The code that stands for 0.
+        origin: f32,
+    },
+}
+
+/// The grid of a part, for the outer rows in use.
+#[derive(Clone, Copy)]
+pub enum Grid<'a> {
+    /// Scales and zero-points.
+    Affine(&'a [f16], &'a [f16]),
+    /// Scales; the code that stands for 0.
+    Scaled(&'a [f16], f32),
+    /// The code that stands for 0.
+    Plain(f32),
+}
+
+impl Grid<'_> {
+    /// The factor of codes in outer row `o`.
+    #[inline]
+    pub fn scale(&self, o: usize) -> f32 {
+        match self {
+            Self::Affine(scale, _) | Self::Scaled(scale, _) => scale[o].to_f32(),
+            Self::Plain(_) => 1.0,
+        }
+    }
+
+    /// What code 0 stands for in outer row `o`.
+    #[inline]
+    pub fn zero(&self, o: usize) -> f32 {
+        match self {
+            Self::Affine(_, zero) => zero[o].to_f32(),
+            Self::Scaled(_, origin) | Self::Plain(origin) => -origin * self.scale(o),
+        }
+    }
 }
 
 impl<'a> Packed<'a> {
@@ -60,11 +111,36 @@ impl<'a> Packed<'a> {
         (codes, first..(first + self.width).min(self.lanes))
     }
 
-    /// The grid of part `i`, for the outer rows in use.
+    /// The grid of part `i`.
     #[inline]
     pub fn grid(&self, i: usize) -> Grid<'a> {
-        let numbers = |at: usize| self.words[at + i * self.grids_step..][..self.outer].reinterpret_cast();
-        Grid { scale: numbers(self.scales_at), zero: numbers(self.zeros_at) }
+        match self.grids {
+            Grids::Affine { scales_at, zeros_at, step } => {
+                Grid::Affine(self.numbers(scales_at + i * step, self.outer), self.numbers(zeros_at + i * step, self.outer))
+            }
+            Grids::Scaled { scales_at, origin, step } => {
+                Grid::Scaled(self.numbers(scales_at + i * step, self.outer), origin)
+            }
+            Grids::Plain { origin } => Grid::Plain(origin),
+        }
+    }
+
+    /// The factors of `n` lanes of part `i`.
+    #[inline]
+    pub fn lane_scales(&self, i: usize, n: usize) -> Option<&'a [f16]> {
+        self.lane_scales_at.map(|at| self.numbers(at + i * self.width, n))
+    }
+
+    fn numbers(&self, at: usize, n: usize) -> &'a [f16] {
+        self.words[at..][..n].reinterpret_cast()
+    }
+
+    /// The code from which codes are counted when they are multiplied: the one that stands for 0, or the middle one.
+    pub fn center(&self) -> f32 {
+        match self.grids {
+            Grids::Affine { .. } => middle(self.bits),
+            Grids::Scaled { origin, .. } | Grids::Plain { origin } => origin,
+        }
     }
 
     /// Outer rows of the codes: whole blocks around the ones in use.

@@ -4,7 +4,7 @@
 
 use super::{Ahead, Folded, Kernels, Weighed, shift};
 use crate::attend::codes::Codes;
-use crate::attend::folded::{largest_word, middle, rounding_error, step_of};
+use crate::attend::folded::{largest_word, rounding_error, step_of};
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::{Grid, Packed};
 use crate::tensor::Slice;
@@ -36,11 +36,13 @@ fn add_rows(w: Mat<'_>, rows: Slice<'_>, d: usize, mut acc: MatMut<'_>, _: &mut 
 
 fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut Folded, _: &mut Ahead<'_>) {
     let Packed { bits, outer, lead, tolerance, .. } = *packed;
-    let (largest, m) = (largest_word(bits, outer), middle(bits));
+    let (largest, center) = (largest_word(bits, outer), packed.center());
     folded.reset(1, packed);
     for i in 0..packed.parts {
-        let (Grid { scale, zero }, (codes, lanes)) = (packed.grid(i), packed.codes(i));
-        let product = |g: usize, o: usize| w.row(g)[o] * scale[o].to_f32();
+        let (grid, (codes, lanes)) = (packed.grid(i), packed.codes(i));
+        let lane_scales = packed.lane_scales(i, lanes.len());
+        let lane_scale = |l: usize| lane_scales.map_or(1.0, |scales| scales[l].to_f32());
+        let product = |g: usize, o: usize| w.row(g)[o] * grid.scale(o);
         let max = |g: usize| (0..outer).map(|o| product(g, o).abs()).fold(0.0, f32::max);
         let error = rounding_error((0..w.rows).map(|g| step_of(max(g), largest).0).fold(0.0, f32::max), bits, outer);
         let exact = error > tolerance;
@@ -48,9 +50,10 @@ fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut
             let out = &mut acc.row(g)[i * packed.width..][..lanes.len()];
             let weighted = |x: &dyn Fn(usize) -> f32| (0..outer).map(|o| w.row(g)[o] * x(o)).sum::<f32>();
             if exact {
-                let offset = weighted(&|o| zero[o].to_f32());
-                for (l, out) in lanes.clone().zip(out) {
-                    *out += (0..outer).map(|o| product(g, o) * f32::from(codes.get(lead + o, l))).sum::<f32>() + offset;
+                let offset = weighted(&|o| grid.zero(o));
+                for (l, out) in out.iter_mut().enumerate() {
+                    let code = |o: usize| f32::from(codes.get(lead + o, lanes.start + l));
+                    *out += lane_scale(l) * ((0..outer).map(|o| product(g, o) * code(o)).sum::<f32>() + offset);
                 }
                 continue;
             }
@@ -59,12 +62,15 @@ fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut
             for (o, word) in words.iter_mut().enumerate() {
                 *word = (product(g, o) * inverse).round_ties_even() as i16;
             }
-            let at_middle = weighted(&|o| zero[o].to_f32() + m * scale[o].to_f32());
-            let offset = at_middle - step * m * words.iter().map(|&word| i32::from(word)).sum::<i32>() as f32;
-            for (l, out) in lanes.clone().zip(out) {
-                let code = |o: usize| i32::from(codes.get(lead + o, l));
-                *out += step * words.iter().enumerate().map(|(o, &word)| i32::from(word) * code(o)).sum::<i32>() as f32
-                    + offset;
+            let at_center = match grid {
+                Grid::Affine(..) => weighted(&|o| grid.zero(o) + center * grid.scale(o)),
+                Grid::Scaled(..) | Grid::Plain(_) => 0.0,
+            };
+            let offset = at_center - step * center * words.iter().map(|&word| i32::from(word)).sum::<i32>() as f32;
+            for (l, out) in out.iter_mut().enumerate() {
+                let code = |o: usize| i32::from(codes.get(lead + o, lanes.start + l));
+                let sum = words.iter().enumerate().map(|(o, &word)| i32::from(word) * code(o)).sum::<i32>();
+                *out += lane_scale(l) * (step * sum as f32 + offset);
             }
         }
     }

@@ -7,7 +7,7 @@ use super::{Ahead, Kernels, Weighed, available, choose, scalar};
 use crate::attend::codes::{Codes, LANES, block, packed_len, padded_outer, put_row};
 use crate::attend::folded::{Folded, largest_word, middle};
 use crate::attend::mat::{Mat, MatMut};
-use crate::attend::packed::Packed;
+use crate::attend::packed::{Grids, Packed};
 use crate::tensor::Slice;
 
 /// Reproducible numbers in about -1 .. 1.
@@ -59,17 +59,20 @@ fn check_packed_with(heads: usize, seed: u64, packed: &Packed<'_>) {
         let (grid, (codes, lanes)) = (packed.grid(i), packed.codes(i));
         for g in 0..heads {
             let w: Vec<f64> = w[g * n..(g + 1) * n].iter().map(|&x| x.into()).collect();
-            let scaled = |o: usize| w[o] * grid.scale[o].to_f64();
+            let scaled = |o: usize| w[o] * f64::from(grid.scale(o));
+            let lane_scales = packed.lane_scales(i, lanes.len());
             let step = (0..n).map(|o| scaled(o).abs()).fold(0.0, f64::max) / f64::from(largest_word(packed.bits, n));
-            for (l, got) in lanes.clone().zip(&scalar[g * stride + i * packed.width..]) {
+            for ((at, l), got) in lanes.clone().enumerate().zip(&scalar[g * stride + i * packed.width..]) {
                 let code = |o: usize| f64::from(codes.get(packed.lead + o, l));
-                let want = 1.0 + (0..n).map(|o| scaled(o) * code(o) + w[o] * grid.zero[o].to_f64()).sum::<f64>();
+                let factor = lane_scales.map_or(1.0, |scales| scales[at].to_f64());
+                let sum = (0..n).map(|o| scaled(o) * code(o) + w[o] * f64::from(grid.zero(o))).sum::<f64>();
+                let want = 1.0 + factor * sum;
                 // Half a step a code off the middle, and the roundings of f32.
-                let middle = f64::from(middle(packed.bits));
+                let center = f64::from(packed.center());
                 let bound = if packed.tolerance > 0.0 { 0.505 } else { 0.0 }
-                    * step
-                    * (0..n).map(|o| (code(o) - middle).abs()).sum::<f64>()
-                    + 1e-5 * (n as f64).max(want.abs());
+                    * (step * factor).abs()
+                    * (0..n).map(|o| (code(o) - center).abs()).sum::<f64>()
+                    + 1e-5 * (n as f64 * f64::from(1u32 << (packed.bits / 2))).max(want.abs());
                 assert!((f64::from(*got) - want).abs() <= bound, "{got} is not {want}, bound {bound}");
             }
         }
@@ -165,7 +168,26 @@ proptest! {
         }
         check_packed(heads, seed, &Packed {
             words: &words, bits, outer: dim, lead: 0, parts, width, lanes: width, codes_step: code_words + 2 * dim,
-            scales_at: code_words, zeros_at: code_words + dim, grids_step: code_words + 2 * dim, tolerance: 0.0,
+            grids: Grids::Affine { scales_at: code_words, zeros_at: code_words + dim, step: code_words + 2 * dim },
+            lane_scales_at: None, tolerance: 0.0,
+        });
+    }
+
+    /// A part with a factor a lane, with and without factors of outer rows, as rotated keys and two-sided scales have it.
+    #[test]
+    fn factors_of_lanes(
+        bits in prop::sample::select(vec![2u8, 3, 4, 8]),
+        heads in 1usize..10, dim in 1usize..150, lanes in 1usize..20, shift in 0u8..2, scaled: bool, seed: u64,
+    ) {
+        let lanes = lanes * LANES;
+        let mut words = random_codes(bits, padded_outer(bits, dim), lanes, seed);
+        let codes = words.len();
+        words.extend(random_grid(dim + lanes, seed ^ 9));
+        let origin = middle(bits) + f32::from(shift) / 2.0;
+        let grids = if scaled { Grids::Scaled { scales_at: codes, origin, step: 0 } } else { Grids::Plain { origin } };
+        check_packed(heads, seed, &Packed {
+            words: &words, bits, outer: dim, lead: 0, parts: 1, width: lanes, lanes, codes_step: 0,
+            grids, lane_scales_at: Some(codes + dim), tolerance: 0.0,
         });
     }
 
@@ -182,7 +204,8 @@ proptest! {
         words.extend(random_grid(2 * parts * tokens, seed ^ 9));
         check_packed(heads, seed, &Packed {
             words: &words, bits, outer: tokens, lead, parts, width, lanes, codes_step: 0,
-            scales_at, zeros_at: scales_at + tokens, grids_step: 2 * tokens, tolerance: 0.0,
+            grids: Grids::Affine { scales_at, zeros_at: scales_at + tokens, step: 2 * tokens },
+            lane_scales_at: None, tolerance: 0.0,
         });
     }
 
@@ -291,10 +314,9 @@ fn sums_of_the_largest_products_do_not_overflow() {
             width: LANES,
             lanes: LANES,
             codes_step: 0,
-            scales_at: codes,
-            zeros_at: codes + outer,
+            grids: Grids::Affine { scales_at: codes, zeros_at: codes + outer, step: 0 },
+            lane_scales_at: None,
             tolerance: f32::INFINITY,
-            grids_step: 0,
         };
         let want = (outer * usize::from(u8::MAX >> (8 - bits))) as f32;
         each_isa(|k| {

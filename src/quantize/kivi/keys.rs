@@ -8,7 +8,7 @@ use super::{Kivi, as_f16_mut, bytes_of, code, divisor};
 use crate::attend::codes::{packed_len, put_lane};
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
-use crate::attend::packed::Packed;
+use crate::attend::packed::{Grids, Packed};
 use crate::attend::{KeySegment, Scratch};
 use crate::quantize::PageBytes;
 use crate::tensor::Rows;
@@ -71,9 +71,8 @@ impl PackedKeys {
             width: self.group,
             lanes: self.group,
             codes_step: group_words,
-            scales_at: code_words,
-            zeros_at: code_words + self.dim,
-            grids_step: group_words,
+            grids: Grids::Affine { scales_at: code_words, zeros_at: code_words + self.dim, step: group_words },
+            lane_scales_at: None,
             tolerance: TOLERANCE,
         }
     }
@@ -105,7 +104,7 @@ impl PackedKeys {
     /// Scale and zero-point of channel `c` of token `t`.
     pub fn grid(&self, t: usize, c: usize) -> (f32, f32) {
         let grid = self.group_of(t).grid(0);
-        (grid.scale[c].to_f32(), grid.zero[c].to_f32())
+        (grid.scale(c), grid.zero(c))
     }
 }
 
@@ -167,7 +166,7 @@ impl KeySegment for PackedKeys {
             let mut out = out.from_column(i * self.group);
             (scratch.kernels.unpack)(codes, out.part(0, codes.outer()));
             for c in 0..self.dim {
-                let (scale, zero) = (grid.scale[c].to_f32(), grid.zero[c].to_f32());
+                let (scale, zero) = (grid.scale(c), grid.zero(c));
                 for x in &mut out.row(c)[..self.group] {
                     *x = *x * scale + zero;
                 }

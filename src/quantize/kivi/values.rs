@@ -6,7 +6,7 @@ use super::{Kivi, as_f16_mut, bytes_of, code, divisor};
 use crate::attend::codes::{block, block_words, packed_len, put_row};
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::MatMut;
-use crate::attend::packed::Packed;
+use crate::attend::packed::{Grids, Packed};
 use crate::attend::{Scratch, ValueSegment, Weights, padded};
 use crate::quantize::PageBytes;
 use crate::tensor::Rows;
@@ -86,9 +86,8 @@ impl PackedValues {
             width: self.kivi.group,
             lanes,
             codes_step: 0,
-            scales_at,
-            zeros_at: scales_at + PAGE,
-            grids_step: 2 * PAGE,
+            grids: Grids::Affine { scales_at, zeros_at: scales_at + PAGE, step: 2 * PAGE },
+            lane_scales_at: None,
             tolerance: 0.0,
         }
     }
@@ -115,7 +114,7 @@ impl PackedValues {
     /// Scale and zero-point of channel group `j` of token `t`.
     pub fn grid(&self, t: usize, j: usize) -> (f32, f32) {
         let grid = self.groups_of(t..t + 1).grid(j);
-        (grid.scale[0].to_f32(), grid.zero[0].to_f32())
+        (grid.scale(0), grid.zero(0))
     }
 }
 

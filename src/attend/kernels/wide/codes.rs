@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use half::f16;
+
 use super::super::vector::Vector;
 use super::super::{Ahead, Folded};
 use super::tiles_of_heads;
@@ -59,36 +61,39 @@ impl<V: Vector> Block<V> {
     }
 }
 
-/// `acc[g, l] += step_r sum_o words[r, o] codes[o, first lane + l] + offset_r` for rows `r = first + g` of `w`.
+/// `acc[g, l] += scales[l] (step_r sum_o words[r, o] codes[o, first lane + l] + offset_r)` for rows `r = first + g` of `w`;
+/// without `scales` they are 1.
 #[inline(always)]
 pub(super) unsafe fn add_codes<V: Vector, const BITS: u8>(
     w: &Folded,
     first: usize,
     codes: Codes<'_>,
     lanes: Range<usize>,
+    scales: Option<&[f16]>,
     acc: &mut MatMut<'_>,
     ahead: &mut Ahead<'_>,
 ) {
+    let scales = scales.map(<[f16]>::as_ptr);
     tiles_of_heads!(acc.rows, g, G => {
-        let (w, mut acc) = (Rows { folded: w, first: first + g }, acc.part(g, G));
+        let (w, mut acc) = (Rows { folded: w, first: first + g, scales }, acc.part(g, G));
         let mut lane = lanes.start;
         let many = V::REGISTERS > 16 || G < 4;
         // SAFETY: by the caller's contract.
         unsafe {
             while many && lane + 4 * V::LANES <= lanes.end {
-                add_tile::<V, BITS, G, 4>(w, codes, lane, acc.from_column(lane - lanes.start), ahead);
+                add_tile::<V, BITS, G, 4>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
                 lane += 4 * V::LANES;
             }
             while lane + 2 * V::LANES <= lanes.end {
-                add_tile::<V, BITS, G, 2>(w, codes, lane, acc.from_column(lane - lanes.start), ahead);
+                add_tile::<V, BITS, G, 2>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
                 lane += 2 * V::LANES;
             }
             while lane + V::LANES <= lanes.end {
-                add_tile::<V, BITS, G, 1>(w, codes, lane, acc.from_column(lane - lanes.start), ahead);
+                add_tile::<V, BITS, G, 1>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
                 lane += V::LANES;
             }
             if lane < lanes.end {
-                add_tile::<V::Half, BITS, G, 1>(w, codes, lane, acc.from_column(lane - lanes.start), ahead);
+                add_tile::<V::Half, BITS, G, 1>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
             }
         }
     });
@@ -97,17 +102,27 @@ pub(super) unsafe fn add_codes<V: Vector, const BITS: u8>(
 /// Cache lines that are asked for beside a block.
 const LINES: usize = 2;
 
-/// Rows of integers from `first` on.
+/// Rows of integers from `first` on, and the factors of the lanes.
 #[derive(Clone, Copy)]
 struct Rows<'a> {
     folded: &'a Folded,
     first: usize,
+    scales: Option<*const f16>,
+}
+
+impl Rows<'_> {
+    /// With the factors from lane `lane` on.
+    #[inline(always)]
+    unsafe fn beside(self, lane: usize) -> Self {
+        // SAFETY: there is a factor for each lane, by the caller's contract.
+        Self { scales: self.scales.map(|scales| unsafe { scales.add(lane) }), ..self }
+    }
 }
 
 /// `G` rows, `N` vectors of lanes from `lane` on.
 #[inline(always)]
 unsafe fn add_tile<V: Vector, const BITS: u8, const G: usize, const N: usize>(
-    Rows { folded: w, first }: Rows<'_>,
+    Rows { folded: w, first, scales }: Rows<'_>,
     codes: Codes<'_>,
     lane: usize,
     acc: MatMut<'_>,
@@ -145,7 +160,14 @@ unsafe fn add_tile<V: Vector, const BITS: u8, const G: usize, const N: usize>(
             for v in 0..N {
                 let p = acc.data.as_mut_ptr().add(g * acc.stride + v * V::LANES);
                 let total = if apart == 1 { V::add_integers(sum[0][g][v], sum[1][g][v]) } else { sum[0][g][v] };
-                V::store(p, V::fma(V::to_float(total), step, V::add(V::load(p), offset)));
+                let sum = match scales {
+                    None => V::fma(V::to_float(total), step, V::add(V::load(p), offset)),
+                    Some(scales) => {
+                        let sum = V::fma(V::to_float(total), step, offset);
+                        V::fma(sum, V::load_f16(scales.add(v * V::LANES)), V::load(p))
+                    }
+                };
+                V::store(p, sum);
             }
         }
     }

@@ -4,10 +4,12 @@
 
 use std::ops::Range;
 
+use half::f16;
+
 use super::super::vector::Vector;
 use super::super::{Ahead, Folded};
 use super::tiles_of_heads;
-use crate::attend::folded::{FINER, largest_word, middle, step_of};
+use crate::attend::folded::{FINER, largest_word, step_of};
 use crate::attend::mat::Mat;
 use crate::attend::packed::{Grid, Packed};
 
@@ -18,14 +20,20 @@ const LINES: usize = 4;
 #[inline(always)]
 pub(super) unsafe fn fold<V: Vector>(w: Mat<'_>, packed: &Packed<'_>, out: &mut Folded, ahead: &mut Ahead<'_>) {
     let (n, rows) = (packed.outer, packed.parts * w.rows);
-    let middle = middle(packed.bits);
+    let center = packed.center();
     for i in 0..packed.parts {
         ahead.fetch(LINES);
         let grid = packed.grid(i);
         tiles_of_heads!(w.rows, g, G => {
             let first = i * w.rows + g;
             // SAFETY: by the caller's contract; `out` has a row of n products for each part and head.
-            unsafe { multiply::<V, G>(w.part(g, G), grid, middle, first, out) };
+            unsafe {
+                match grid {
+                    Grid::Affine(scale, zero) => multiply::<V, G>(w.part(g, G), scale, zero, center, first, out),
+                    Grid::Scaled(scale, _) => scale_rows::<V, G>(w.part(g, G), Some(scale), n, first, out),
+                    Grid::Plain(_) => scale_rows::<V, G>(w.part(g, G), None, n, first, out),
+                }
+            };
         });
     }
     let largest_word = largest_word(packed.bits, n);
@@ -40,7 +48,7 @@ pub(super) unsafe fn fold<V: Vector>(w: Mat<'_>, packed: &Packed<'_>, out: &mut 
             let scaled = Scaled { x: out.products.as_ptr().add(row * n), n, factor: out.inverse.as_ptr().add(row) };
             let sums = round::<V, G>(scaled, words, out.stride);
             for g in 0..G {
-                *out.offset.get_unchecked_mut(row + g) -= middle * out.step.get_unchecked(row + g) * sums[g];
+                *out.offset.get_unchecked_mut(row + g) -= center * out.step.get_unchecked(row + g) * sums[g];
             }
         }
     });
@@ -50,7 +58,8 @@ pub(super) unsafe fn fold<V: Vector>(w: Mat<'_>, packed: &Packed<'_>, out: &mut 
 #[inline(always)]
 unsafe fn multiply<V: Vector, const G: usize>(
     w: Mat<'_>,
-    Grid { scale, zero }: Grid<'_>,
+    scale: &[f16],
+    zero: &[f16],
     middle: f32,
     first: usize,
     out: &mut Folded,
@@ -85,6 +94,48 @@ unsafe fn multiply<V: Vector, const G: usize>(
         for g in 0..G {
             *out.step.get_unchecked_mut(first + g) = largest[g];
             *out.offset.get_unchecked_mut(first + g) = offset[g];
+        }
+    }
+}
+
+/// Products with `scale`, or just the `n` numbers, and largest magnitudes (as steps) of rows `first ..` of `out`, whose offsets
+/// become 0.
+#[inline(always)]
+unsafe fn scale_rows<V: Vector, const G: usize>(
+    w: Mat<'_>,
+    scale: Option<&[f16]>,
+    n: usize,
+    first: usize,
+    out: &mut Folded,
+) {
+    let whole = n / V::LANES * V::LANES;
+    // SAFETY: i + LANES <= n, which rows of `w`, the scales and the products have.
+    unsafe {
+        let products = out.products.as_mut_ptr().add(first * n);
+        let mut largest = [V::zero(); 4];
+        for i in (0..whole).step_by(V::LANES) {
+            let scale = match scale {
+                Some(scale) => V::load_f16(scale.as_ptr().add(i)),
+                None => V::splat(1.0),
+            };
+            for g in 0..G {
+                let product = V::mul(V::load(w.data.as_ptr().add(g * w.stride + i)), scale);
+                V::store(products.add(g * n + i), product);
+                largest[g] = V::max_magnitude(largest[g], product);
+            }
+        }
+        let mut largest = V::largest4(largest);
+        for i in whole..n {
+            let scale = scale.map_or(1.0, |scale| scale[i].to_f32());
+            for g in 0..G {
+                let product = w.data[g * w.stride + i] * scale;
+                *products.add(g * n + i) = product;
+                largest[g] = product.abs().max(largest[g]);
+            }
+        }
+        for g in 0..G {
+            *out.step.get_unchecked_mut(first + g) = largest[g];
+            *out.offset.get_unchecked_mut(first + g) = 0.0;
         }
     }
 }
@@ -132,7 +183,7 @@ unsafe fn round<V: Vector, const G: usize>(
 /// The words of what rounding `rows` left over, finer ones: as many rows of `out` from `rest` on.
 #[inline(always)]
 pub(super) unsafe fn fold_rest<V: Vector>(packed: &Packed<'_>, rows: Range<usize>, rest: usize, out: &mut Folded) {
-    let (n, lead, middle) = (packed.outer, packed.lead, middle(packed.bits));
+    let (n, lead, center) = (packed.outer, packed.lead, packed.center());
     let whole = n / V::LANES * V::LANES;
     for (row, rest) in rows.zip(rest..) {
         let (step, inverse) = (out.step[row], out.inverse[row]);
@@ -152,7 +203,7 @@ pub(super) unsafe fn fold_rest<V: Vector>(packed: &Packed<'_>, rows: Range<usize
             let scaled = Scaled { x: products, n, factor: out.inverse.as_ptr().add(rest) };
             let [sum, ..] = round::<V, 1>(scaled, words, out.stride);
             out.step[rest] = step / FINER;
-            out.offset[rest] = -middle * step / FINER * sum;
+            out.offset[rest] = -center * step / FINER * sum;
         }
     }
 }

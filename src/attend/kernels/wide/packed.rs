@@ -40,17 +40,18 @@ unsafe fn add_parts<V: Vector, const BITS: u8>(
 ) {
     for i in 0..packed.parts {
         let (codes, lanes) = packed.codes(i);
+        let scales = packed.lane_scales(i, lanes.len());
         let mut acc = acc.from_column(i * packed.width);
         let rows = i * w.rows..(i + 1) * w.rows;
         let step = folded.step[rows.clone()].iter().copied().fold(0.0, f32::max);
         let error = rounding_error(step, BITS, packed.outer);
         // SAFETY: by the caller's contract; all columns of the parts are within `acc`.
         unsafe {
-            add_codes::<V, BITS>(folded, rows.start, codes, lanes.clone(), &mut acc, ahead);
+            add_codes::<V, BITS>(folded, rows.start, codes, lanes.clone(), scales, &mut acc, ahead);
             if error > packed.tolerance {
                 let rest = packed.parts * w.rows;
                 fold_rest::<V>(packed, rows.clone(), rest, folded);
-                add_codes::<V, BITS>(folded, rest, codes, lanes, &mut acc, ahead);
+                add_codes::<V, BITS>(folded, rest, codes, lanes, scales, &mut acc, ahead);
             }
         }
     }
