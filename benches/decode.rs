@@ -6,8 +6,8 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kvpack::attend::Softmax;
 use kvpack::attend::kernels;
-use kvpack::cache::{Layer, Request};
-use kvpack::quantize::{Codec, Kivi};
+use kvpack::cache::{Layer, New, Request};
+use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated};
 use kvpack::tensor::{Slice, View, ViewMut};
 
 /// Bytes that all layers together read, at least: beyond the last cache level.
@@ -30,15 +30,32 @@ fn filled(codec: &Codec, heads: usize, dim: usize, tokens: usize) -> Layer {
     let x = numbers(heads * step * dim);
     for _ in 0..tokens / step {
         let view = View::of_slice(Slice::F32(&x), [1, heads, step, dim]);
-        layer.append(&view, &view, None, true).expect("tokens fit");
+        layer.append(&New { k: &view, v: &view, valid: None, query: None, settle: true }).expect("tokens fit");
     }
     layer
 }
 
 fn decode(c: &mut Criterion) {
-    let kivi = |bits| Codec::Kivi(Kivi::new(bits, 32, 128, 4).expect("KIVI's own defaults"));
-    let codecs =
-        [("exact", Codec::Exact), ("kivi8", kivi(8)), ("kivi4", kivi(4)), ("kivi3", kivi(3)), ("kivi2", kivi(2))];
+    let kivi = |bits| Codec::kivi(Kivi::new(bits, 32, 128, 4).expect("KIVI's own defaults"));
+    let both = |method: Method| Codec { keys: method.clone(), values: method };
+    let block = |bits| both(Method::Block(Block::new(bits, 0, 0).expect("its defaults")));
+    let rotated = |bits| Method::Rotated(Rotated::new(bits, 0, 128, 4, 0).expect("its defaults"));
+    let graded = |bits| Codec {
+        keys: Method::Graded(Graded::new(bits, 128, 128, 4).expect("its defaults")),
+        values: rotated(2),
+    };
+    let codecs = [
+        ("exact", Codec::EXACT),
+        ("kivi8", kivi(8)),
+        ("kivi4", kivi(4)),
+        ("kivi3", kivi(3)),
+        ("kivi2", kivi(2)),
+        ("q8", block(8)),
+        ("q4", block(4)),
+        ("rotated4", both(rotated(4))),
+        ("rotated2", both(rotated(2))),
+        ("graded3", graded(3.0)),
+    ];
     let kernels = kernels::chosen().expect("KVPACK_ISA");
     for (name, codec) in codecs {
         for (query_heads, heads, dim) in [(9, 3, 64), (32, 8, 128), (16, 16, 128), (4, 1, 256)] {

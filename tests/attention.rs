@@ -2,8 +2,8 @@
 
 use kvpack::attend::kernels::{Kernels, available};
 use kvpack::attend::{BoolView, Mask, MaskData, Softmax};
-use kvpack::cache::{Layer, Request};
-use kvpack::quantize::{Codec, Kivi};
+use kvpack::cache::{Layer, New, Request};
+use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated};
 use kvpack::tensor::{Slice, View, ViewMut};
 
 fn numbers(n: usize, seed: u64) -> Vec<f32> {
@@ -36,7 +36,7 @@ fn append(layer: &mut Layer, case: &Case, n: usize, valid: Option<&[bool]>, seed
     let k = View::of_slice(Slice::F32(&k), [case.batch, case.heads, n, case.key_dim]);
     let v = View::of_slice(Slice::F32(&v), [case.batch, case.heads, n, case.value_dim]);
     layer.check(&k, &v).unwrap();
-    layer.append(&k, &v, valid, false).unwrap();
+    layer.append(&New { k: &k, v: &v, valid, query: None, settle: false }).unwrap();
 }
 
 /// All keys and values, at their positions.
@@ -113,14 +113,21 @@ fn attend(
 
 fn assert_close(codec: &Codec, got: &[f32], want: &[f64], what: &str) {
     // Packed codes are read with queries and weights that are rounded to integers.
-    let bound = if *codec == Codec::Exact { 2e-5 } else { 1e-4 };
+    let bound = if *codec == Codec::EXACT { 2e-5 } else { 1e-4 };
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
         assert!((f64::from(*g) - w).abs() < bound * w.abs().max(1.0), "{what}: out[{i}] is {g}, not {w}");
     }
 }
 
 fn cases() -> Vec<Case> {
-    let kivi = |bits, group, window, sinks| Codec::Kivi(Kivi::new(bits, group, window, sinks).unwrap());
+    let kivi = |bits, group, window, sinks| Codec::kivi(Kivi::new(bits, group, window, sinks).unwrap());
+    let both = |method: Method| Codec { keys: method.clone(), values: method };
+    let block = |bits| both(Method::Block(Block::new(bits, 0, 0).unwrap()));
+    let rotated = |bits, group| both(Method::Rotated(Rotated::new(bits, group, 16, 4, 7).unwrap()));
+    let graded = |bits, group, window| Codec {
+        keys: Method::Graded(Graded::new(bits, group, window, 4).unwrap()),
+        values: Method::Rotated(Rotated::new(2, 0, 100, 4, 7).unwrap()),
+    };
     let case = |codec, batch, heads, group, key_dim, value_dim, forwards: &[usize]| Case {
         codec,
         batch,
@@ -131,10 +138,19 @@ fn cases() -> Vec<Case> {
         forwards: forwards.to_vec(),
     };
     vec![
-        case(Codec::Exact, 1, 1, 1, 8, 8, &[1]),
-        case(Codec::Exact, 2, 3, 3, 64, 64, &[131, 1, 1, 70, 1]),
-        case(Codec::Exact, 1, 2, 5, 40, 72, &[300, 1]),
-        case(Codec::Exact, 1, 1, 2, 7, 5, &[67, 3]),
+        case(block(8), 1, 2, 3, 64, 64, &[300, 1, 1, 5, 1]),
+        case(block(4), 2, 1, 1, 40, 72, &[131, 1, 90, 1]),
+        case(rotated(2, 0), 1, 2, 9, 64, 64, &[300, 1, 1, 5, 1]),
+        case(rotated(3, 16), 2, 1, 2, 40, 7, &[131, 1, 90, 1]),
+        case(rotated(4, 64), 1, 1, 3, 96, 128, &[520, 1]),
+        case(rotated(8, 0), 1, 1, 1, 7, 5, &[131, 1]),
+        case(graded(3.0, 128, 128), 1, 2, 3, 64, 64, &[300, 1, 1, 5, 1, 130, 1]),
+        case(graded(2.25, 32, 64), 2, 1, 2, 40, 72, &[131, 1, 90, 1]),
+        case(graded(5.0, 16, 32), 1, 1, 5, 128, 128, &[700, 1]),
+        case(Codec::EXACT, 1, 1, 1, 8, 8, &[1]),
+        case(Codec::EXACT, 2, 3, 3, 64, 64, &[131, 1, 1, 70, 1]),
+        case(Codec::EXACT, 1, 2, 5, 40, 72, &[300, 1]),
+        case(Codec::EXACT, 1, 1, 2, 7, 5, &[67, 3]),
         case(kivi(4, 32, 128, 4), 2, 3, 3, 64, 64, &[301, 1, 1, 1]),
         case(kivi(2, 32, 128, 4), 1, 2, 4, 128, 128, &[1, 420, 5, 1]),
         case(kivi(8, 8, 8, 0), 1, 1, 8, 40, 72, &[9, 9, 9, 1, 1, 1]),
@@ -172,9 +188,9 @@ fn attention_is_that_over_what_is_held() {
 /// Enough work that threads are woken, one KV head among them so that its tokens are split.
 #[test]
 fn threads_agree() {
-    let kivi = Codec::Kivi(Kivi::new(4, 32, 128, 4).unwrap());
+    let kivi = Codec::kivi(Kivi::new(4, 32, 128, 4).unwrap());
     for (codec, heads, tokens, queries) in
-        [(kivi.clone(), 1, 60_000, 1), (Codec::Exact, 3, 20_000, 1), (kivi, 1, 3_000, 50)]
+        [(kivi.clone(), 1, 60_000, 1), (Codec::EXACT, 3, 20_000, 1), (kivi, 1, 3_000, 50)]
     {
         let case = Case { codec, batch: 1, heads, group: 3, key_dim: 64, value_dim: 64, forwards: vec![] };
         let mut layer = Layer::new(case.codec.clone());
@@ -198,7 +214,7 @@ fn threads_agree() {
 fn masks_decide_and_pads_are_not_stored() {
     let kernels = available()[0];
     let case = Case {
-        codec: Codec::Kivi(Kivi::new(4, 8, 16, 2).unwrap()),
+        codec: Codec::kivi(Kivi::new(4, 8, 16, 2).unwrap()),
         batch: 2,
         heads: 2,
         group: 2,

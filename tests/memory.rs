@@ -4,8 +4,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicIsize, Ordering};
 
-use kvpack::cache::Layer;
-use kvpack::quantize::{Codec, Kivi};
+use kvpack::cache::{Layer, New};
+use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated};
 use kvpack::tensor::{Slice, View};
 
 struct Counting;
@@ -42,12 +42,23 @@ fn numbers(n: usize) -> Vec<f32> {
 
 fn append(layer: &mut Layer, [batch, heads, n, d]: [usize; 4], x: &[f32]) {
     let view = View::of_slice(Slice::F32(&x[..batch * heads * n * d]), [batch, heads, n, d]);
-    layer.append(&view, &view, None, true).unwrap();
+    layer.append(&New { k: &view, v: &view, valid: None, query: None, settle: true }).unwrap();
 }
 
 fn codecs() -> Vec<Codec> {
-    let kivi = |bits| Codec::Kivi(Kivi::new(bits, 32, 128, 4).unwrap());
-    vec![Codec::Exact, kivi(8), kivi(4), kivi(3), kivi(2)]
+    let kivi = |bits| Codec::kivi(Kivi::new(bits, 32, 128, 4).unwrap());
+    let block = Method::Block(Block::new(4, 0, 0).unwrap());
+    let rotated = Method::Rotated(Rotated::new(2, 0, 128, 4, 0).unwrap());
+    let graded = Method::Graded(Graded::new(2.5, 128, 128, 4).unwrap());
+    vec![
+        Codec::EXACT,
+        kivi(8),
+        kivi(4),
+        kivi(3),
+        kivi(2),
+        Codec { keys: block.clone(), values: block },
+        Codec { keys: graded, values: rotated },
+    ]
 }
 
 #[test]
@@ -79,7 +90,7 @@ fn memory_is_what_was_allocated() {
 #[test]
 fn a_long_decode_grows_as_its_tokens_do() {
     let _turn = TURN.lock().unwrap();
-    let kivi = Codec::Kivi(Kivi::new(4, 32, 128, 4).unwrap());
+    let kivi = Codec::kivi(Kivi::new(4, 32, 128, 4).unwrap());
     let x = numbers(3 * 64);
     let mut layer = Layer::new(kivi);
     let mut at = Vec::new();

@@ -30,10 +30,13 @@ from .errors import (
 )
 from .evaluation import Evaluation, evaluate
 from .memory import Memory
-from .methods import KIVI, Exact
+from .methods import KIVI, Q4, Q8, Apart, Exact, Graded, Rotated
 
 __all__ = [
     "KIVI",
+    "Q4",
+    "Q8",
+    "Apart",
     "Attachment",
     "ConcurrencyError",
     "CropError",
@@ -42,6 +45,7 @@ __all__ = [
     "Evaluation",
     "Exact",
     "GradError",
+    "Graded",
     "InternalError",
     "KvpackError",
     "Memory",
@@ -49,6 +53,7 @@ __all__ = [
     "NonFiniteError",
     "OptionError",
     "PackedCache",
+    "Rotated",
     "ShapeError",
     "StaleHandleError",
     "attach",

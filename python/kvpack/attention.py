@@ -81,7 +81,7 @@ def kvpack_attention(
     )
     if layer is not None:
         del key._kvpack_prefill
-        layer.commit(version, _PADS.valid(attention_mask, new))
+        layer.commit(version, _PADS.valid(attention_mask, new), query)
     return out, None
 
 

@@ -276,7 +276,8 @@ def _checked(quantize: Quantize | None, config: Any) -> Quantize:
         raise OptionError(f"quantize={quantize!r} is not accepted; accepted: {accepted}, or None for Exact()")
     head_dim = getattr(config, "head_dim", None)
     if isinstance(head_dim, int) and getattr(config, "kv_lora_rank", None) is None:
-        quantize.check_head_dim(head_dim)
+        quantize.check_key_dim(head_dim)
+        quantize.check_value_dim(head_dim)
     return quantize
 
 

@@ -93,12 +93,13 @@ class PackedLayer(CacheLayerMixin):
             LazyKV(self, "values", (batch, heads, seen, values.shape[3]), dtype),
         )
 
-    def absorb(self, valid: Tensor | None = None) -> None:
-        """Stores what is pending; `valid` `[B, q]` says which tokens are not pads."""
+    def absorb(self, valid: Tensor | None = None, query: Tensor | None = None) -> None:
+        """Stores what is pending; `valid` `[B, q]` says which tokens are not pads, `query` is what the attention read."""
         valid = self._valid(valid)
         new = self._new(valid)
         if new is not None:
-            self._store.append(new, torch.get_num_threads())
+            seen = None if query is None or not self.quantize.wants_queries else plain("queries", query)
+            self._store.append(new, None if seen is None else describe(seen), torch.get_num_threads())
             self._absorbed()
 
     def _valid(self, valid: Tensor | None) -> Tensor | None:
@@ -169,8 +170,8 @@ class PackedLayer(CacheLayerMixin):
         self.update(keys.detach(), values.detach())
         self.absorb(valid)
 
-    def commit(self, version: int, valid: Tensor | None) -> None:
-        """Ends a prefill on an empty cache, after its attention.
+    def commit(self, version: int, valid: Tensor | None, query: Tensor) -> None:
+        """Ends a prefill on an empty cache, after the attention of `query`.
 
         Raises:
             StaleHandleError: the layer was updated again since `version`.
@@ -181,7 +182,7 @@ class PackedLayer(CacheLayerMixin):
                 "the cache was given: is another thread using it?"
             )
         self.counts["prefill"] += 1
-        self.absorb(valid)
+        self.absorb(valid, query)
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -276,9 +277,9 @@ class PackedLayer(CacheLayerMixin):
         """What one KV head of a sequence stores packed.
 
         Returns:
-            `key_codes` `[n, Dk]` uint8, `key_scale` and `key_zero` `[n / group, Dk]` float32; `value_codes`
-            `[n, Dv]`, `value_scale` and `value_zero` `[n, groups]`; `key_start` and `value_start`: exact tokens
-            before the packed ones. What is newer than the packed ones is held exactly.
+            `key_codes` `[n, Dk]` uint8, `key_scale` and `key_zero` float32 (`[n / group, Dk]` where a group of tokens
+            shares them, `[n, groups]` where a group of channels does); `value_codes` and so on likewise; `key_start`
+            and `value_start`: exact tokens before the packed ones. What is newer than the packed ones is held exactly.
         """
         self.absorb()
         shape = self._store.shape()
@@ -286,13 +287,17 @@ class PackedLayer(CacheLayerMixin):
         for name, side, dim in zip(
             ("key", "value"), self._store.packed(row, head), shape[2:4] if shape else (1, 1), strict=True
         ):
-            start, codes, scale, zero = side
+            start, codes, scale, zero, columns = side
             out[f"{name}_start"] = start
             out[f"{name}_codes"] = torch.tensor(list(codes), dtype=torch.uint8).reshape(-1, dim)
-            groups = dim if name == "key" else len(scale) // max(len(codes) // dim, 1)
-            out[f"{name}_scale"] = torch.tensor(scale).reshape(-1, max(groups, 1))
-            out[f"{name}_zero"] = torch.tensor(zero).reshape(-1, max(groups, 1))
+            out[f"{name}_scale"] = torch.tensor(scale).reshape(-1, max(columns, 1))
+            out[f"{name}_zero"] = torch.tensor(zero).reshape(-1, max(columns, 1))
         return out
+
+    def key_bits(self, row: int, head: int) -> Tensor:
+        """Bits `[pages, Dk]` of the key channels in each page of a KV head whose method grades them."""
+        self.absorb()
+        return torch.tensor(self._store.key_bits(row, head), dtype=torch.uint8)
 
     # ---- lengths -------------------------------------------------------------------------------------------------
 

@@ -3,16 +3,18 @@
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::kernels::Ahead;
 use super::mat::{Mat, MatMut};
-use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, Weights, key_chunks};
+use super::{Basis, CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, Weights, key_chunks};
 
 /// Attention of one query for each of the `G` query heads of a KV head, over the chunks of its tokens that start
 /// in `tokens`.
 pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, scratch: &mut Scratch) -> Partial {
     let heads = queries.q.len() / head.key_dim;
     let q = Mat::new(&queries.q, heads, head.key_dim);
+    let mut turned = Turned::default();
     let mut partial = Partial::new(heads, head.value_dim);
     let mut cursor = ValueCursor::new(&head.values);
     let mut scores = vec![0.0; heads * CHUNK];
@@ -23,6 +25,7 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
     for (i, &KeyChunk { segment, first, tokens: n, at }) in chunks.iter().enumerate() {
         // What is wanted next comes from memory while this is computed: values behind scores, the next keys behind values.
         let mut ahead = Ahead::new(cursor.next_bytes(at, n));
+        let q = segment.basis().map_or(q, |basis| turned.in_basis(basis, q));
         segment.scores(q, first, n, MatMut::new(&mut scores, heads, CHUNK), scratch, &mut ahead);
         if !all_visible {
             head.positions.collect_into(at, n, &mut held);
@@ -43,8 +46,32 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
         let weights = Mat::new(&scores, heads, CHUNK);
         cursor.read(at, n, |values, first, n, offset| {
             let weights = Weights { of: weights.from_column(offset), largest_share };
-            values.accumulate(weights, first, n, partial.acc(), scratch, &mut ahead);
+            let acc = match values.basis() {
+                None => partial.acc(),
+                Some(basis) => partial.turned(basis),
+            };
+            values.accumulate(weights, first, n, acc, scratch, &mut ahead);
         });
     }
+    partial.turn_back();
     partial
+}
+
+/// Queries in other coordinates, the last ones that were asked for.
+#[derive(Default)]
+struct Turned<'a> {
+    basis: Option<&'a Arc<Basis>>,
+    q: Vec<f32>,
+}
+
+impl<'a> Turned<'a> {
+    fn in_basis(&mut self, basis: &'a Arc<Basis>, q: Mat<'_>) -> Mat<'_> {
+        if !self.basis.is_some_and(|held| Arc::ptr_eq(held, basis)) {
+            self.basis = Some(basis);
+            self.q.clear();
+            self.q.extend_from_slice(&q.data[..q.rows * q.stride]);
+            self.q.chunks_exact_mut(q.stride).for_each(|q| basis.apply(q));
+        }
+        Mat::new(&self.q, q.rows, q.stride)
+    }
 }

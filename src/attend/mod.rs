@@ -5,6 +5,7 @@
 //! merge by log-sum-exp, so that heads, ranges of tokens and threads split freely (flash-decoding,
 //! Dao et al. 2023, with the online softmax of Milakov and Gimelshein 2018).
 
+mod basis;
 pub mod codes;
 mod decode;
 pub mod folded;
@@ -16,11 +17,14 @@ mod partial;
 mod positions;
 mod visibility;
 
+pub use basis::Basis;
 pub use decode::attend_one;
 pub use many::attend_many;
 pub use partial::Partial;
 pub use positions::Positions;
 pub use visibility::{BoolView, Mask, MaskData, Visibility};
+
+use std::sync::Arc;
 
 use folded::Folded;
 use kernels::{Ahead, Kernels};
@@ -28,6 +32,14 @@ use mat::{Mat, MatMut};
 
 /// Tokens that are scored at once: one softmax step, small enough for the first cache levels.
 pub const CHUNK: usize = 256;
+
+/// What rounding queries to integers may add to a logit (root mean square). It changes weights by as much, and outputs, which
+/// are averages, by less: below 1e-4 of the largest.
+pub const KEY_TOLERANCE: f32 = 4e-5;
+
+/// Weights of a page are rounded to integers relative to its heaviest token, which moves the output by about
+/// `3e-5 share` of the values' range. That is nothing, unless a token has so large a share of all weight.
+const LARGE_SHARE: f32 = 0.02;
 
 /// The kernels in use, and buffers that segments may need while they are read.
 pub struct Scratch {
@@ -54,6 +66,11 @@ pub trait KeySegment: Sync {
     /// The bytes that a read of `n` tokens from `first` on will want, to be fetched ahead.
     fn bytes(&self, first: usize, n: usize) -> &[u8];
 
+    /// The coordinates in which [`Self::scores`] wants its queries; [`Self::tile`] gives keys as they were.
+    fn basis(&self) -> Option<&Arc<Basis>> {
+        None
+    }
+
     /// Logits before scaling: `out[g, t] = q_g . k_(first + t)` for `t < n`; `q` is `[G, dim]`, `out` has room for `n`
     /// rounded up to a whole unit. Meanwhile `ahead` is fetched.
     fn scores(&self, q: Mat<'_>, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch, ahead: &mut Ahead<'_>);
@@ -72,10 +89,22 @@ pub struct Weights<'a> {
     pub largest_share: f32,
 }
 
+impl Weights<'_> {
+    /// The error that rounding them to integers may add to a sum ([`packed::Packed::tolerance`]).
+    pub fn tolerance(&self) -> f32 {
+        if self.largest_share > LARGE_SHARE { 0.0 } else { f32::INFINITY }
+    }
+}
+
 /// Values of consecutive tokens of one KV head.
 pub trait ValueSegment: Sync {
     /// The bytes that a read of `n` tokens from `first` on will want, to be fetched ahead.
     fn bytes(&self, first: usize, n: usize) -> &[u8];
+
+    /// The coordinates in which [`Self::accumulate`] adds; [`Self::tile`] gives values as they were.
+    fn basis(&self) -> Option<&Arc<Basis>> {
+        None
+    }
 
     /// `acc[g, c] += sum_t w[g, t] v_(first + t)[c]` for `t < n` and the weights `w`; `acc` has room for the dim
     /// rounded up to a multiple of 8. Meanwhile `ahead` is fetched.

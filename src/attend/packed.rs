@@ -115,9 +115,10 @@ impl<'a> Packed<'a> {
     #[inline]
     pub fn grid(&self, i: usize) -> Grid<'a> {
         match self.grids {
-            Grids::Affine { scales_at, zeros_at, step } => {
-                Grid::Affine(self.numbers(scales_at + i * step, self.outer), self.numbers(zeros_at + i * step, self.outer))
-            }
+            Grids::Affine { scales_at, zeros_at, step } => Grid::Affine(
+                self.numbers(scales_at + i * step, self.outer),
+                self.numbers(zeros_at + i * step, self.outer),
+            ),
             Grids::Scaled { scales_at, origin, step } => {
                 Grid::Scaled(self.numbers(scales_at + i * step, self.outer), origin)
             }

@@ -2,9 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+
 use super::kernels::{Kernels, Weighed};
 use super::mat::MatMut;
-use super::padded;
+use super::{Basis, padded};
 
 /// Attention of some rows (queries) over some tokens, not yet divided by the weights' sum.
 #[derive(Clone, Debug)]
@@ -15,15 +17,25 @@ pub struct Partial {
     pub sum: Vec<f32>,
     /// Weighted sums of values, `stride` apart.
     pub acc: Vec<f32>,
+    /// Those of values in other coordinates, not yet in `acc`.
+    turned: Option<(Arc<Basis>, Vec<f32>)>,
     /// The value dim, rounded up to whole vectors.
     pub stride: usize,
+    value_dim: usize,
 }
 
 impl Partial {
     /// Nothing read yet.
     pub fn new(rows: usize, value_dim: usize) -> Self {
         let stride = padded(value_dim);
-        Self { max: vec![f32::NEG_INFINITY; rows], sum: vec![0.0; rows], acc: vec![0.0; rows * stride], stride }
+        Self {
+            max: vec![f32::NEG_INFINITY; rows],
+            sum: vec![0.0; rows],
+            acc: vec![0.0; rows * stride],
+            turned: None,
+            stride,
+            value_dim,
+        }
     }
 
     /// Queries of all heads.
@@ -50,6 +62,28 @@ impl Partial {
         MatMut::new(&mut self.acc, self.max.len(), self.stride)
     }
 
+    /// The weighted sums of values in the coordinates of `basis`, to add to; [`Self::turn_back`] takes them in.
+    pub fn turned(&mut self, basis: &Arc<Basis>) -> MatMut<'_> {
+        if self.turned.as_ref().is_some_and(|(held, _)| !Arc::ptr_eq(held, basis)) {
+            self.turn_back();
+        }
+        let (rows, stride) = (self.max.len(), self.stride);
+        let (_, acc) = self.turned.get_or_insert_with(|| (Arc::clone(basis), vec![0.0; rows * stride]));
+        MatMut::new(acc, rows, stride)
+    }
+
+    /// Takes the sums in other coordinates in; every part that is merged has done so.
+    pub fn turn_back(&mut self) {
+        if let Some((basis, mut turned)) = self.turned.take() {
+            for (acc, turned) in self.acc.chunks_exact_mut(self.stride).zip(turned.chunks_exact_mut(self.stride)) {
+                basis.undo(&mut turned[..self.value_dim]);
+                for (a, b) in acc.iter_mut().zip(&turned[..self.value_dim]) {
+                    *a += b;
+                }
+            }
+        }
+    }
+
     /// A logit without a value (a learned attention sink): it takes weight and adds nothing.
     pub fn add_sink(&mut self, row: usize, logit: f32) {
         let max = self.max[row].max(logit);
@@ -61,8 +95,11 @@ impl Partial {
         if max > self.max[row] {
             let factor = decay(self.max[row], max);
             self.sum[row] *= factor;
-            for a in &mut self.acc[row * self.stride..][..self.stride] {
-                *a *= factor;
+            let turned = self.turned.as_mut().map(|(_, turned)| turned);
+            for acc in [Some(&mut self.acc), turned].into_iter().flatten() {
+                for a in &mut acc[row * self.stride..][..self.stride] {
+                    *a *= factor;
+                }
             }
             self.max[row] = max;
         }

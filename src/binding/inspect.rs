@@ -1,33 +1,45 @@
 //! What a KV head stores packed, laid out plainly, for tests and for the curious.
 
 use crate::cache::KvHead;
-use crate::quantize::{KeyPage, PackedKeys, PackedValues, ValuePage};
+use crate::quantize::{KeyPage, ValuePage};
 
-/// Exact tokens before the packed ones, codes `[tokens, dim]`, scales and zero-points in the order of their groups.
-pub(super) type Packed = (usize, Vec<u8>, Vec<f32>, Vec<f32>);
+/// Exact tokens before the packed ones, codes `[tokens, dim]`, scales and zero-points in the order of their groups, and how
+/// many of them there are a token, or a group of tokens.
+pub(super) type Packed = (usize, Vec<u8>, Vec<f32>, Vec<f32>, usize);
 
 pub(super) fn keys(head: &KvHead) -> Packed {
     let mut out = Packed::default();
     for segment in head.pages().0 {
         match &*segment.page {
             KeyPage::Exact(_) => out.0 += segment.len,
-            KeyPage::Kivi(page) => add_keys(page, segment.len, &mut out),
+            KeyPage::Kivi(page) => {
+                let grid = |t, c| page.grid(t, c);
+                add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), page.group(), page.dim(), grid);
+            }
+            KeyPage::Tokens(page) => {
+                let grid = |t, j| page.grid(t, j);
+                add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), 1, page.groups(), grid);
+            }
+            KeyPage::Graded(page) => {
+                for t in 0..segment.len {
+                    let (codes, scales, zeros) = page.token(t);
+                    out.1.extend(codes);
+                    if t % page.group() == 0 {
+                        out.2.extend(scales);
+                        out.3.extend(zeros);
+                    }
+                }
+                out.4 = page.dim();
+            }
         }
     }
     out
 }
 
-fn add_keys(page: &PackedKeys, tokens: usize, (_, codes, scales, zeros): &mut Packed) {
-    for t in 0..tokens {
-        codes.extend((0..page.dim()).map(|c| page.code(t, c)));
-        if t % page.group() == 0 {
-            for c in 0..page.dim() {
-                let (scale, zero) = page.grid(t, c);
-                scales.push(scale);
-                zeros.push(zero);
-            }
-        }
-    }
+/// Bits of every channel of every graded page.
+pub(super) fn key_bits(head: &KvHead) -> Vec<Vec<u8>> {
+    let bits = |page: &KeyPage| if let KeyPage::Graded(page) = page { Some(page.bits()) } else { None };
+    head.pages().0.iter().filter_map(|segment| bits(&segment.page)).collect()
 }
 
 pub(super) fn values(head: &KvHead) -> Packed {
@@ -35,17 +47,34 @@ pub(super) fn values(head: &KvHead) -> Packed {
     for segment in head.pages().1 {
         match &*segment.page {
             ValuePage::Exact(_) => out.0 += segment.len,
-            ValuePage::Kivi(page) => add_values(page, segment.len, &mut out),
+            ValuePage::Kivi(page) => {
+                let grid = |t, j| page.grid(t, j);
+                add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), 1, page.groups(), grid);
+            }
+            ValuePage::Tokens(page) => {
+                let grid = |t, j| page.grid(t, j);
+                add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), 1, page.groups(), grid);
+            }
         }
     }
     out
 }
 
-fn add_values(page: &PackedValues, tokens: usize, (_, codes, scales, zeros): &mut Packed) {
+/// Adds a page's `tokens`: `dim` codes each, and `columns` grids every `each` tokens.
+fn add(
+    (_, codes, scales, zeros, width): &mut Packed,
+    tokens: usize,
+    dim: usize,
+    code: impl Fn(usize, usize) -> u8,
+    each: usize,
+    columns: usize,
+    grid: impl Fn(usize, usize) -> (f32, f32),
+) {
+    *width = columns;
     for t in 0..tokens {
-        codes.extend((0..page.dim()).map(|c| page.code(t, c)));
-        for j in 0..page.groups() {
-            let (scale, zero) = page.grid(t, j);
+        codes.extend((0..dim).map(|c| code(t, c)));
+        for j in (0..columns).filter(|_| t % each == 0) {
+            let (scale, zero) = grid(t, j);
             scales.push(scale);
             zeros.push(zero);
         }

@@ -6,13 +6,15 @@ use std::sync::Mutex;
 use pyo3::prelude::*;
 
 use super::errors::to_python;
+use super::method::Method;
 use super::tensors::Tensor;
 use crate::attend::Softmax;
 use crate::attend::kernels::{self, Kernels};
 use crate::cache::{self, Request};
 use crate::error::{Error, Result};
 use crate::pool;
-use crate::quantize::{Codec, Kivi};
+use crate::quantize::Codec;
+use crate::tensor::View;
 
 /// Keys and values of one attention layer. Tensors are `(pointer, dtype, shape, strides)`.
 #[pyclass(frozen, module = "kvpack._kvpack")]
@@ -45,7 +47,7 @@ struct New(Tensor, Tensor, Option<Tensor>, bool, bool);
 impl New {
     /// # Safety
     /// The tensors are alive and nobody writes to them meanwhile.
-    unsafe fn append_to(&self, layer: &mut cache::Layer) -> Result<()> {
+    unsafe fn append_to(&self, layer: &mut cache::Layer, query: Option<&View<'_>>) -> Result<()> {
         let Self(k, v, valid, before, after) = self;
         if *before {
             layer.settle();
@@ -53,7 +55,8 @@ impl New {
         // SAFETY: by this function's contract.
         unsafe {
             let valid = valid.as_ref().map(|valid| valid.flags("valid")).transpose()?;
-            layer.append(&k.view("keys")?, &v.view("values")?, valid.as_deref(), *after)
+            let (k, v) = (k.view("keys")?, v.view("values")?);
+            layer.append(&cache::New { k: &k, v: &v, valid: valid.as_deref(), query, settle: *after })
         }
     }
 }
@@ -67,17 +70,11 @@ fn kernels() -> Result<&'static Kernels> {
 
 #[pymethods]
 impl Layer {
-    /// A layer that keeps everything in the model's dtype.
-    #[staticmethod]
-    fn exact() -> Self {
-        Self(Mutex::new(cache::Layer::new(Codec::Exact)))
-    }
-
-    /// A layer that packs with KIVI.
-    #[staticmethod]
-    fn kivi(py: Python<'_>, bits: u8, group: usize, window: usize, sinks: usize) -> PyResult<Self> {
-        let kivi = Kivi::new(bits, group, window, sinks).map_err(|e| to_python(py, &e))?;
-        Ok(Self(Mutex::new(cache::Layer::new(Codec::Kivi(kivi)))))
+    /// A layer that packs keys and values so.
+    #[new]
+    fn new(py: Python<'_>, keys: &Method, values: &Method) -> PyResult<Self> {
+        let codec = Codec::new(keys.0.clone(), values.0.clone()).map_err(|e| to_python(py, &e))?;
+        Ok(Self(Mutex::new(cache::Layer::new(codec))))
     }
 
     /// A copy that shares all pages.
@@ -91,11 +88,14 @@ impl Layer {
         self.enter(py, |layer| unsafe { layer.check(&k.view("keys")?, &v.view("values")?) })
     }
 
-    /// Appends checked tokens, with up to `threads` threads.
-    fn append(&self, py: Python<'_>, new: New, threads: usize) -> PyResult<()> {
+    /// Appends checked tokens, with up to `threads` threads; methods that want to know it see their queries `q`.
+    fn append(&self, py: Python<'_>, new: New, q: Option<Tensor>, threads: usize) -> PyResult<()> {
         pool::set_threads(threads);
         // SAFETY: as in `check`.
-        self.enter(py, |layer| unsafe { new.append_to(layer) })
+        self.enter(py, |layer| unsafe {
+            let query = q.map(|q| q.view("query")).transpose()?;
+            new.append_to(layer, query.as_ref())
+        })
     }
 
     /// Packs what is due.
@@ -124,11 +124,12 @@ impl Layer {
         pool::set_threads(threads);
         // SAFETY: as in `check`; `out` was made for this call.
         self.enter(py, |layer| unsafe {
+            let query = q.view("query")?;
             if let Some(new) = new {
-                new.append_to(layer)?;
+                new.append_to(layer, Some(&query))?;
             }
             let request = Request {
-                query: q.view("query")?,
+                query,
                 mask: mask.map(|m| m.mask()).transpose()?,
                 softmax: Softmax { scaling, softcap },
                 sinks: sinks.as_deref(),
@@ -205,6 +206,11 @@ impl Layer {
             positions.collect_into(0, positions.len(), &mut out);
             Ok(out)
         })
+    }
+
+    /// Bits of every key channel in each of a KV head's graded pages.
+    fn key_bits(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<Vec<Vec<u8>>> {
+        self.enter(py, |layer| Ok(super::inspect::key_bits(layer.head(row, head)?)))
     }
 
     /// What a KV head of a sequence stores packed.

@@ -8,6 +8,7 @@
 mod errors;
 mod inspect;
 mod layer;
+mod method;
 mod tensors;
 
 use pyo3::prelude::*;
@@ -24,6 +25,8 @@ static ALLOCATOR: crate::slabs::Slabs = crate::slabs::Slabs;
 mod _kvpack {
     #[pymodule_export]
     use super::layer::Layer;
+    #[pymodule_export]
+    use super::method::Method;
     #[pymodule_export]
     use super::{isa, isa_available, openmp_library, set_threads, use_openmp};
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::attend::Part;
-use crate::quantize::{Codec, Page};
+use crate::quantize::{Method, Page, Plan};
 use crate::tensor::Rows;
 
 /// The first `len` tokens of a shared page; a crop shortens the length and leaves the page alone.
@@ -27,11 +27,12 @@ impl<P: Page> Segment<P> {
 pub(super) struct Column<P> {
     pub(super) segments: Vec<Segment<P>>,
     pub(super) tail: Rows,
+    pub(super) plan: Plan,
 }
 
 impl<P: Page> Column<P> {
     pub(super) fn new(tail: Rows) -> Self {
-        Self { segments: Vec::new(), tail }
+        Self { segments: Vec::new(), tail, plan: Plan::default() }
     }
 
     fn sealed(&self) -> usize {
@@ -44,22 +45,22 @@ impl<P: Page> Column<P> {
     }
 
     /// Tokens at the front of the tail that stay exact when the first page is sealed.
-    fn sinks(&self, codec: &Codec) -> usize {
-        if self.segments.is_empty() { codec.sinks() } else { 0 }
+    fn sinks(&self, method: &Method) -> usize {
+        if self.segments.is_empty() { method.sinks() } else { 0 }
     }
 
-    fn due(&self, codec: &Codec) -> usize {
-        P::due(codec, self.tail.len().saturating_sub(self.sinks(codec)))
+    fn due(&self, method: &Method) -> usize {
+        P::due(method, self.tail.len().saturating_sub(self.sinks(method)))
     }
 
     /// How many numbers of the tail are due to be sealed.
-    pub(super) fn numbers_due(&self, codec: &Codec) -> usize {
-        self.due(codec) * self.tail.dim()
+    pub(super) fn numbers_due(&self, method: &Method) -> usize {
+        self.due(method) * self.tail.dim()
     }
 
     /// Seals what is due of the tail.
-    pub(super) fn settle(&mut self, codec: &Codec) {
-        let (sinks, mut due) = (self.sinks(codec), self.due(codec));
+    pub(super) fn settle(&mut self, method: &Method) {
+        let (sinks, mut due) = (self.sinks(method), self.due(method));
         if due == 0 {
             return;
         }
@@ -74,7 +75,7 @@ impl<P: Page> Column<P> {
                 open.len += n;
                 n
             } else {
-                let (page, n) = P::seal(codec, &self.tail, due);
+                let (page, n) = P::seal(method, &mut self.plan, &self.tail, due);
                 self.push(page);
                 n
             };

@@ -55,14 +55,26 @@ impl KvHead {
         }
     }
 
+    /// Tells the methods of the queries of head `h`'s readers in batch row `b`, `kv_heads` heads in all.
+    pub(super) fn observe(&mut self, query: &View<'_>, [b, h]: [usize; 2], kv_heads: usize, valid: Option<&[bool]>) {
+        let [_, heads, n, dim] = query.shape();
+        let (readers, mut q) = (heads / kv_heads, vec![0.0; dim]);
+        for t in (0..n).filter(|&t| valid.is_none_or(|valid| valid[t])) {
+            for reader in h * readers..(h + 1) * readers {
+                query.row(b, reader, t).to_f32(&mut q);
+                self.keys.plan.observe(&q);
+            }
+        }
+    }
+
     /// How many numbers the codec's rule wants packed.
     pub(super) fn numbers_due(&self, codec: &Codec) -> usize {
-        self.keys.numbers_due(codec) + self.values.numbers_due(codec)
+        self.keys.numbers_due(&codec.keys) + self.values.numbers_due(&codec.values)
     }
 
     pub(super) fn settle(&mut self, codec: &Codec) {
-        self.keys.settle(codec);
-        self.values.settle(codec);
+        self.keys.settle(&codec.keys);
+        self.values.settle(&codec.values);
     }
 
     /// How many of the newest positions can be removed without cutting into a lossy page, at most `asked`, when

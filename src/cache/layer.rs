@@ -15,10 +15,7 @@ pub(super) const COPYING: usize = 8;
 
 /// Multiply-adds that take as long as packing a number.
 fn packing(codec: &Codec) -> usize {
-    match codec {
-        Codec::Exact => COPYING,
-        Codec::Kivi(_) => 64,
-    }
+    if *codec == Codec::EXACT { COPYING } else { 64 }
 }
 
 /// What the first keys and values fix for all that follow.
@@ -32,6 +29,21 @@ pub struct Shape {
     pub key_dim: usize,
     /// Numbers of a value.
     pub value_dim: usize,
+}
+
+/// Tokens to append.
+#[derive(Clone, Copy)]
+pub struct New<'a> {
+    /// Keys `[B, H, n, Dk]`.
+    pub k: &'a View<'a>,
+    /// Values `[B, H, n, Dv]`.
+    pub v: &'a View<'a>,
+    /// Which are not pads `[B, n]`; pads are not stored. Without it none is one.
+    pub valid: Option<&'a [bool]>,
+    /// Their queries `[B, Hq, n, Dk]`, for methods that want to know them.
+    pub query: Option<&'a View<'a>>,
+    /// Whether what is due is packed too, as [`Layer::settle`] does.
+    pub settle: bool,
 }
 
 /// The KV heads of one sequence.
@@ -112,8 +124,8 @@ impl Layer {
                 expected: "less than 2^32".into(),
             });
         }
-        k.check_magnitude("keys", self.codec.limit())?;
-        v.check_magnitude("values", self.codec.limit())
+        k.check_magnitude("keys", self.codec.keys.limit())?;
+        v.check_magnitude("values", self.codec.values.limit())
     }
 
     fn shape_of(&self, k: &View<'_>, v: &View<'_>) -> Result<Shape> {
@@ -139,17 +151,26 @@ impl Layer {
                 expected: k.dtype().name().into(),
             });
         }
-        self.codec.check_dims(value_dim)?;
+        self.codec.check_dims(key_dim, value_dim)?;
         Ok(Shape { dtype: k.dtype(), heads, key_dim, value_dim })
     }
 
-    /// Appends tokens that were [checked](Self::check). `valid` `[B, n]` says which are not pads; pads are not stored.
-    /// With `settle` it also packs what is due, as [`Self::settle`] does.
+    /// Appends tokens that were [checked](Self::check).
     ///
     /// # Errors
-    /// As `check`, apart from the numbers' magnitude, which is not looked at again.
-    pub fn append(&mut self, k: &View<'_>, v: &View<'_>, valid: Option<&[bool]>, settle: bool) -> Result<()> {
+    /// As `check`, apart from the numbers' magnitude, which is not looked at again; [`Error::Shape`] when the queries'
+    /// shape does not fit.
+    pub fn append(&mut self, new: &New<'_>) -> Result<()> {
+        let New { k, v, valid, query, settle } = *new;
         let shape = self.shape_of(k, v)?;
+        let query = query.filter(|_| self.codec.keys.wants_queries());
+        if let Some(query) = query {
+            let [batch, heads, n, dim] = query.shape();
+            expect("query: batch size", batch, k.shape()[0])?;
+            expect("query: tokens", n, k.shape()[2])?;
+            expect("query: head dim", dim, shape.key_dim)?;
+            expect("query: heads beyond a multiple of the KV heads", heads % shape.heads, 0)?;
+        }
         let [batch, heads, n, _] = k.shape();
         if let Some(valid) = valid {
             expect("valid: length", valid.len(), batch * n)?;
@@ -174,6 +195,9 @@ impl Layer {
         }
         let numbers = batch * heads * n * (shape.key_dim + shape.value_dim);
         pool::map(numbers * codec.map_or(COPYING, packing), work, |(b, h, head)| {
+            if let Some(query) = query {
+                head.observe(query, [b, h], shape.heads, row_valid(b));
+            }
             head.append(k, v, [b, h], row_valid(b), seen, codec);
         });
         for (b, &source) in source.iter().enumerate() {

@@ -55,7 +55,7 @@ impl Counter {
 
     fn column<P: Page>(&mut self, column: &Column<P>) {
         self.memory.exact += column.tail.bytes();
-        self.memory.index += column.index_bytes();
+        self.memory.index += column.index_bytes() + column.plan.bytes();
         for segment in &column.segments {
             if self.pages.insert(Arc::as_ptr(&segment.page).cast()) {
                 self.memory += segment.page.bytes();

@@ -14,6 +14,6 @@ mod read;
 
 pub use column::Segment;
 pub use head::KvHead;
-pub use layer::{Layer, Shape};
+pub use layer::{Layer, New, Shape};
 pub use memory::Memory;
 pub use read::Request;

@@ -239,11 +239,13 @@ def parse(text: str) -> Contender:
     Raises:
         OptionError: it is unknown, or a parameter is not accepted.
     """
+    if "+" in text or "/" in text:
+        return Packed(parse_spec(text))
     name, parameters = split_parameters(text)
     if name in REFERENCES:
         contender: Contender = make(REFERENCES[name], name, parameters)
         return contender
-    if "+" not in text and name not in names():
+    if name not in names():
         raise OptionError(f"method {name!r} is unknown; accepted: {', '.join([*names(), *REFERENCES])}")
     return Packed(parse_spec(text))
 

@@ -1,5 +1,5 @@
 """The methods, one dataclass each with the paper's defaults, and a registry by name."""
 
-from .quantize import KIVI, QUANTIZE, Exact, Quantize
+from .quantize import KIVI, Q4, Q8, QUANTIZE, Apart, Exact, Graded, Quantize, Rotated
 
-__all__ = ["KIVI", "QUANTIZE", "Exact", "Quantize"]
+__all__ = ["KIVI", "Q4", "Q8", "QUANTIZE", "Apart", "Exact", "Graded", "Quantize", "Rotated"]

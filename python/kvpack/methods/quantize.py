@@ -16,17 +16,44 @@ class Quantize(ABC):
     Attributes:
         name: in the registry, and in methods written as text (`kivi:bits=2`).
         standard: settings, as text, at which it is measured beside others.
+        wants_queries: whether what the queries are like decides something.
     """
 
     name: ClassVar[str]
     standard: ClassVar[tuple[str, ...]]
+    wants_queries: bool = False
 
     @abstractmethod
+    def keys_method(self) -> _kvpack.Method:
+        """How keys are stored."""
+
+    @abstractmethod
+    def values_method(self) -> _kvpack.Method:
+        """How values are stored."""
+
     def make_store(self) -> _kvpack.Layer:
         """An empty store of one layer."""
+        return _kvpack.Layer(self.keys_method(), self.values_method())
 
-    def check_head_dim(self, head_dim: int) -> None:  # noqa: B027  # most codecs fit every size
+    def check_key_dim(self, head_dim: int) -> None:  # noqa: B027  # most codecs fit every size
+        """Raises OptionError when the parameters do not fit keys of `head_dim` numbers."""
+
+    def check_value_dim(self, head_dim: int) -> None:  # noqa: B027
         """Raises OptionError when the parameters do not fit values of `head_dim` numbers."""
+
+
+def _check_whole(method: Quantize, **least: int) -> None:
+    """Raises OptionError for the first field that is no whole number from its least value on."""
+    for field, low in least.items():
+        value = getattr(method, field)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
+            raise OptionError(f"{field}={value!r} is not accepted; accepted: whole numbers from {low}")
+
+
+def _check_bits(method: Quantize, field: str, accepted: tuple[int, ...]) -> None:
+    value = getattr(method, field)
+    if isinstance(value, bool) or value not in accepted:
+        raise OptionError(f"{field}={value!r} is not accepted; accepted: {', '.join(map(str, accepted))}")
 
 
 @dataclass(frozen=True)
@@ -36,9 +63,11 @@ class Exact(Quantize):
     name: ClassVar[str] = "exact"
     standard: ClassVar[tuple[str, ...]] = ("exact",)
 
-    def make_store(self) -> _kvpack.Layer:
-        """An empty store of one layer."""
-        return _kvpack.Layer.exact()
+    def keys_method(self) -> _kvpack.Method:
+        """As the model made them."""
+        return _kvpack.Method.exact()
+
+    values_method = keys_method
 
 
 @dataclass(frozen=True)
@@ -69,19 +98,17 @@ class KIVI(Quantize):
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        for field, low in (("bits", 1), ("group", 1), ("window", 1), ("sinks", 0)):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
-                raise OptionError(f"{field}={value!r} is not accepted; accepted: whole numbers from {low}")
-        if self.bits > 8:
-            raise OptionError(f"bits={self.bits} is not accepted; accepted: 2, 3, 4, 8")
-        self.make_store()  # Rust knows the rest of the rules
+        _check_whole(self, bits=1, group=1, window=1, sinks=0)
+        _check_bits(self, "bits", (2, 3, 4, 8))
+        self.keys_method()  # Rust knows the rest of the rules
 
-    def make_store(self) -> _kvpack.Layer:
-        """An empty store of one layer."""
-        return _kvpack.Layer.kivi(self.bits, self.group, self.window, self.sinks)
+    def keys_method(self) -> _kvpack.Method:
+        """Per channel."""
+        return _kvpack.Method.kivi(self.bits, self.group, self.window, self.sinks)
 
-    def check_head_dim(self, head_dim: int) -> None:
+    values_method = keys_method  # per token
+
+    def check_value_dim(self, head_dim: int) -> None:
         """Raises OptionError when `group` is larger than `head_dim`."""
         if self.group > head_dim:
             raise OptionError(
@@ -89,4 +116,202 @@ class KIVI(Quantize):
             )
 
 
-QUANTIZE: dict[str, type[Quantize]] = {method.name: method for method in (Exact, KIVI)}
+@dataclass(frozen=True)
+class _Block(Quantize):
+    bits: ClassVar[int]
+
+    window: int = 0
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        _check_whole(self, window=0, sinks=0)
+
+    def keys_method(self) -> _kvpack.Method:
+        """Per token."""
+        return _kvpack.Method.block(self.bits, self.window, self.sinks)
+
+    values_method = keys_method
+
+
+@dataclass(frozen=True)
+class Q8(_Block):
+    """Blocks of 32 channels with a float16 scale, 8.5 bits a number, as llama.cpp's `q8_0`.
+
+    `scale = max |x| / 127`, `code = round(x / scale)`. Per token, so nothing has to wait: near-lossless anywhere.
+
+    Attributes:
+        window: newest tokens that stay exact.
+        sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
+    """
+
+    name: ClassVar[str] = "q8"
+    standard: ClassVar[tuple[str, ...]] = ("q8",)
+    bits: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
+class Q4(_Block):
+    """Blocks of 32 channels with a float16 scale, 4.5 bits a number, as llama.cpp's `q4_0`.
+
+    `scale = x / -8` for the `x` of the largest magnitude, `code = min(15, floor(x / scale + 8.5))`.
+
+    Attributes:
+        window: newest tokens that stay exact.
+        sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
+    """
+
+    name: ClassVar[str] = "q4"
+    standard: ClassVar[tuple[str, ...]] = ("q4",)
+    bits: ClassVar[int] = 4
+
+
+@dataclass(frozen=True)
+class Rotated(Quantize):
+    """A randomised Hadamard transform, then one scale a token and a uniform grid.
+
+    The rotation and the scale are TurboQuant-MSE's (Zandieh et al. 2025, arXiv 2504.19874), the grid is uniform where the
+    paper has Lloyd and Max's levels, and its second stage (QJL) is left out. The stored scale is such that
+    `x' . x = x . x`: attention averages errors away, but not what all tokens lack. `bits + 16 / group` bits a number.
+
+    Queries are rotated once a step and outputs once, tokens never.
+
+    Attributes:
+        bits: bits of a code: 2, 3, 4 or 8.
+        group: numbers that share a scale, after the rotation: a multiple of 16 up to 256, or 0 for the whole head dim.
+        window: newest tokens that stay exact.
+        sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
+        seed: of the random signs.
+    """
+
+    name: ClassVar[str] = "rotated"
+    standard: ClassVar[tuple[str, ...]] = ("rotated:bits=4", "rotated:bits=3", "kivi:bits=4:group=128/rotated:bits=2")
+
+    bits: int = 4
+    group: int = 0
+    window: int = 128
+    sinks: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_whole(self, bits=1, group=0, window=0, sinks=0, seed=0)
+        _check_bits(self, "bits", (2, 3, 4, 8))
+        self.keys_method()
+
+    def keys_method(self) -> _kvpack.Method:
+        """Per token."""
+        return _kvpack.Method.rotated(self.bits, self.group, self.window, self.sinks, self.seed)
+
+    values_method = keys_method
+
+
+@dataclass(frozen=True)
+class Graded(Quantize):
+    """Keys per channel, each with the bits that it is worth; values rotated. kvpack's own combination, no calibration.
+
+    A key channel has 8, 4, 3, 2 or 0 bits, such that `sum_c E[q_c^2] E[e_c^2]`, the expected square of a logit's error, is
+    least while the mean is at most `key_bits`: a rate allocation with the query metric (as in SQuat, ThinK and Block-GTQ),
+    on KIVI's grids. The queries are those that the cache sees while the text is read; they are only seen with
+    `attn_implementation="kvpack"`, otherwise all channels' errors weigh the same. Bits are chosen again when the tokens
+    have doubled. Values are stored as `Rotated` stores them.
+
+    Bits a number, without the exact window: `key_bits + 32 / group` for keys, `value_bits + 16 / head_dim` for values.
+
+    Attributes:
+        key_bits: mean bits of a key's code, 1 to 8, in fractions too.
+        value_bits: bits of a value's code: 2, 3, 4 or 8.
+        group: tokens of a key channel that share a scale: a multiple of 8, at most 256.
+        window: newest tokens that stay exact, a multiple of `group`; keys are packed in blocks of it.
+        sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
+        seed: of the values' random signs.
+    """
+
+    name: ClassVar[str] = "graded"
+    standard: ClassVar[tuple[str, ...]] = (
+        "graded:key_bits=4.5:value_bits=4",
+        "graded:key_bits=3.5:value_bits=4",
+        "graded:key_bits=3:value_bits=3",
+        "graded:key_bits=3:value_bits=2",
+        "graded:key_bits=2.5:value_bits=2",
+    )
+    wants_queries = True
+
+    key_bits: float = 3.0
+    value_bits: int = 3
+    group: int = 128
+    window: int = 128
+    sinks: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key_bits, int | float) or isinstance(self.key_bits, bool):
+            raise OptionError(f"key_bits={self.key_bits!r} is not accepted; accepted: 1 to 8")
+        if not 1 <= self.key_bits <= 8:
+            raise OptionError(f"key_bits={self.key_bits!r} is not accepted; accepted: 1 to 8")
+        _check_whole(self, value_bits=1, group=1, window=1, sinks=0, seed=0)
+        _check_bits(self, "value_bits", (2, 3, 4, 8))
+        self.make_store()
+
+    def keys_method(self) -> _kvpack.Method:
+        """Per channel, with graded bits."""
+        return _kvpack.Method.graded(self.key_bits, self.group, self.window, self.sinks)
+
+    def values_method(self) -> _kvpack.Method:
+        """Rotated."""
+        return _kvpack.Method.rotated(self.value_bits, 0, self.window, self.sinks, self.seed)
+
+    def check_key_dim(self, head_dim: int) -> None:
+        """Raises OptionError when `head_dim` is no multiple of 8."""
+        if head_dim % 8:
+            raise OptionError(f"quantize={self!r} is not accepted; accepted: head dims that are multiples of 8")
+
+
+@dataclass(frozen=True)
+class Apart(Quantize):
+    """Keys by one method, values by another: `Apart(KIVI(bits=4), Rotated(bits=2))`, as text `kivi:bits=4/rotated:bits=2`.
+
+    Attributes:
+        keys: stores the keys.
+        values: stores the values.
+    """
+
+    name: ClassVar[str] = "apart"
+    standard: ClassVar[tuple[str, ...]] = ()
+
+    keys: Quantize
+    values: Quantize
+
+    def __post_init__(self) -> None:
+        for field in ("keys", "values"):
+            given = getattr(self, field)
+            if not isinstance(given, Quantize):
+                raise OptionError(f"{field}={given!r} is not accepted; accepted: methods such as kvpack.KIVI(bits=4)")
+
+    @property
+    def wants_queries(self) -> bool:  # type: ignore[override]
+        """As the keys' method does."""
+        return self.keys.wants_queries
+
+    @property
+    def window(self) -> int:
+        """The longer one of both."""
+        return max(getattr(method, "window", 0) for method in (self.keys, self.values))
+
+    def keys_method(self) -> _kvpack.Method:
+        """That of `keys`."""
+        return self.keys.keys_method()
+
+    def values_method(self) -> _kvpack.Method:
+        """That of `values`."""
+        return self.values.values_method()
+
+    def check_key_dim(self, head_dim: int) -> None:
+        """Raises OptionError when `keys` does not fit."""
+        self.keys.check_key_dim(head_dim)
+
+    def check_value_dim(self, head_dim: int) -> None:
+        """Raises OptionError when `values` does not fit."""
+        self.values.check_value_dim(head_dim)
+
+
+# Apart has no name of its own in texts: it is written as two methods with a slash between.
+QUANTIZE: dict[str, type[Quantize]] = {method.name: method for method in (Exact, KIVI, Q8, Q4, Rotated, Graded)}

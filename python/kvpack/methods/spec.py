@@ -1,7 +1,7 @@
 """Methods written as text, for command lines and files: `kivi:bits=2`, `kivi:bits=4:group=64`.
 
-A method is its registered name and, after colons, parameters of its dataclass. Methods of several families are joined
-with `+`.
+A method is its registered name and, after colons, parameters of its dataclass. Keys by one codec and values by another are
+written with a slash (`kivi:bits=4/rotated:bits=2`), methods of several families are joined with `+`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import OptionError
-from .quantize import QUANTIZE
+from .quantize import QUANTIZE, Apart
 
 FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE}
 """The registry: the methods of each family by name. A family is also the name of PackedCache's argument."""
@@ -39,14 +39,26 @@ def parse_spec(text: str) -> Spec:
     """
     options: dict[str, Any] = {}
     for part in text.split("+"):
-        name, parameters = split_parameters(part)
-        family = next((family for family, methods in FAMILIES.items() if name in methods), None)
-        if family is None:
-            raise OptionError(f"method {name!r} is unknown; accepted: {', '.join(names())}")
+        family, method = _parse_part(part)
         if family in options:
             raise OptionError(f"method {text!r} is not accepted: it names two methods of the family {family!r}")
-        options[family] = make(FAMILIES[family][name], name, parameters)
+        options[family] = method
     return Spec("+".join(part.strip() for part in text.split("+")), options)
+
+
+def _parse_part(text: str) -> tuple[str, Any]:
+    """Return the family and the method that one part of a text stands for."""
+    if "/" in text:
+        sides = [_parse_part(side) for side in text.split("/")]
+        if len(sides) != 2 or any(family != "quantize" for family, _ in sides):
+            raise OptionError(f"method {text!r} is not accepted; a slash stands between a codec of keys and one of values")
+        (_, keys), (_, values) = sides
+        return "quantize", Apart(keys, values)
+    name, parameters = split_parameters(text)
+    family = next((family for family, methods in FAMILIES.items() if name in methods), None)
+    if family is None:
+        raise OptionError(f"method {name!r} is unknown; accepted: {', '.join(names())}")
+    return family, make(FAMILIES[family][name], name, parameters)
 
 
 def names() -> list[str]:

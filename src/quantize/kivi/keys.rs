@@ -9,13 +9,9 @@ use crate::attend::codes::{packed_len, put_lane};
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::{Grids, Packed};
-use crate::attend::{KeySegment, Scratch};
+use crate::attend::{KEY_TOLERANCE, KeySegment, Scratch};
 use crate::quantize::PageBytes;
 use crate::tensor::Rows;
-
-/// What rounding queries to integers may add to a logit (root mean square). It changes weights by as much, and outputs, which
-/// are averages, by less: below 1e-4 of the largest.
-const TOLERANCE: f32 = 4e-5;
 
 /// Per group of tokens the codes `[channels, tokens]`, and a scale and a zero-point per channel.
 #[derive(Clone)]
@@ -73,7 +69,7 @@ impl PackedKeys {
             codes_step: group_words,
             grids: Grids::Affine { scales_at: code_words, zeros_at: code_words + self.dim, step: group_words },
             lane_scales_at: None,
-            tolerance: TOLERANCE,
+            tolerance: KEY_TOLERANCE,
         }
     }
 
@@ -108,8 +104,14 @@ impl PackedKeys {
     }
 }
 
-/// `x` is `[group, dim]`.
-fn pack_group(kivi: &Kivi, x: &[f32], scales: &mut [f16], zeros: &mut [f16], words: &mut [u16]) {
+/// Packs the group `x` `[tokens, dim]` with a grid a channel.
+pub(in crate::quantize) fn pack_group(
+    kivi: &Kivi,
+    x: &[f32],
+    scales: &mut [f16],
+    zeros: &mut [f16],
+    words: &mut [u16],
+) {
     let (dim, levels) = (scales.len(), kivi.levels());
     let group = x.len() / dim;
     let (mut min, mut max) = (vec![f32::INFINITY; dim], vec![f32::NEG_INFINITY; dim]);

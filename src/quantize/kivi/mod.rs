@@ -20,6 +20,7 @@ mod keys;
 mod values;
 
 pub use keys::PackedKeys;
+pub(super) use keys::pack_group;
 pub use values::PackedValues;
 
 use half::f16;
@@ -81,7 +82,7 @@ impl Kivi {
     }
 
     fn levels(&self) -> f32 {
-        f32::from(u8::MAX >> (8 - self.bits))
+        super::levels(self.bits)
     }
 
     /// Scale and zero-point of numbers between `min` and `max`.
@@ -103,7 +104,7 @@ fn code(x: f32, divisor: f32, zero: f32, levels: f32) -> u8 {
 }
 
 /// The memory of words.
-fn bytes_of(words: &[u16]) -> &[u8] {
+pub(super) fn bytes_of(words: &[u16]) -> &[u8] {
     Slice::F16(as_f16(words)).bytes()
 }
 

@@ -14,10 +14,6 @@ use crate::tensor::Rows;
 /// Tokens for which a page has room: whole blocks of codes, and few enough that their sums are exact.
 const PAGE: usize = 128;
 
-/// Weights of a page are rounded to integers relative to its heaviest token, which moves the output by about
-/// `3e-5 share` of the values' range. That is nothing, unless a token has so large a share of all weight.
-const LARGE_SHARE: f32 = 0.02;
-
 /// The codes `[tokens, channels]`, and a scale and a zero-point per token and group of channels.
 #[derive(Clone)]
 pub struct PackedValues {
@@ -144,8 +140,7 @@ impl ValueSegment for PackedValues {
         scratch: &mut Scratch,
         ahead: &mut Ahead<'_>,
     ) {
-        let tolerance = if weights.largest_share > LARGE_SHARE { 0.0 } else { f32::INFINITY };
-        let packed = Packed { tolerance, ..self.groups_of(first..first + n) };
+        let packed = Packed { tolerance: weights.tolerance(), ..self.groups_of(first..first + n) };
         (scratch.kernels.add_packed)(weights.of, &packed, acc, &mut scratch.folded, ahead);
     }
 

@@ -1,0 +1,170 @@
+//! Other coordinates: pages may hold `y = T x` instead of a key or a value `x`.
+//!
+//! `q . k = (T^-T q) . (T k)`, and `sum w v = T^-1 sum w (T v)`: a query is turned once for all tokens, and an output once,
+//! never a token. Both changes here are orthogonal, so `T^-T = T` and `T^-1 = T^T`.
+
+#![forbid(unsafe_code)]
+
+use super::mat::MatMut;
+
+/// An orthogonal change of coordinates of vectors of some dim.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Basis {
+    /// `y = H D x / sqrt(block)`: random signs `D`, then the Walsh-Hadamard transform of every block of the largest power of
+    /// two that divides the dim.
+    Hadamard {
+        /// `1 / sqrt(block)` and a random sign, one a number.
+        signs: Box<[f32]>,
+        /// Numbers that are mixed with each other.
+        block: usize,
+    },
+    /// `y_i = x_(order[i])`.
+    Order(Box<[u16]>),
+}
+
+impl Basis {
+    /// The randomised Hadamard transform of `dim` numbers; the signs follow from the seed alone.
+    pub fn hadamard(dim: usize, seed: u64) -> Self {
+        let block = 1 << dim.trailing_zeros();
+        let size = 1.0 / (block as f32).sqrt();
+        let signs = (0..dim as u64).map(|i| if random(seed, i) >> 63 == 0 { size } else { -size }).collect();
+        Self::Hadamard { signs, block }
+    }
+
+    /// Bytes allocated for it.
+    pub fn bytes(&self) -> usize {
+        size_of::<Self>()
+            + match self {
+                Self::Hadamard { signs, .. } => size_of_val(&**signs),
+                Self::Order(order) => size_of_val(&**order),
+            }
+    }
+
+    /// `x <- T x`.
+    pub fn apply(&self, x: &mut [f32]) {
+        match self {
+            Self::Hadamard { signs, block } => {
+                for (x, sign) in x.iter_mut().zip(signs) {
+                    *x *= sign;
+                }
+                x.chunks_exact_mut(*block).for_each(transform);
+            }
+            Self::Order(order) => {
+                let old = x.to_vec();
+                for (x, &i) in x.iter_mut().zip(order) {
+                    *x = old[usize::from(i)];
+                }
+            }
+        }
+    }
+
+    /// `y <- T^-1 y`.
+    pub fn undo(&self, y: &mut [f32]) {
+        match self {
+            Self::Hadamard { signs, block } => {
+                y.chunks_exact_mut(*block).for_each(transform);
+                for (y, sign) in y.iter_mut().zip(signs) {
+                    *y *= sign;
+                }
+            }
+            Self::Order(order) => {
+                let old = y.to_vec();
+                for (&i, &old) in order.iter().zip(&old) {
+                    y[usize::from(i)] = old;
+                }
+            }
+        }
+    }
+
+    /// `y <- T^-1 y` for the first `n` columns of `y` `[dim, ..]`.
+    pub fn undo_columns(&self, y: &mut MatMut<'_>, n: usize) {
+        match self {
+            Self::Hadamard { signs, block } => {
+                let dim = signs.len();
+                for first in (0..dim).step_by(*block) {
+                    for half in halves(*block) {
+                        for i in (first..first + block).filter(|i| i & half == 0) {
+                            let (upper, lower) = y.data.split_at_mut((i + half) * y.stride);
+                            let (a, b) = (&mut upper[i * y.stride..][..n], &mut lower[..n]);
+                            for (a, b) in a.iter_mut().zip(b) {
+                                (*a, *b) = (*a + *b, *a - *b);
+                            }
+                        }
+                    }
+                }
+                for (i, sign) in signs.iter().enumerate() {
+                    y.row(i)[..n].iter_mut().for_each(|y| *y *= sign);
+                }
+            }
+            Self::Order(order) => {
+                let old: Vec<f32> = (0..order.len()).flat_map(|i| y.row(i)[..n].to_vec()).collect();
+                for (&to, old) in order.iter().zip(old.chunks_exact(n.max(1))) {
+                    y.row(usize::from(to))[..n].copy_from_slice(old);
+                }
+            }
+        }
+    }
+}
+
+/// 1, 2, 4, ... below `block`.
+fn halves(block: usize) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(1), |half| Some(2 * half)).take_while(move |&half| half < block)
+}
+
+/// The Walsh-Hadamard transform, not normalised; its own inverse but for the factor `x.len()`.
+fn transform(x: &mut [f32]) {
+    for half in halves(x.len()) {
+        for pair in x.chunks_exact_mut(2 * half) {
+            let (a, b) = pair.split_at_mut(half);
+            for (a, b) in a.iter_mut().zip(b) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+    }
+}
+
+/// Number `i` of the stream of random numbers with this seed (`SplitMix64`, Steele et al. 2014).
+fn random(seed: u64, i: u64) -> u64 {
+    let mut z = seed.wrapping_add((i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn orthogonal(dim in 1usize..130, seed: u64, ordered: bool) {
+            let order = (0..dim as u16).rev().collect();
+            let basis = if ordered { Basis::Order(order) } else { Basis::hadamard(dim, seed) };
+            let x: Vec<f32> = (0..dim as u64).map(|i| (random(seed, i) >> 40) as f32 / 1e7 - 0.8).collect();
+            let mut y = x.clone();
+            basis.apply(&mut y);
+            let norm = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+            prop_assert!((norm(&x) / norm(&y) - 1.0).abs() < 1e-5);
+            let mut columns: Vec<f32> = y.iter().flat_map(|&y| [y, 2.0 * y, 7.0]).collect();
+            basis.undo_columns(&mut MatMut::new(&mut columns, dim, 3), 2);
+            basis.undo(&mut y);
+            for i in 0..dim {
+                prop_assert!((x[i] - y[i]).abs() < 1e-5);
+                prop_assert!((columns[3 * i] - y[i]).abs() < 1e-5 && (columns[3 * i + 1] - 2.0 * y[i]).abs() < 1e-5);
+                prop_assert_eq!(columns[3 * i + 2], 7.0);
+            }
+        }
+    }
+
+    #[test]
+    fn hadamard_of_four_is_the_known_one() {
+        let mut x = [1.0, 0.0, 0.0, 0.0];
+        let basis = Basis::Hadamard { signs: [0.5; 4].into(), block: 4 };
+        basis.apply(&mut x);
+        assert_eq!(x, [0.5; 4]);
+        let mut x = [0.0, 1.0, 0.0, 0.0];
+        basis.apply(&mut x);
+        assert_eq!(x, [0.5, -0.5, 0.5, -0.5]);
+    }
+}

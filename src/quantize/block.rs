@@ -1,0 +1,60 @@
+//! Blocks of 32 channels with one scale, as llama.cpp's `q8_0` and `q4_0` define them: per token, no calibration.
+//!
+//! ```text
+//! 8 bits: scale = max |x| / 127         code = round(x / scale)                   x' = scale code
+//! 4 bits: scale = x_of_max_|x| / -8     code = min(15, floor(x / scale + 8.5))    x' = scale (code - 8)
+//! ```
+//!
+//! The scale is stored as f16, codes are computed from the unrounded one, as there. Codes of 8 bits are stored 128 higher.
+
+use half::f16;
+
+use super::refuse;
+use crate::error::Result;
+
+/// Channels that share a scale.
+pub(super) const SIZE: usize = 32;
+
+/// The parameters of a block format.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Bits of a code: 4 or 8.
+    pub bits: u8,
+    /// The newest tokens, which stay exact.
+    pub window: usize,
+    /// Exact tokens at the beginning of a sequence.
+    pub sinks: usize,
+}
+
+impl Block {
+    /// Checks the parameters.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::error::Error::Option) for the first that does not fit.
+    pub fn new(bits: u8, window: usize, sinks: usize) -> Result<Self> {
+        if !matches!(bits, 4 | 8) {
+            return refuse("bits", bits, "4, 8");
+        }
+        Ok(Self { bits, window, sinks })
+    }
+
+    /// The code that stands for 0.
+    pub(super) fn origin(&self) -> f32 {
+        if self.bits == 8 { 128.0 } else { 8.0 }
+    }
+
+    /// The codes of a block, and its scale.
+    pub(super) fn encode(&self, x: &[f32], codes: &mut [u8]) -> f16 {
+        let largest = x.iter().fold(0.0f32, |largest, &x| if x.abs() > largest.abs() { x } else { largest });
+        let scale = if self.bits == 8 { largest.abs() / 127.0 } else { largest / -8.0 };
+        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        for (code, &x) in codes.iter_mut().zip(x) {
+            *code = if self.bits == 8 {
+                ((x * inverse).round() + 128.0) as u8
+            } else {
+                ((x * inverse + 8.5) as u8).min(15)
+            };
+        }
+        f16::from_f32(scale)
+    }
+}

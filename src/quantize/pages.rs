@@ -1,0 +1,243 @@
+//! Pages: what a method makes of tokens, as the cache and the reading side see it.
+
+use super::{GradedKeys, Method, PackedKeys, PackedValues, Plan, TokenKeys, TokenValues, exact};
+use crate::attend::{KeySegment, ValueSegment};
+use crate::tensor::Rows;
+
+/// Bytes allocated for a page's parts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageBytes {
+    /// Packed codes.
+    pub codes: usize,
+    /// Scales and zero-points.
+    pub scales: usize,
+    /// Numbers in the model's dtype.
+    pub exact: usize,
+}
+
+/// Keys or values of consecutive tokens, sealed by a [`Method`].
+pub trait Page: Clone + Send + Sync {
+    /// How such pages are read: `dyn KeySegment` or `dyn ValueSegment`.
+    type Segment: ?Sized;
+
+    /// The page as the reading side sees it.
+    fn segment(&self) -> &Self::Segment;
+
+    /// Exact rows as the reading side sees them.
+    fn tail(rows: &Rows) -> &Self::Segment;
+
+    /// How many of `n` unpacked tokens are due to be sealed, oldest first.
+    fn due(method: &Method, n: usize) -> usize;
+
+    /// A page of exact rows.
+    fn exact(rows: Rows) -> Self;
+
+    /// The rows of an exact page.
+    fn as_exact(&self) -> Option<&Rows>;
+
+    /// Seals at least one and at most all of the `n` oldest of `rows`; returns the page and how many it took.
+    fn seal(method: &Method, plan: &mut Plan, rows: &Rows, n: usize) -> (Self, usize);
+
+    /// Room for more tokens in this page.
+    fn room(&self) -> usize;
+
+    /// Takes the `n` oldest of `rows`, at most [`Page::room`].
+    fn extend(&mut self, rows: &Rows, n: usize);
+
+    /// Tokens held.
+    fn tokens(&self) -> usize;
+
+    /// Bytes allocated behind this page.
+    fn bytes(&self) -> PageBytes;
+}
+
+/// Sealed keys.
+#[derive(Clone)]
+pub enum KeyPage {
+    /// In the model's dtype.
+    Exact(Rows),
+    /// Per channel, over groups of tokens.
+    Kivi(PackedKeys),
+    /// A scale a token and group of channels.
+    Tokens(TokenKeys),
+    /// Per channel, with different bits.
+    Graded(GradedKeys),
+}
+
+/// Sealed values.
+#[derive(Clone)]
+pub enum ValuePage {
+    /// In the model's dtype.
+    Exact(Rows),
+    /// Per token, over groups of channels.
+    Kivi(PackedValues),
+    /// A scale a token and group of channels, without zero-points.
+    Tokens(TokenValues),
+}
+
+impl Page for KeyPage {
+    type Segment = dyn KeySegment;
+
+    fn segment(&self) -> &Self::Segment {
+        match self {
+            Self::Exact(rows) => rows,
+            Self::Kivi(page) => page,
+            Self::Tokens(page) => page,
+            Self::Graded(page) => page,
+        }
+    }
+
+    fn tail(rows: &Rows) -> &Self::Segment {
+        rows
+    }
+
+    fn due(method: &Method, n: usize) -> usize {
+        match method {
+            Method::Exact => exact::due(n),
+            Method::Kivi(kivi) => kivi.keys_due(n),
+            Method::Block(block) => n.saturating_sub(block.window),
+            Method::Rotated(rotated) => n.saturating_sub(rotated.window),
+            Method::Graded(graded) => graded.due(n),
+        }
+    }
+
+    fn exact(rows: Rows) -> Self {
+        Self::Exact(rows)
+    }
+
+    fn as_exact(&self) -> Option<&Rows> {
+        if let Self::Exact(rows) = self { Some(rows) } else { None }
+    }
+
+    fn seal(method: &Method, plan: &mut Plan, rows: &Rows, n: usize) -> (Self, usize) {
+        match method {
+            Method::Exact => {
+                let (page, taken) = exact::seal(rows, n);
+                (Self::Exact(page), taken)
+            }
+            Method::Kivi(kivi) => {
+                let n = n.min(kivi.window);
+                (Self::Kivi(PackedKeys::pack(kivi, rows, n)), n)
+            }
+            Method::Graded(graded) => {
+                let n = n.min(graded.window);
+                (Self::Graded(GradedKeys::pack(graded, plan, rows, n)), n)
+            }
+            Method::Block(_) | Method::Rotated(_) => {
+                let mut page = TokenKeys::new(method, plan, rows.dim());
+                let n = n.min(page.room());
+                page.extend(rows, n);
+                (Self::Tokens(page), n)
+            }
+        }
+    }
+
+    fn room(&self) -> usize {
+        if let Self::Tokens(page) = self { page.room() } else { 0 }
+    }
+
+    fn extend(&mut self, rows: &Rows, n: usize) {
+        match self {
+            Self::Tokens(page) => page.extend(rows, n),
+            _ => assert_eq!(n, 0, "these key pages are sealed whole"),
+        }
+    }
+
+    fn tokens(&self) -> usize {
+        match self {
+            Self::Exact(rows) => rows.len(),
+            Self::Kivi(page) => page.tokens(),
+            Self::Tokens(page) => page.tokens(),
+            Self::Graded(page) => page.tokens(),
+        }
+    }
+
+    fn bytes(&self) -> PageBytes {
+        match self {
+            Self::Exact(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
+            Self::Kivi(page) => page.bytes(),
+            Self::Tokens(page) => page.bytes(),
+            Self::Graded(page) => page.bytes(),
+        }
+    }
+}
+
+impl Page for ValuePage {
+    type Segment = dyn ValueSegment;
+
+    fn segment(&self) -> &Self::Segment {
+        match self {
+            Self::Exact(rows) => rows,
+            Self::Kivi(page) => page,
+            Self::Tokens(page) => page,
+        }
+    }
+
+    fn tail(rows: &Rows) -> &Self::Segment {
+        rows
+    }
+
+    fn due(method: &Method, n: usize) -> usize {
+        match method {
+            Method::Exact => exact::due(n),
+            Method::Kivi(kivi) => kivi.values_due(n),
+            Method::Block(block) => n.saturating_sub(block.window),
+            Method::Rotated(rotated) => n.saturating_sub(rotated.window),
+            Method::Graded(_) => unreachable!("a codec has no graded values"),
+        }
+    }
+
+    fn exact(rows: Rows) -> Self {
+        Self::Exact(rows)
+    }
+
+    fn as_exact(&self) -> Option<&Rows> {
+        if let Self::Exact(rows) = self { Some(rows) } else { None }
+    }
+
+    fn seal(method: &Method, plan: &mut Plan, rows: &Rows, n: usize) -> (Self, usize) {
+        if let Method::Exact = method {
+            let (page, taken) = exact::seal(rows, n);
+            return (Self::Exact(page), taken);
+        }
+        let mut page = match method {
+            Method::Kivi(kivi) => Self::Kivi(PackedValues::new(kivi, rows.dim())),
+            _ => Self::Tokens(TokenValues::new(method, plan, rows.dim())),
+        };
+        let n = n.min(page.room());
+        page.extend(rows, n);
+        (page, n)
+    }
+
+    fn room(&self) -> usize {
+        match self {
+            Self::Exact(_) => 0,
+            Self::Kivi(page) => page.room(),
+            Self::Tokens(page) => page.room(),
+        }
+    }
+
+    fn extend(&mut self, rows: &Rows, n: usize) {
+        match self {
+            Self::Exact(_) => assert_eq!(n, 0, "exact pages are sealed whole"),
+            Self::Kivi(page) => page.extend(rows, n),
+            Self::Tokens(page) => page.extend(rows, n),
+        }
+    }
+
+    fn tokens(&self) -> usize {
+        match self {
+            Self::Exact(rows) => rows.len(),
+            Self::Kivi(page) => page.tokens(),
+            Self::Tokens(page) => page.tokens(),
+        }
+    }
+
+    fn bytes(&self) -> PageBytes {
+        match self {
+            Self::Exact(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
+            Self::Kivi(page) => page.bytes(),
+            Self::Tokens(page) => page.bytes(),
+        }
+    }
+}

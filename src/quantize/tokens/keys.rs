@@ -1,0 +1,169 @@
+//! A page of keys with a scale a token and group of channels.
+
+use std::sync::Arc;
+
+use half::f16;
+
+use super::{Format, PAGE, bytes_of, number};
+use crate::attend::codes::{packed_len, put_lane};
+use crate::attend::kernels::Ahead;
+use crate::attend::mat::{Mat, MatMut};
+use crate::attend::packed::{Grids, Packed};
+use crate::attend::{Basis, KEY_TOLERANCE, KeySegment, Scratch, padded};
+use crate::quantize::{Method, PageBytes, Plan};
+use crate::tensor::Rows;
+
+/// Group after group of channels: the codes `[channels, PAGE]`, then the scales of `PAGE` tokens.
+#[derive(Clone)]
+pub struct TokenKeys {
+    format: Format,
+    tokens: usize,
+    /// The largest magnitude of a scale.
+    largest: f32,
+    words: Box<[u16]>,
+}
+
+impl TokenKeys {
+    /// An empty page.
+    pub(in crate::quantize) fn new(method: &Method, plan: &mut Plan, dim: usize) -> Self {
+        let mut page = Self { format: Format::new(method, plan, dim), tokens: 0, largest: 0.0, words: Box::default() };
+        page.words = vec![0; page.start(page.format.groups())].into();
+        page
+    }
+
+    /// Channels of group `j`.
+    fn channels(&self, j: usize) -> usize {
+        self.format.group().min(self.format.dim - j * self.format.group())
+    }
+
+    /// Where group `j` begins in the words.
+    fn start(&self, j: usize) -> usize {
+        let whole = packed_len(self.format.bits(), self.format.group(), PAGE) + PAGE;
+        if j < self.format.groups() { j * whole } else { (j - 1) * whole + self.codes_len(j - 1) + PAGE }
+    }
+
+    /// Words of the codes of group `j`.
+    fn codes_len(&self, j: usize) -> usize {
+        packed_len(self.format.bits(), self.channels(j), PAGE)
+    }
+
+    pub(in crate::quantize) fn room(&self) -> usize {
+        PAGE - self.tokens
+    }
+
+    pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize) {
+        let format = self.format.clone();
+        let first = self.tokens;
+        format.encode(rows, n, |t, codes, scales| {
+            for (j, (codes, &scale)) in codes.chunks(format.group()).zip(scales).enumerate() {
+                let (start, len) = (self.start(j), self.codes_len(j));
+                put_lane(format.bits(), PAGE, codes, first + t, &mut self.words[start..start + len]);
+                self.words[start + len + first + t] = scale.to_bits();
+                self.largest = self.largest.max(scale.to_f32().abs());
+            }
+        });
+        self.tokens += n;
+    }
+
+    pub(in crate::quantize) fn bytes(&self) -> PageBytes {
+        let scales = self.format.groups() * PAGE * size_of::<f16>();
+        PageBytes { codes: size_of_val(&*self.words) - scales, scales, exact: 0 }
+    }
+
+    pub(in crate::quantize) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Numbers of a key.
+    pub fn dim(&self) -> usize {
+        self.format.dim
+    }
+
+    /// Groups of channels.
+    pub fn groups(&self) -> usize {
+        self.format.groups()
+    }
+
+    /// Group `j` of the first `n` tokens.
+    fn group(&self, j: usize, n: usize) -> Packed<'_> {
+        Packed {
+            words: &self.words[self.start(j)..],
+            bits: self.format.bits(),
+            outer: self.channels(j),
+            lead: 0,
+            parts: 1,
+            width: padded(n),
+            lanes: PAGE,
+            codes_step: self.codes_len(j),
+            grids: Grids::Plain { origin: self.format.origin() },
+            lane_scales_at: Some(self.codes_len(j)),
+            // In the units of the sums before the scales.
+            tolerance: KEY_TOLERANCE / self.largest.max(f32::MIN_POSITIVE),
+        }
+    }
+
+    /// The code of number `c` of token `t`, in the page's coordinates.
+    pub fn code(&self, t: usize, c: usize) -> u8 {
+        let group = self.format.group();
+        self.group(c / group, PAGE).codes(0).0.get(c % group, t)
+    }
+
+    /// Scale and zero-point of group `j` of token `t`.
+    pub fn grid(&self, t: usize, j: usize) -> (f32, f32) {
+        let scale = number(self.words[self.start(j) + self.codes_len(j) + t]);
+        (scale, -scale * self.format.origin())
+    }
+}
+
+impl KeySegment for TokenKeys {
+    fn unit(&self) -> usize {
+        PAGE
+    }
+
+    fn basis(&self) -> Option<&Arc<Basis>> {
+        self.format.basis()
+    }
+
+    fn bytes(&self, _: usize, _: usize) -> &[u8] {
+        bytes_of(&self.words)
+    }
+
+    fn scores(
+        &self,
+        q: Mat<'_>,
+        first: usize,
+        n: usize,
+        mut out: MatMut<'_>,
+        scratch: &mut Scratch,
+        ahead: &mut Ahead<'_>,
+    ) {
+        assert_eq!(first, 0, "a page is read from its beginning");
+        for g in 0..q.rows {
+            out.row(g)[..padded(n)].fill(0.0);
+        }
+        for j in 0..self.format.groups() {
+            let (q, packed) = (q.from_column(j * self.format.group()), self.group(j, n));
+            (scratch.kernels.add_packed)(q, &packed, out.from_column(0), &mut scratch.folded, ahead);
+        }
+    }
+
+    fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
+        assert_eq!(first, 0, "a page is read from its beginning");
+        let origin = self.format.origin();
+        for j in 0..self.format.groups() {
+            let packed = self.group(j, n);
+            let codes = packed.codes(0).0;
+            let mut out = out.part(j * self.format.group(), codes.outer());
+            (scratch.kernels.unpack)(codes, out.from_column(0));
+            let scales = packed.lane_scales(0, n).expect("keys have a scale a token");
+            for c in 0..packed.outer {
+                for (x, scale) in out.row(c)[..n].iter_mut().zip(scales) {
+                    *x = (*x - origin) * scale.to_f32();
+                }
+            }
+        }
+        if let Some(basis) = self.format.basis() {
+            basis.undo_columns(&mut out, n);
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! A page of values with a scale a token and group of channels.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Format, PAGE, bytes_of, number};
+use crate::attend::codes::{block, block_words, packed_len, put_row};
+use crate::attend::kernels::Ahead;
+use crate::attend::mat::MatMut;
+use crate::attend::packed::{Grids, Packed};
+use crate::attend::{Basis, Scratch, ValueSegment, Weights, padded};
+use crate::quantize::{Method, PageBytes, Plan};
+use crate::tensor::Rows;
+
+/// The codes `[PAGE, channels]`, channels padded to whole lanes; then a scale a group of channels and token.
+#[derive(Clone)]
+pub struct TokenValues {
+    format: Format,
+    tokens: usize,
+    words: Box<[u16]>,
+}
+
+impl TokenValues {
+    /// An empty page.
+    pub(in crate::quantize) fn new(method: &Method, plan: &mut Plan, dim: usize) -> Self {
+        let mut page = Self { format: Format::new(method, plan, dim), tokens: 0, words: Box::default() };
+        page.words = vec![0; page.code_words() + page.format.groups() * PAGE].into();
+        page
+    }
+
+    fn code_words(&self) -> usize {
+        packed_len(self.format.bits(), PAGE, padded(self.format.dim))
+    }
+
+    pub(in crate::quantize) fn room(&self) -> usize {
+        PAGE - self.tokens
+    }
+
+    pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize) {
+        let (format, first, code_words) = (self.format.clone(), self.tokens, self.code_words());
+        let mut padded_codes = vec![0; padded(format.dim)];
+        format.encode(rows, n, |t, codes, scales| {
+            padded_codes[..codes.len()].copy_from_slice(codes);
+            put_row(format.bits(), &padded_codes, first + t, &mut self.words[..code_words]);
+            for (j, scale) in scales.iter().enumerate() {
+                self.words[code_words + j * PAGE + first + t] = scale.to_bits();
+            }
+        });
+        self.tokens += n;
+    }
+
+    pub(in crate::quantize) fn bytes(&self) -> PageBytes {
+        let codes = self.code_words() * size_of::<u16>();
+        PageBytes { codes, scales: size_of_val(&*self.words) - codes, exact: 0 }
+    }
+
+    pub(in crate::quantize) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Numbers of a value.
+    pub fn dim(&self) -> usize {
+        self.format.dim
+    }
+
+    /// Groups of channels.
+    pub fn groups(&self) -> usize {
+        self.format.groups()
+    }
+
+    /// Groups of channels, each a part, for `tokens`.
+    fn groups_of(&self, tokens: Range<usize>, tolerance: f32) -> Packed<'_> {
+        let (bits, lanes) = (self.format.bits(), padded(self.format.dim));
+        let skipped = tokens.start / block(bits) * block_words(bits, lanes);
+        Packed {
+            words: &self.words[skipped..],
+            bits,
+            outer: tokens.len(),
+            lead: tokens.start % block(bits),
+            parts: self.format.groups(),
+            width: padded(self.format.group()),
+            lanes,
+            codes_step: 0,
+            grids: Grids::Scaled {
+                scales_at: self.code_words() - skipped + tokens.start,
+                origin: self.format.origin(),
+                step: PAGE,
+            },
+            lane_scales_at: None,
+            tolerance,
+        }
+    }
+
+    /// The code of number `c` of token `t`, in the page's coordinates.
+    pub fn code(&self, t: usize, c: usize) -> u8 {
+        self.groups_of(0..PAGE, 0.0).codes(0).0.get(t, c)
+    }
+
+    /// Scale and zero-point of group `j` of token `t`.
+    pub fn grid(&self, t: usize, j: usize) -> (f32, f32) {
+        let scale = number(self.words[self.code_words() + j * PAGE + t]);
+        (scale, -scale * self.format.origin())
+    }
+}
+
+impl ValueSegment for TokenValues {
+    fn basis(&self) -> Option<&Arc<Basis>> {
+        self.format.basis()
+    }
+
+    fn bytes(&self, _: usize, _: usize) -> &[u8] {
+        bytes_of(&self.words)
+    }
+
+    fn accumulate(
+        &self,
+        weights: Weights<'_>,
+        first: usize,
+        n: usize,
+        acc: MatMut<'_>,
+        scratch: &mut Scratch,
+        ahead: &mut Ahead<'_>,
+    ) {
+        let packed = self.groups_of(first..first + n, weights.tolerance());
+        (scratch.kernels.add_packed)(weights.of, &packed, acc, &mut scratch.folded, ahead);
+    }
+
+    fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
+        let packed = self.groups_of(first..first + n, 0.0);
+        let (codes, origin, dim) = (packed.codes(0).0, self.format.origin(), self.format.dim);
+        let lanes = codes.lanes();
+        scratch.buffer.resize(codes.outer() * lanes, 0.0);
+        (scratch.kernels.unpack)(codes, MatMut::new(&mut scratch.buffer, codes.outer(), lanes));
+        for t in 0..n {
+            let codes = &scratch.buffer[(packed.lead + t) * lanes..][..dim];
+            let out = &mut out.row(t)[..dim];
+            let groups = codes.chunks(self.format.group()).zip(out.chunks_mut(self.format.group()));
+            for (j, (codes, out)) in groups.enumerate() {
+                let scale = packed.grid(j).scale(t);
+                for (x, code) in out.iter_mut().zip(codes) {
+                    *x = (code - origin) * scale;
+                }
+            }
+            if let Some(basis) = self.format.basis() {
+                basis.undo(out);
+            }
+        }
+    }
+}
