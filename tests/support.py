@@ -18,11 +18,40 @@ CODECS = [
     kvpack.KIVI(bits=3),
     kvpack.KIVI(bits=4),
     kvpack.KIVI(bits=8),
+    kvpack.Q8(),
+    kvpack.Rotated(bits=3, group=16, window=32),
+    kvpack.Graded(key_bits=2.5, value_bits=2),
+    kvpack.Apart(kvpack.KIVI(bits=4, group=64), kvpack.Rotated(bits=8)),
 ]
 
 
 def codec_id(codec: Any) -> str:
-    return f"kivi{codec.bits}" if isinstance(codec, kvpack.KIVI) else type(codec).__name__.lower()
+    """The codec's name and numbers: `kivi2`, `graded2.5-2`."""
+    if isinstance(codec, kvpack.Apart):
+        return f"{codec_id(codec.keys)}/{codec_id(codec.values)}"
+    bits = [getattr(codec, name) for name in ("bits", "key_bits", "value_bits") if hasattr(codec, name)]
+    return codec.name.rstrip("48") + "-".join(map(str, bits))
+
+
+def stored_bits(codec: Any, head_dim: int) -> float:
+    """Bits of a number that is packed, with its scales: the mean of keys and values."""
+    if isinstance(codec, kvpack.Exact):
+        return 32
+    if isinstance(codec, kvpack.Apart):
+        return (side_bits(codec.keys, head_dim) + side_bits(codec.values, head_dim)) / 2
+    if isinstance(codec, kvpack.Graded):
+        values = kvpack.Rotated(bits=codec.value_bits)
+        return (codec.key_bits + 32 / codec.group + side_bits(values, head_dim)) / 2
+    return side_bits(codec, head_dim)
+
+
+def side_bits(codec: Any, head_dim: int) -> float:
+    """The same of a codec that stores keys and values alike."""
+    if isinstance(codec, kvpack.KIVI):
+        return codec.bits + 32 / codec.group
+    if isinstance(codec, kvpack.Rotated):
+        return codec.bits + 16 / (codec.group or head_dim)
+    return codec.bits + 16 / 32
 
 
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=codec_id)

@@ -156,6 +156,7 @@ def test_a_fork_outlives_its_origin(codec: Any) -> None:
 def test_cropping_a_fork_leaves_the_origin_whole(codec: Any) -> None:
     cache = filled(codec, 300)
     fork = cache.fork()
+    fork.activate_past_recording()  # a short window packs what is cropped here
     fork.crop(-40)
     grow(fork, [50], seed=1)
     assert fork.get_seq_length() == 310
@@ -253,6 +254,8 @@ def test_crop_of_nothing_changes_nothing(codec: Any) -> None:
 @every_codec
 def test_crop_takes_the_tensors_that_some_releases_pass(codec: Any) -> None:
     cache, other = filled(codec, 300), filled(codec, 300)
+    for each in (cache, other):
+        each.activate_past_recording()
     cache.crop(torch.tensor(-5))
     other.crop(-5)
     assert_same_contents(cache, other)
@@ -334,6 +337,17 @@ def test_recording_postpones_packing_to_the_next_crop(bits: int) -> None:
     straight.activate_past_recording()
     straight.crop(-50)
     assert_same_contents(cache, straight)
+
+
+def test_a_codec_without_a_window_refuses_to_crop_a_prompt() -> None:
+    cache = filled(kvpack.Q8(), 300)
+    before = cache.fork()
+    with pytest.raises(kvpack.CropError, match=r"\b1\b.*\b0\b"):
+        cache.crop(-1)
+    assert_same_contents(cache, before)
+    grow(cache, [3], seed=1)
+    cache.crop(-3)  # what came after the prompt waits for the next forward
+    assert_same_contents(cache, before)
 
 
 def test_left_padded_rows_crop_by_position() -> None:

@@ -30,7 +30,7 @@ from .errors import (
 )
 from .evaluation import Evaluation, evaluate
 from .memory import Memory
-from .methods import KIVI, Q4, Q8, Apart, Exact, Graded, Rotated
+from .methods import KIVI, PRESETS, Q4, Q8, Apart, Exact, Graded, Rotated
 
 __all__ = [
     "KIVI",
@@ -59,8 +59,10 @@ __all__ = [
     "attach",
     "evaluate",
     "info",
+    "presets",
 ]
 __version__ = _kvpack.__version__
+presets = PRESETS
 
 
 def info() -> dict[str, Any]:

@@ -49,7 +49,8 @@ class PackedLayer(CacheLayerMixin):
         self.version = 0
         self.counts = {"prefill": 0, "fused": 0, "materialised": 0}
         self._store = quantize.make_store()
-        self._window = getattr(quantize, "window", 0)
+        # Chunks up to this length wait for the next forward to be packed, so that they can be cropped.
+        self._patience = max(getattr(quantize, "window", 0), 64)
         self._seen = 0
         self._pending: tuple[Tensor, Tensor] | None = None
 
@@ -94,7 +95,7 @@ class PackedLayer(CacheLayerMixin):
         )
 
     def absorb(self, valid: Tensor | None = None, query: Tensor | None = None) -> None:
-        """Stores what is pending; `valid` `[B, q]` says which tokens are not pads, `query` is what the attention read."""
+        """Stores what is pending; `valid` `[B, q]` says which tokens are not pads, `query` is what attended to them."""
         valid = self._valid(valid)
         new = self._new(valid)
         if new is not None:
@@ -233,7 +234,7 @@ class PackedLayer(CacheLayerMixin):
             raise
         self._absorbed()
         self.counts["fused"] += 1
-        if new > self._window and not (self.record_past or self.shared):
+        if new > self._patience and not (self.record_past or self.shared):
             self._store.settle()  # a long chunk would otherwise be held exactly in all layers at once
         return out
 

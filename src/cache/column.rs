@@ -108,6 +108,7 @@ impl<P: Page> Column<P> {
     /// Keeps the `n` oldest tokens. What is left of an exact page that is cut goes back to the tail.
     pub(super) fn truncate(&mut self, n: usize) {
         let mut sealed = self.sealed();
+        self.plan.forget((sealed + self.tail.len()).saturating_sub(n));
         if n >= sealed {
             self.tail.truncate(n - sealed);
             return;

@@ -59,12 +59,15 @@ impl KvHead {
     pub(super) fn observe(&mut self, query: &View<'_>, [b, h]: [usize; 2], kv_heads: usize, valid: Option<&[bool]>) {
         let [_, heads, n, dim] = query.shape();
         let (readers, mut q) = (heads / kv_heads, vec![0.0; dim]);
-        for t in (0..n).filter(|&t| valid.is_none_or(|valid| valid[t])) {
+        let tokens: Vec<usize> = (0..n).filter(|&t| valid.is_none_or(|valid| valid[t])).collect();
+        self.keys.plan.observe(tokens.len(), dim, |t, sums| {
             for reader in h * readers..(h + 1) * readers {
-                query.row(b, reader, t).to_f32(&mut q);
-                self.keys.plan.observe(&q);
+                query.row(b, reader, tokens[t]).to_f32(&mut q);
+                for (sum, q) in sums.iter_mut().zip(&q) {
+                    *sum += q * q;
+                }
             }
-        }
+        });
     }
 
     /// How many numbers the codec's rule wants packed.

@@ -5,6 +5,9 @@ use std::sync::Arc;
 use super::Band;
 use crate::attend::Basis;
 
+/// Tokens of a forward that may be taken back: what speculation appends.
+const SHORT: usize = 16;
+
 /// Decisions for the pages to come; pages that are sealed keep their own.
 #[derive(Clone, Default)]
 pub struct Plan {
@@ -14,6 +17,8 @@ pub struct Plan {
     pub(super) bands: Option<Arc<[Band]>>,
     /// Sums of the squares of queries, one a channel; empty before the first.
     moments: Vec<f32>,
+    /// Those of each token of the last forward, if it was short: tokens that are taken back take theirs along.
+    recent: Vec<f32>,
     /// Tokens sealed with any plan.
     pub(super) sealed: usize,
     /// Tokens after which bands are chosen again.
@@ -21,17 +26,33 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Takes a query of the column's readers into account.
-    pub fn observe(&mut self, query: &[f32]) {
-        self.moments.resize(query.len(), 0.0);
-        for (moment, q) in self.moments.iter_mut().zip(query) {
-            *moment += q * q;
+    /// Takes the queries of a forward into account: `squares(token, sums)` adds the squares of the queries of `token`, of all
+    /// the column's readers, to `sums`.
+    pub fn observe(&mut self, tokens: usize, dim: usize, mut squares: impl FnMut(usize, &mut [f32])) {
+        self.moments.resize(dim, 0.0);
+        for recent in self.recent.chunks_exact(dim) {
+            for (moment, square) in self.moments.iter_mut().zip(recent) {
+                *moment += square;
+            }
         }
+        self.recent = Vec::new();
+        if tokens <= SHORT {
+            self.recent = vec![0.0; tokens * dim];
+            self.recent.chunks_exact_mut(dim).enumerate().for_each(|(t, sums)| squares(t, sums));
+        } else {
+            (0..tokens).for_each(|t| squares(t, &mut self.moments));
+        }
+    }
+
+    /// Forgets the queries of the `n` newest tokens, as far as they are known apart.
+    pub fn forget(&mut self, n: usize) {
+        self.recent.truncate(self.recent.len().saturating_sub(n * self.moments.len()));
     }
 
     /// What an error in channel `c` weighs: the sum of the squares of the queries that met it, or 1 when none was seen.
     pub(super) fn weight(&self, c: usize) -> f32 {
-        self.moments.get(c).copied().unwrap_or(1.0)
+        let recent = self.recent.get(c..).unwrap_or_default().iter().step_by(self.moments.len().max(1));
+        self.moments.get(c).map_or(1.0, |moment| recent.fold(*moment, |sum, square| sum + square))
     }
 
     /// The stored coordinates: `make`s them at the first call.
@@ -41,7 +62,7 @@ impl Plan {
 
     /// Bytes allocated for the plan.
     pub fn bytes(&self) -> usize {
-        self.moments.capacity() * size_of::<f32>()
+        (self.moments.capacity() + self.recent.capacity()) * size_of::<f32>()
             + self.basis.as_ref().map_or(0, |basis| basis.bytes())
             + self.bands.as_ref().map_or(0, |bands| size_of_val(&**bands))
     }

@@ -169,8 +169,8 @@ class Q4(_Block):
 class Rotated(Quantize):
     """A randomised Hadamard transform, then one scale a token and a uniform grid.
 
-    The rotation and the scale are TurboQuant-MSE's (Zandieh et al. 2025, arXiv 2504.19874), the grid is uniform where the
-    paper has Lloyd and Max's levels, and its second stage (QJL) is left out. The stored scale is such that
+    The rotation and the scale a token are TurboQuant-MSE's (Zandieh et al. 2025, arXiv 2504.19874). The grid is uniform
+    where the paper has Lloyd and Max's levels, and its second stage (QJL) is left out. The stored scale is such that
     `x' . x = x . x`: attention averages errors away, but not what all tokens lack. `bits + 16 / group` bits a number.
 
     Queries are rotated once a step and outputs once, tokens never.
@@ -208,9 +208,9 @@ class Rotated(Quantize):
 class Graded(Quantize):
     """Keys per channel, each with the bits that it is worth; values rotated. kvpack's own combination, no calibration.
 
-    A key channel has 8, 4, 3, 2 or 0 bits, such that `sum_c E[q_c^2] E[e_c^2]`, the expected square of a logit's error, is
-    least while the mean is at most `key_bits`: a rate allocation with the query metric (as in SQuat, ThinK and Block-GTQ),
-    on KIVI's grids. The queries are those that the cache sees while the text is read; they are only seen with
+    A key channel has 8, 4, 3, 2 or 0 bits, such that `sum_c E[q_c^2] E[e_c^2]`, the expected square of a logit's error,
+    is least while the mean is at most `key_bits`: a rate allocation on KIVI's grids, with the query metric that SQuat,
+    ThinK and Block-GTQ use too. The queries are those that the cache sees while the text is read; they are only seen with
     `attn_implementation="kvpack"`, otherwise all channels' errors weigh the same. Bits are chosen again when the tokens
     have doubled. Values are stored as `Rotated` stores them.
 
@@ -267,7 +267,9 @@ class Graded(Quantize):
 
 @dataclass(frozen=True)
 class Apart(Quantize):
-    """Keys by one method, values by another: `Apart(KIVI(bits=4), Rotated(bits=2))`, as text `kivi:bits=4/rotated:bits=2`.
+    """Keys by one method, values by another: `Apart(KIVI(bits=4), Rotated(bits=2))`.
+
+    As text it is written with a slash: `kivi:bits=4/rotated:bits=2`.
 
     Attributes:
         keys: stores the keys.
@@ -285,6 +287,7 @@ class Apart(Quantize):
             given = getattr(self, field)
             if not isinstance(given, Quantize):
                 raise OptionError(f"{field}={given!r} is not accepted; accepted: methods such as kvpack.KIVI(bits=4)")
+        self.make_store()  # Rust knows which methods are for keys alone
 
     @property
     def wants_queries(self) -> bool:  # type: ignore[override]

@@ -1,7 +1,8 @@
 """Methods written as text, for command lines and files: `kivi:bits=2`, `kivi:bits=4:group=64`.
 
-A method is its registered name and, after colons, parameters of its dataclass. Keys by one codec and values by another are
-written with a slash (`kivi:bits=4/rotated:bits=2`), methods of several families are joined with `+`.
+A method is its registered name and, after colons, parameters of its dataclass; or the name of a preset. Keys by one
+codec and values by another are written with a slash (`kivi:bits=4/rotated:bits=2`), methods of several families are
+joined with `+`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import OptionError
+from .presets import PRESETS
 from .quantize import QUANTIZE, Apart
 
 FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE}
@@ -51,10 +53,14 @@ def _parse_part(text: str) -> tuple[str, Any]:
     if "/" in text:
         sides = [_parse_part(side) for side in text.split("/")]
         if len(sides) != 2 or any(family != "quantize" for family, _ in sides):
-            raise OptionError(f"method {text!r} is not accepted; a slash stands between a codec of keys and one of values")
+            raise OptionError(
+                f"method {text!r} is not accepted; a slash stands between a codec of keys and one of values"
+            )
         (_, keys), (_, values) = sides
         return "quantize", Apart(keys, values)
     name, parameters = split_parameters(text)
+    if name in PRESETS and not parameters:
+        return "quantize", PRESETS[name]
     family = next((family for family, methods in FAMILIES.items() if name in methods), None)
     if family is None:
         raise OptionError(f"method {name!r} is unknown; accepted: {', '.join(names())}")
@@ -62,8 +68,8 @@ def _parse_part(text: str) -> tuple[str, Any]:
 
 
 def names() -> list[str]:
-    """Return the names of all registered methods."""
-    return [name for methods in FAMILIES.values() for name in methods]
+    """Return the names of all registered methods, and of the presets."""
+    return [*(name for methods in FAMILIES.values() for name in methods), *PRESETS]
 
 
 def standard_settings() -> list[str]:
