@@ -36,10 +36,10 @@ class Engine:
 
 ENGINES = (
     Engine(FULL, "sdpa"),
-    Engine("kvpack exact", "kvpack", kvpack.Exact()),
-    Engine("kvpack KIVI 8 bit", "kvpack", kvpack.KIVI(bits=8)),
-    Engine("kvpack KIVI 4 bit", "kvpack", kvpack.KIVI(bits=4)),
-    Engine("kvpack KIVI 2 bit", "kvpack", kvpack.KIVI(bits=2)),
+    *(
+        Engine(f"kvpack {name}", "kvpack", kvpack.presets[name])
+        for name in ("lossless", "near-lossless", "balanced", "tiny")
+    ),
 )
 
 

@@ -152,6 +152,7 @@ def test_graded_bits_are_the_best_within_their_budget() -> None:
     cache = filled(kvpack.Graded(key_bits=3.0, value_bits=2), key, value, query)
     bits = cache.layers[0].key_bits(0, 0)[0]
     weight = query[0].square().sum((0, 1))
+    weight = weight + 1e-4 * weight.mean()
     order = sorted(range(16), key=lambda c: -graded_cost(torch.full((1,), 3), key[0, 0, 4:, c : c + 1], weight[c], 128))
     best = math.inf
     for n8, n4, n3, n2 in itertools.product(range(0, 17, 4), range(0, 17, 8), (0, 16), (0, 16)):
@@ -205,6 +206,15 @@ def test_channels_that_queries_read_get_the_bits() -> None:
     key[..., 40:44] *= 30
     cache.update(key, value, 0)
     assert cache.layers[0].key_bits(0, 0)[0, 40:44].min() == 8
+
+
+def test_queries_that_read_nothing_decide_nothing() -> None:
+    key, value = random_kv(1, 1, 300, 64)
+    blind = filled(kvpack.Graded(key_bits=3), key, value, torch.zeros(1, 2, 300, 64)).layers[0].key_bits(0, 0)
+    unseen = kvpack.PackedCache(tiny_config(layers=1, kv_heads=1, head_dim=64), quantize=kvpack.Graded(key_bits=3))
+    unseen.update(key, value, 0)
+    assert torch.equal(blind, unseen.layers[0].key_bits(0, 0))
+    assert blind.float().mean() > 2.7
 
 
 def test_bits_are_chosen_again_when_the_tokens_have_doubled() -> None:

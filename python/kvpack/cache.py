@@ -275,6 +275,9 @@ def _checked(quantize: Quantize | None, config: Any) -> Quantize:
         accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in QUANTIZE.values())
         raise OptionError(f"quantize={quantize!r} is not accepted; accepted: {accepted}, or None for Exact()")
     head_dim = getattr(config, "head_dim", None)
+    width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if head_dim is None and isinstance(width, int) and isinstance(heads, int) and heads:
+        head_dim = width // heads  # GPT-2 and its like do not name it
     if isinstance(head_dim, int) and getattr(config, "kv_lora_rank", None) is None:
         quantize.check_key_dim(head_dim)
         quantize.check_value_dim(head_dim)

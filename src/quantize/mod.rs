@@ -134,7 +134,7 @@ impl Method {
 }
 
 /// Refuses an option.
-fn refuse<T>(name: &'static str, given: impl ToString, accepted: impl Into<String>) -> Result<T> {
+fn refuse<T>(name: &'static str, given: impl std::fmt::Display, accepted: impl Into<String>) -> Result<T> {
     Err(Error::Option { name, given: given.to_string(), accepted: accepted.into() })
 }
 

@@ -8,6 +8,9 @@ use crate::attend::Basis;
 /// Tokens of a forward that may be taken back: what speculation appends.
 const SHORT: usize = 16;
 
+/// The least weight of a channel, as a share of the mean.
+const DAMPING: f32 = 1e-4;
+
 /// Decisions for the pages to come; pages that are sealed keep their own.
 #[derive(Clone, Default)]
 pub struct Plan {
@@ -49,10 +52,24 @@ impl Plan {
         self.recent.truncate(self.recent.len().saturating_sub(n * self.moments.len()));
     }
 
-    /// What an error in channel `c` weighs: the sum of the squares of the queries that met it, or 1 when none was seen.
-    pub(super) fn weight(&self, c: usize) -> f32 {
-        let recent = self.recent.get(c..).unwrap_or_default().iter().step_by(self.moments.len().max(1));
-        self.moments.get(c).map_or(1.0, |moment| recent.fold(*moment, |sum, square| sum + square))
+    /// What an error in each of `dim` channels weighs: the sum of the squares of the queries that met it, and a little, for
+    /// those to come; 1 when no query was seen that reads anything.
+    pub(super) fn weights(&self, dim: usize) -> Vec<f32> {
+        let mut weights = self.moments.clone();
+        for recent in self.recent.chunks_exact(dim) {
+            for (weight, square) in weights.iter_mut().zip(recent) {
+                *weight += square;
+            }
+        }
+        let mean = weights.iter().sum::<f32>() / dim as f32;
+        if mean > 0.0 && mean.is_finite() {
+            for weight in &mut weights {
+                *weight += DAMPING * mean;
+            }
+            weights
+        } else {
+            vec![1.0; dim]
+        }
     }
 
     /// The stored coordinates: `make`s them at the first call.

@@ -210,9 +210,9 @@ class Graded(Quantize):
 
     A key channel has 8, 4, 3, 2 or 0 bits, such that `sum_c E[q_c^2] E[e_c^2]`, the expected square of a logit's error,
     is least while the mean is at most `key_bits`: a rate allocation on KIVI's grids, with the query metric that SQuat,
-    ThinK and Block-GTQ use too. The queries are those that the cache sees while the text is read; they are only seen with
-    `attn_implementation="kvpack"`, otherwise all channels' errors weigh the same. Bits are chosen again when the tokens
-    have doubled. Values are stored as `Rotated` stores them.
+    ThinK and Block-GTQ use too. The queries are those that the cache sees while the text is read; only
+    with `attn_implementation="kvpack"` are they seen, otherwise all channels' errors weigh the same. Bits are chosen
+    again when the tokens have doubled. Values are stored as `Rotated` stores them.
 
     Bits a number, without the exact window: `key_bits + 32 / group` for keys, `value_bits + 16 / head_dim` for values.
 

@@ -3,7 +3,7 @@
 //! A key's error `e` moves a logit by `q . e`, on average over queries by `sum_c E[q_c^2] E[e_c^2]` squared (channels apart).
 //! A min-max grid of `b` bits over a range `r` has `E[e^2] = r^2 / (12 (2^b - 1)^2)`; a channel of 0 bits is stored as its mean
 //! over a group, and has its variance. Channels have 8, 4, 3, 2 or 0 bits such that the sum over channels is least while the
-//! mean width is at most `bits`: a rate allocation (Shoham and Gersho 1988) with the query metric that SQuat, `ThinK` and
+//! mean width is at most `bits`: a rate allocation (Shoham and Gersho 1988) with the query metric that `SQuat`, `ThinK` and
 //! Block-GTQ use too. The queries are those of the text itself, as the cache sees them; without any all channels' errors
 //! weigh the same. Widths are chosen again each time the tokens have doubled.
 //!
@@ -60,7 +60,8 @@ impl Graded {
             return;
         }
         plan.renewal = 2 * plan.sealed.max(self.window);
-        let costs: Vec<Cost> = (0..dim).map(|c| self.cost(x, dim, c, plan.weight(c))).collect();
+        let weights = plan.weights(dim);
+        let costs: Vec<Cost> = weights.iter().enumerate().map(|(c, &weight)| self.cost(x, dim, c, weight)).collect();
         let (order, bands) = allot(&costs, self.bits);
         if plan.bands.as_deref() != Some(&bands[..]) || plan.basis.as_deref() != Some(&order) {
             (plan.basis, plan.bands) = (Some(order.into()), Some(bands.into()));
