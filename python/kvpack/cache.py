@@ -74,6 +74,8 @@ class PackedCache(Cache):
     ) -> PackedCache:
         """Packs what a DynamicCache holds; that one stays as it is.
 
+        Methods that look at queries (`Graded`) see none here, and judge by the keys alone.
+
         Args:
             cache: the cache of a forward of this model.
             model_or_config: the model, or its configuration.
