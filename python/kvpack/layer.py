@@ -50,7 +50,7 @@ class PackedLayer(CacheLayerMixin):
         self.counts = {"prefill": 0, "fused": 0, "materialised": 0}
         self._store = quantize.make_store()
         # Chunks up to this length wait for the next forward to be packed, so that they can be cropped.
-        self._patience = max(getattr(quantize, "window", 0), 64)
+        self._patience = getattr(quantize, "window", 0) or 64
         self._seen = 0
         self._pending: tuple[Tensor, Tensor] | None = None
 
@@ -289,10 +289,11 @@ class PackedLayer(CacheLayerMixin):
             ("key", "value"), self._store.packed(row, head), shape[2:4] if shape else (1, 1), strict=True
         ):
             start, codes, scale, zero, columns = side
+            columns = columns or (dim if name == "key" else 1)  # nothing is packed yet
             out[f"{name}_start"] = start
             out[f"{name}_codes"] = torch.tensor(list(codes), dtype=torch.uint8).reshape(-1, dim)
-            out[f"{name}_scale"] = torch.tensor(scale).reshape(-1, max(columns, 1))
-            out[f"{name}_zero"] = torch.tensor(zero).reshape(-1, max(columns, 1))
+            out[f"{name}_scale"] = torch.tensor(scale).reshape(-1, columns)
+            out[f"{name}_zero"] = torch.tensor(zero).reshape(-1, columns)
         return out
 
     def key_bits(self, row: int, head: int) -> Tensor:

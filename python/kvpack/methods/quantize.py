@@ -272,8 +272,8 @@ class Apart(Quantize):
     As text it is written with a slash: `kivi:bits=4/rotated:bits=2`.
 
     Attributes:
-        keys: stores the keys.
-        values: stores the values.
+        keys: the codec as which keys are stored.
+        values: the codec as whose values values are stored.
     """
 
     name: ClassVar[str] = "apart"
@@ -287,7 +287,6 @@ class Apart(Quantize):
             given = getattr(self, field)
             if not isinstance(given, Quantize):
                 raise OptionError(f"{field}={given!r} is not accepted; accepted: methods such as kvpack.KIVI(bits=4)")
-        self.make_store()  # Rust knows which methods are for keys alone
 
     @property
     def wants_queries(self) -> bool:  # type: ignore[override]
