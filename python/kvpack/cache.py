@@ -281,8 +281,7 @@ def _checked(quantize: Quantize | None, config: Any) -> Quantize:
     if head_dim is None and isinstance(width, int) and isinstance(heads, int) and heads:
         head_dim = width // heads  # GPT-2 and its like do not name it
     if isinstance(head_dim, int) and getattr(config, "kv_lora_rank", None) is None:
-        quantize.check_key_dim(head_dim)
-        quantize.check_value_dim(head_dim)
+        quantize.make_store().check_dims(head_dim, head_dim)
     return quantize
 
 

@@ -50,7 +50,8 @@ class PackedLayer(CacheLayerMixin):
         self.counts = {"prefill": 0, "fused": 0, "materialised": 0}
         self._store = quantize.make_store()
         # Chunks up to this length wait for the next forward to be packed, so that they can be cropped.
-        self._patience = getattr(quantize, "window", 0) or 64
+        self._patience = self._store.window()
+        self._wants_queries = self._store.wants_queries()
         self._seen = 0
         self._pending: tuple[Tensor, Tensor] | None = None
 
@@ -99,7 +100,7 @@ class PackedLayer(CacheLayerMixin):
         valid = self._valid(valid)
         new = self._new(valid)
         if new is not None:
-            seen = None if query is None or not self.quantize.wants_queries else plain("queries", query)
+            seen = None if query is None or not self._wants_queries else plain("queries", query)
             self._store.append(new, None if seen is None else describe(seen), torch.get_num_threads())
             self._absorbed()
 

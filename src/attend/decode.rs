@@ -3,11 +3,11 @@
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::Arc;
 
+use super::basis::Turned;
 use super::kernels::Ahead;
 use super::mat::{Mat, MatMut};
-use super::{Basis, CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, Weights, key_chunks};
+use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, Weights, key_chunks};
 
 /// Attention of one query for each of the `G` query heads of a KV head, over the chunks of its tokens that start
 /// in `tokens`.
@@ -46,32 +46,9 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
         let weights = Mat::new(&scores, heads, CHUNK);
         cursor.read(at, n, |values, first, n, offset| {
             let weights = Weights { of: weights.from_column(offset), largest_share };
-            let acc = match values.basis() {
-                None => partial.acc(),
-                Some(basis) => partial.turned(basis),
-            };
-            values.accumulate(weights, first, n, acc, scratch, &mut ahead);
+            values.accumulate(weights, first, n, partial.acc(values.basis()), scratch, &mut ahead);
         });
     }
     partial.turn_back();
     partial
-}
-
-/// Queries in other coordinates, the last ones that were asked for.
-#[derive(Default)]
-struct Turned<'a> {
-    basis: Option<&'a Arc<Basis>>,
-    q: Vec<f32>,
-}
-
-impl<'a> Turned<'a> {
-    fn in_basis(&mut self, basis: &'a Arc<Basis>, q: Mat<'_>) -> Mat<'_> {
-        if !self.basis.is_some_and(|held| Arc::ptr_eq(held, basis)) {
-            self.basis = Some(basis);
-            self.q.clear();
-            self.q.extend_from_slice(&q.data[..q.rows * q.stride]);
-            self.q.chunks_exact_mut(q.stride).for_each(|q| basis.apply(q));
-        }
-        Mat::new(&self.q, q.rows, q.stride)
-    }
 }

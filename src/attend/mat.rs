@@ -68,6 +68,11 @@ impl<'a> MatMut<'a> {
         MatMut { data: &mut self.data[row * self.stride..], rows, stride: self.stride }
     }
 
+    /// The matrix from row `row` on, for a shorter time.
+    pub fn from_row(&mut self, row: usize) -> MatMut<'_> {
+        self.part(row, self.rows - row)
+    }
+
     /// Row `i`, as [`Mat::row`].
     pub fn row(&mut self, i: usize) -> &mut [f32] {
         let end = self.data.len().min((i + 1) * self.stride);

@@ -66,7 +66,7 @@ pub trait KeySegment: Sync {
     /// The bytes that a read of `n` tokens from `first` on will want, to be fetched ahead.
     fn bytes(&self, first: usize, n: usize) -> &[u8];
 
-    /// The coordinates in which [`Self::scores`] wants its queries; [`Self::tile`] gives keys as they were.
+    /// The coordinates of the keys, in which [`Self::scores`] wants its queries; `None` when they are the model's.
     fn basis(&self) -> Option<&Arc<Basis>> {
         None
     }
@@ -75,7 +75,7 @@ pub trait KeySegment: Sync {
     /// rounded up to a whole unit. Meanwhile `ahead` is fetched.
     fn scores(&self, q: Mat<'_>, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch, ahead: &mut Ahead<'_>);
 
-    /// The keys as f32, transposed: `out[c, t] = k_(first + t)[c]`; `out` has [`tile_rows`] of the dim rows, and columns for
+    /// The keys as f32, in their coordinates, transposed: `out[c, t] = k_(first + t)[c]`; `out` has [`tile_rows`] of the dim rows, and columns for
     /// `n` rounded up to whole units.
     fn tile(&self, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch);
 }
@@ -101,7 +101,7 @@ pub trait ValueSegment: Sync {
     /// The bytes that a read of `n` tokens from `first` on will want, to be fetched ahead.
     fn bytes(&self, first: usize, n: usize) -> &[u8];
 
-    /// The coordinates in which [`Self::accumulate`] adds; [`Self::tile`] gives values as they were.
+    /// The coordinates of the values, in which [`Self::accumulate`] adds; `None` when they are the model's.
     fn basis(&self) -> Option<&Arc<Basis>> {
         None
     }
@@ -118,7 +118,7 @@ pub trait ValueSegment: Sync {
         ahead: &mut Ahead<'_>,
     );
 
-    /// The values as f32: `out[t, c] = v_(first + t)[c]`; `out` has room for the dim rounded up to a multiple of 8.
+    /// The values as f32, in their coordinates: `out[t, c] = v_(first + t)[c]`; `out` has room for the dim rounded up to a multiple of 8.
     fn tile(&self, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch);
 }
 

@@ -9,6 +9,8 @@ use half::slice::HalfBitsSliceExt;
 
 use super::codes::{Codes, blocks, padded_outer};
 use super::folded::middle;
+use super::kernels::Kernels;
+use super::mat::MatMut;
 
 /// Parts of packed numbers `x_i[o, l] = lane_scale[l] (scale_i[o] code_i[o, l] + zero_i[o])`: a grid a part and outer row,
 /// and where there are any a factor a lane.
@@ -82,6 +84,22 @@ pub enum Grid<'a> {
 }
 
 impl Grid<'_> {
+    /// The code from which outer row `o` counts, and what that stands for.
+    fn start(&self, o: usize) -> (f32, f32) {
+        match self {
+            Self::Affine(_, zero) => (0.0, zero[o].to_f32()),
+            Self::Scaled(_, origin) | Self::Plain(origin) => (*origin, 0.0),
+        }
+    }
+
+    /// Turns codes of outer row `o` into the numbers that they stand for.
+    pub fn decode(&self, o: usize, codes: &mut [f32]) {
+        let (scale, (origin, first)) = (self.scale(o), self.start(o));
+        for x in codes {
+            *x = (*x - origin) * scale + first;
+        }
+    }
+
     /// The factor of codes in outer row `o`.
     #[inline]
     pub fn scale(&self, o: usize) -> f32 {
@@ -141,6 +159,25 @@ impl<'a> Packed<'a> {
         match self.grids {
             Grids::Affine { .. } => middle(self.bits),
             Grids::Scaled { origin, .. } | Grids::Plain { origin } => origin,
+        }
+    }
+
+    /// Part `i` as f32: `out[o, l]`, for which `out` has room in whole blocks of codes, whose first row must be in use.
+    ///
+    /// # Panics
+    /// When its first row is not in use, or it shares its rows of codes with parts before it.
+    pub fn tile(&self, i: usize, mut out: MatMut<'_>, kernels: &Kernels) {
+        assert_eq!(self.lead, 0, "a part is opened from its beginning");
+        let (codes, lanes) = self.codes(i);
+        assert_eq!(lanes.start, 0, "the part has rows of its own");
+        (kernels.unpack)(codes, out.part(0, codes.outer()));
+        let (grid, lane_scales) = (self.grid(i), self.lane_scales(i, lanes.len()));
+        for o in 0..self.outer {
+            let row = &mut out.row(o)[..lanes.len()];
+            grid.decode(o, row);
+            for (x, scale) in row.iter_mut().zip(lane_scales.unwrap_or_default()) {
+                *x *= scale.to_f32();
+            }
         }
     }
 

@@ -57,17 +57,15 @@ impl Partial {
         self.sum[row] += weighed.sum;
     }
 
-    /// The weighted sums, to add to.
-    pub fn acc(&mut self) -> MatMut<'_> {
-        MatMut::new(&mut self.acc, self.max.len(), self.stride)
-    }
-
-    /// The weighted sums of values in the coordinates of `basis`, to add to; [`Self::turn_back`] takes them in.
-    pub fn turned(&mut self, basis: &Arc<Basis>) -> MatMut<'_> {
+    /// The weighted sums, to add to; those in the coordinates of `basis` are apart until [`Self::turn_back`].
+    pub fn acc(&mut self, basis: Option<&Arc<Basis>>) -> MatMut<'_> {
+        let (rows, stride) = (self.max.len(), self.stride);
+        let Some(basis) = basis else {
+            return MatMut::new(&mut self.acc, rows, stride);
+        };
         if self.turned.as_ref().is_some_and(|(held, _)| !Arc::ptr_eq(held, basis)) {
             self.turn_back();
         }
-        let (rows, stride) = (self.max.len(), self.stride);
         let (_, acc) = self.turned.get_or_insert_with(|| (Arc::clone(basis), vec![0.0; rows * stride]));
         MatMut::new(acc, rows, stride)
     }

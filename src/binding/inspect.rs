@@ -12,15 +12,11 @@ pub(super) fn keys(head: &KvHead) -> Packed {
     for segment in head.pages().0 {
         match &*segment.page {
             KeyPage::Exact(_) => out.0 += segment.len,
-            KeyPage::Kivi(page) => {
-                let grid = |t, c| page.grid(t, c);
-                add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), page.group(), page.dim(), grid);
-            }
             KeyPage::Tokens(page) => {
                 let grid = |t, j| page.grid(t, j);
-                add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), 1, page.groups(), grid);
+                add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), page.groups(), grid);
             }
-            KeyPage::Graded(page) => {
+            KeyPage::Channels(page) => {
                 for t in 0..segment.len {
                     let (codes, scales, zeros) = page.token(t);
                     out.1.extend(codes);
@@ -36,9 +32,9 @@ pub(super) fn keys(head: &KvHead) -> Packed {
     out
 }
 
-/// Bits of every channel of every graded page.
+/// Bits of every channel in every page with a grid a channel.
 pub(super) fn key_bits(head: &KvHead) -> Vec<Vec<u8>> {
-    let bits = |page: &KeyPage| if let KeyPage::Graded(page) = page { Some(page.bits()) } else { None };
+    let bits = |page: &KeyPage| if let KeyPage::Channels(page) = page { Some(page.bits()) } else { None };
     head.pages().0.iter().filter_map(|segment| bits(&segment.page)).collect()
 }
 
@@ -47,33 +43,28 @@ pub(super) fn values(head: &KvHead) -> Packed {
     for segment in head.pages().1 {
         match &*segment.page {
             ValuePage::Exact(_) => out.0 += segment.len,
-            ValuePage::Kivi(page) => {
-                let grid = |t, j| page.grid(t, j);
-                add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), 1, page.groups(), grid);
-            }
             ValuePage::Tokens(page) => {
                 let grid = |t, j| page.grid(t, j);
-                add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), 1, page.groups(), grid);
+                add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), page.groups(), grid);
             }
         }
     }
     out
 }
 
-/// Adds a page's `tokens`: `dim` codes each, and `columns` grids every `each` tokens.
+/// Adds a page's `tokens`: `dim` codes and `columns` grids each.
 fn add(
     (_, codes, scales, zeros, width): &mut Packed,
     tokens: usize,
     dim: usize,
     code: impl Fn(usize, usize) -> u8,
-    each: usize,
     columns: usize,
     grid: impl Fn(usize, usize) -> (f32, f32),
 ) {
     *width = columns;
     for t in 0..tokens {
         codes.extend((0..dim).map(|c| code(t, c)));
-        for j in (0..columns).filter(|_| t % each == 0) {
+        for j in 0..columns {
             let (scale, zero) = grid(t, j);
             scales.push(scale);
             zeros.push(zero);

@@ -77,6 +77,21 @@ impl Layer {
         Ok(Self(Mutex::new(cache::Layer::new(codec))))
     }
 
+    /// Raises `OptionError` when the methods do not fit keys and values of such head dims.
+    fn check_dims(&self, py: Python<'_>, key_dim: usize, value_dim: usize) -> PyResult<()> {
+        self.enter(py, |layer| layer.codec().check_dims(key_dim, value_dim))
+    }
+
+    /// Tokens of one forward up to which packing waits for the next forward.
+    fn window(&self, py: Python<'_>) -> PyResult<usize> {
+        self.enter(py, |layer| Ok(layer.codec().window()))
+    }
+
+    /// Whether `append` wants to see the queries.
+    fn wants_queries(&self, py: Python<'_>) -> PyResult<bool> {
+        self.enter(py, |layer| Ok(layer.codec().keys.wants_queries()))
+    }
+
     /// A copy that shares all pages.
     fn fork(&self, py: Python<'_>) -> PyResult<Self> {
         self.enter(py, |layer| Ok(Self(Mutex::new(layer.clone()))))

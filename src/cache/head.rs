@@ -121,6 +121,9 @@ impl KvHead {
                 for (c, x) in key.iter_mut().enumerate() {
                     *x = tile[c * CHUNK + t];
                 }
+                if let Some(basis) = segment.basis() {
+                    basis.undo(&mut key);
+                }
                 write(p, &key);
             }
         }
@@ -137,8 +140,11 @@ impl KvHead {
                 let n = CHUNK.min(part.tokens - first);
                 part.segment.tile(first, n, MatMut::new(&mut tile, n, padded(d)), scratch);
                 self.positions.collect_into(base + first, n, &mut positions);
-                for (t, &p) in positions.iter().enumerate() {
-                    write(p, &tile[t * padded(d)..][..d]);
+                for (value, &p) in tile.chunks_exact_mut(padded(d)).zip(&positions) {
+                    if let Some(basis) = part.segment.basis() {
+                        basis.undo(&mut value[..d]);
+                    }
+                    write(p, &value[..d]);
                 }
             }
             base += part.tokens;

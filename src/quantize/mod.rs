@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod block;
+mod channels;
 mod exact;
 mod graded;
 mod kivi;
@@ -16,16 +17,21 @@ mod rotated;
 mod tokens;
 
 pub use block::Block;
-pub use graded::{Band, Graded, GradedKeys};
-pub use kivi::{Kivi, PackedKeys, PackedValues};
+pub use channels::{Band, ChannelKeys};
+pub use graded::Graded;
+pub use kivi::Kivi;
 pub use pages::{KeyPage, Page, PageBytes, ValuePage};
 pub use plan::Plan;
 pub use rotated::Rotated;
 pub use tokens::{TokenKeys, TokenValues};
 
 use half::f16;
+use half::slice::HalfBitsSliceExt;
 
+use crate::attend::CHUNK;
+use crate::attend::codes::LANES;
 use crate::error::{Error, Result};
+use crate::tensor::Slice;
 
 /// How keys and values that have left the exact tail are stored.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,7 +83,10 @@ impl Codec {
 
     /// Tokens of one forward up to which packing waits for the next forward, so that they can be cropped.
     pub fn window(&self) -> usize {
-        self.keys.window().max(self.values.window())
+        match self.keys.window().max(self.values.window()) {
+            0 => exact::PAGE,
+            window => window,
+        }
     }
 
     /// Checks that the parameters fit keys of `key_dim` numbers and values of `value_dim`.
@@ -133,9 +142,31 @@ impl Method {
     }
 }
 
+/// Checks a group of tokens that share a grid, and the window that is packed at a time.
+fn check_groups(group: usize, window: usize) -> Result<()> {
+    if group == 0 || !group.is_multiple_of(LANES) || group > CHUNK {
+        return refuse("group", group, "multiples of 8 from 8 to 256");
+    }
+    if window == 0 || !window.is_multiple_of(group) {
+        return refuse("window", window, format!("positive multiples of group={group}"));
+    }
+    Ok(())
+}
+
 /// Refuses an option.
 fn refuse<T>(name: &'static str, given: impl std::fmt::Display, accepted: impl Into<String>) -> Result<T> {
     Err(Error::Option { name, given: given.to_string(), accepted: accepted.into() })
+}
+
+/// The code next to `x`, half to even, from 0 to `levels`.
+fn round(x: f32, levels: f32) -> u8 {
+    // Adding 1.5 * 2^23 leaves the number, rounded, in the lowest bits: no call, and it vectorises.
+    (x.clamp(0.0, levels) + 12_582_912.0).to_bits() as u8
+}
+
+/// The memory of words.
+fn bytes_of(words: &[u16]) -> &[u8] {
+    Slice::F16(words.reinterpret_cast()).bytes()
 }
 
 /// The largest code.

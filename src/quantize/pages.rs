@@ -1,6 +1,6 @@
 //! Pages: what a method makes of tokens, as the cache and the reading side see it.
 
-use super::{GradedKeys, Method, PackedKeys, PackedValues, Plan, TokenKeys, TokenValues, exact};
+use super::{Block, ChannelKeys, Graded, Kivi, Method, Plan, Rotated, TokenKeys, TokenValues, exact};
 use crate::attend::{KeySegment, ValueSegment};
 use crate::tensor::Rows;
 
@@ -56,12 +56,10 @@ pub trait Page: Clone + Send + Sync {
 pub enum KeyPage {
     /// In the model's dtype.
     Exact(Rows),
-    /// Per channel, over groups of tokens.
-    Kivi(PackedKeys),
+    /// A grid a channel and group of tokens.
+    Channels(ChannelKeys),
     /// A scale a token and group of channels.
     Tokens(TokenKeys),
-    /// Per channel, with different bits.
-    Graded(GradedKeys),
 }
 
 /// Sealed values.
@@ -69,9 +67,7 @@ pub enum KeyPage {
 pub enum ValuePage {
     /// In the model's dtype.
     Exact(Rows),
-    /// Per token, over groups of channels.
-    Kivi(PackedValues),
-    /// A scale a token and group of channels, without zero-points.
+    /// A grid a token and group of channels.
     Tokens(TokenValues),
 }
 
@@ -81,9 +77,8 @@ impl Page for KeyPage {
     fn segment(&self) -> &Self::Segment {
         match self {
             Self::Exact(rows) => rows,
-            Self::Kivi(page) => page,
+            Self::Channels(page) => page,
             Self::Tokens(page) => page,
-            Self::Graded(page) => page,
         }
     }
 
@@ -94,10 +89,9 @@ impl Page for KeyPage {
     fn due(method: &Method, n: usize) -> usize {
         match method {
             Method::Exact => exact::due(n),
-            Method::Kivi(kivi) => kivi.keys_due(n),
-            Method::Block(block) => n.saturating_sub(block.window),
-            Method::Rotated(rotated) => n.saturating_sub(rotated.window),
-            Method::Graded(graded) => graded.due(n),
+            // A group needs all its tokens.
+            Method::Kivi(Kivi { window, .. }) | Method::Graded(Graded { window, .. }) => n / window * window,
+            Method::Block(Block { window, .. }) | Method::Rotated(Rotated { window, .. }) => n.saturating_sub(*window),
         }
     }
 
@@ -115,13 +109,10 @@ impl Page for KeyPage {
                 let (page, taken) = exact::seal(rows, n);
                 (Self::Exact(page), taken)
             }
-            Method::Kivi(kivi) => {
-                let n = n.min(kivi.window);
-                (Self::Kivi(PackedKeys::pack(kivi, rows, n)), n)
-            }
-            Method::Graded(graded) => {
-                let n = n.min(graded.window);
-                (Self::Graded(GradedKeys::pack(graded, plan, rows, n)), n)
+            Method::Kivi(_) | Method::Graded(_) => {
+                let page = ChannelKeys::pack(method, plan, rows);
+                let taken = page.tokens();
+                (Self::Channels(page), taken)
             }
             Method::Block(_) | Method::Rotated(_) => {
                 let mut page = TokenKeys::new(method, plan, rows.dim());
@@ -146,18 +137,16 @@ impl Page for KeyPage {
     fn tokens(&self) -> usize {
         match self {
             Self::Exact(rows) => rows.len(),
-            Self::Kivi(page) => page.tokens(),
+            Self::Channels(page) => page.tokens(),
             Self::Tokens(page) => page.tokens(),
-            Self::Graded(page) => page.tokens(),
         }
     }
 
     fn bytes(&self) -> PageBytes {
         match self {
             Self::Exact(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
-            Self::Kivi(page) => page.bytes(),
+            Self::Channels(page) => page.bytes(),
             Self::Tokens(page) => page.bytes(),
-            Self::Graded(page) => page.bytes(),
         }
     }
 }
@@ -168,7 +157,6 @@ impl Page for ValuePage {
     fn segment(&self) -> &Self::Segment {
         match self {
             Self::Exact(rows) => rows,
-            Self::Kivi(page) => page,
             Self::Tokens(page) => page,
         }
     }
@@ -180,9 +168,9 @@ impl Page for ValuePage {
     fn due(method: &Method, n: usize) -> usize {
         match method {
             Method::Exact => exact::due(n),
-            Method::Kivi(kivi) => kivi.values_due(n),
-            Method::Block(block) => n.saturating_sub(block.window),
-            Method::Rotated(rotated) => n.saturating_sub(rotated.window),
+            Method::Kivi(Kivi { window, .. })
+            | Method::Block(Block { window, .. })
+            | Method::Rotated(Rotated { window, .. }) => n.saturating_sub(*window),
             Method::Graded(_) => unreachable!("a codec has no graded values"),
         }
     }
@@ -200,10 +188,7 @@ impl Page for ValuePage {
             let (page, taken) = exact::seal(rows, n);
             return (Self::Exact(page), taken);
         }
-        let mut page = match method {
-            Method::Kivi(kivi) => Self::Kivi(PackedValues::new(kivi, rows.dim())),
-            _ => Self::Tokens(TokenValues::new(method, plan, rows.dim())),
-        };
+        let mut page = Self::Tokens(TokenValues::new(method, plan, rows.dim()));
         let n = n.min(page.room());
         page.extend(rows, n);
         (page, n)
@@ -212,7 +197,6 @@ impl Page for ValuePage {
     fn room(&self) -> usize {
         match self {
             Self::Exact(_) => 0,
-            Self::Kivi(page) => page.room(),
             Self::Tokens(page) => page.room(),
         }
     }
@@ -220,7 +204,6 @@ impl Page for ValuePage {
     fn extend(&mut self, rows: &Rows, n: usize) {
         match self {
             Self::Exact(_) => assert_eq!(n, 0, "exact pages are sealed whole"),
-            Self::Kivi(page) => page.extend(rows, n),
             Self::Tokens(page) => page.extend(rows, n),
         }
     }
@@ -228,7 +211,6 @@ impl Page for ValuePage {
     fn tokens(&self) -> usize {
         match self {
             Self::Exact(rows) => rows.len(),
-            Self::Kivi(page) => page.tokens(),
             Self::Tokens(page) => page.tokens(),
         }
     }
@@ -236,7 +218,6 @@ impl Page for ValuePage {
     fn bytes(&self) -> PageBytes {
         match self {
             Self::Exact(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
-            Self::Kivi(page) => page.bytes(),
             Self::Tokens(page) => page.bytes(),
         }
     }

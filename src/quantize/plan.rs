@@ -77,6 +77,11 @@ impl Plan {
         Arc::clone(self.basis.get_or_insert_with(|| Arc::new(make())))
     }
 
+    /// The bands: `make`s them at the first call.
+    pub(super) fn bands(&mut self, make: impl FnOnce() -> Vec<Band>) -> Arc<[Band]> {
+        Arc::clone(self.bands.get_or_insert_with(|| make().into()))
+    }
+
     /// Bytes allocated for the plan.
     pub fn bytes(&self) -> usize {
         (self.moments.capacity() + self.recent.capacity()) * size_of::<f32>()

@@ -15,7 +15,7 @@
 
 use half::f16;
 
-use super::{levels, refuse};
+use super::{levels, refuse, round};
 use crate::attend::codes::MOST_OUTER;
 use crate::error::Result;
 
@@ -80,9 +80,7 @@ impl Rotated {
     }
 
     fn code(&self, y: f32) -> u8 {
-        let code = (y + levels(self.bits) / 2.0).clamp(0.0, levels(self.bits));
-        // Rounds to the nearest without a call.
-        (code + 12_582_912.0).to_bits() as u8
+        round(y + levels(self.bits) / 2.0, levels(self.bits))
     }
 
     fn error(&self, y: &[f32], step: f32) -> f32 {

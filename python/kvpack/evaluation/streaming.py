@@ -12,6 +12,9 @@ from .contenders import FULL, Contender, Full, held_bytes
 from .forward import Reader
 from .store import Record
 
+QUANTILES = 256
+"""Numbers that are kept of a document's distribution of KL: results stay small, and its percentiles right."""
+
 
 class _Score:
     """What one contender scored so far."""
@@ -33,10 +36,10 @@ def read_document(
     contender, both on the same tokens; sums are in float64.
 
     Returns:
-        For the full cache and each contender: `nll` (sum, nats), `tokens` predicted, `kl` (of each token), `agree`
-        (tokens whose likeliest next one is the full cache's), and `lossy` (the share of the past that was compressed
-        when a token was predicted, on average; too high where a method packs a chunk at once that is longer than its
-        window).
+        For the full cache and each contender: `nll` (sum, nats), `tokens` predicted, `kl` (of each token, by size; of a
+        long document `QUANTILES` of them, evenly spread), `kl_sum`, `agree` (tokens whose likeliest next one is the
+        full cache's), and `lossy` (the share of the past that was compressed when a token was predicted, on average;
+        too high where a method packs a chunk at once that is longer than its window).
     """
     scores = [_Score(model, contender) for contender in (Full(), *contenders)]
     full = scores[0]
@@ -71,8 +74,15 @@ def _record(score: _Score, tokens: int) -> Record:
         "lossy": round(score.lossy / tokens, 6),
     }
     if record["method"] != FULL:
-        # Three digits of each token's are what a quantile needs.
-        record["kl"] = [float(f"{x:.2e}") for x in torch.cat(score.kl).tolist()]
-        record["kl_sum"] = float(torch.cat(score.kl).sum())
+        kl = torch.cat(score.kl)
+        record["kl"] = [float(f"{x:.2e}") for x in _spread(kl).tolist()]
+        record["kl_sum"] = float(kl.sum())
         record["agree"] = score.agree
     return record
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Return `x` in order of size, or of many numbers `QUANTILES` in the middle of as many equal parts."""
+    if len(x) <= QUANTILES:
+        return x.sort().values
+    return x.quantile((torch.arange(QUANTILES, dtype=x.dtype) + 0.5) / QUANTILES)

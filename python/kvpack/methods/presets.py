@@ -1,4 +1,4 @@
-"""Presets: for each size the method that lost least, chosen on one text and reported on another."""
+"""Presets: a codec for each size, chosen on one text and reported on another."""
 
 from __future__ import annotations
 

@@ -16,12 +16,10 @@ class Quantize(ABC):
     Attributes:
         name: in the registry, and in methods written as text (`kivi:bits=2`).
         standard: settings, as text, at which it is measured beside others.
-        wants_queries: whether what the queries are like decides something.
     """
 
     name: ClassVar[str]
     standard: ClassVar[tuple[str, ...]]
-    wants_queries: bool = False
 
     @abstractmethod
     def keys_method(self) -> _kvpack.Method:
@@ -34,12 +32,6 @@ class Quantize(ABC):
     def make_store(self) -> _kvpack.Layer:
         """An empty store of one layer."""
         return _kvpack.Layer(self.keys_method(), self.values_method())
-
-    def check_key_dim(self, head_dim: int) -> None:  # noqa: B027  # most codecs fit every size
-        """Raises OptionError when the parameters do not fit keys of `head_dim` numbers."""
-
-    def check_value_dim(self, head_dim: int) -> None:  # noqa: B027
-        """Raises OptionError when the parameters do not fit values of `head_dim` numbers."""
 
 
 def _check_whole(method: Quantize, **least: int) -> None:
@@ -107,13 +99,6 @@ class KIVI(Quantize):
         return _kvpack.Method.kivi(self.bits, self.group, self.window, self.sinks)
 
     values_method = keys_method  # per token
-
-    def check_value_dim(self, head_dim: int) -> None:
-        """Raises OptionError when `group` is larger than `head_dim`."""
-        if self.group > head_dim:
-            raise OptionError(
-                f"group={self.group} is not accepted; accepted: multiples of 8 up to this model's head_dim, {head_dim}"
-            )
 
 
 @dataclass(frozen=True)
@@ -233,7 +218,6 @@ class Graded(Quantize):
         "graded:key_bits=3:value_bits=2",
         "graded:key_bits=2.5:value_bits=2",
     )
-    wants_queries = True
 
     key_bits: float = 3.0
     value_bits: int = 3
@@ -259,11 +243,6 @@ class Graded(Quantize):
         """Rotated."""
         return _kvpack.Method.rotated(self.value_bits, 0, self.window, self.sinks, self.seed)
 
-    def check_key_dim(self, head_dim: int) -> None:
-        """Raises OptionError when `head_dim` is no multiple of 8."""
-        if head_dim % 8:
-            raise OptionError(f"quantize={self!r} is not accepted; accepted: head dims that are multiples of 8")
-
 
 @dataclass(frozen=True)
 class Apart(Quantize):
@@ -288,16 +267,6 @@ class Apart(Quantize):
             if not isinstance(given, Quantize):
                 raise OptionError(f"{field}={given!r} is not accepted; accepted: methods such as kvpack.KIVI(bits=4)")
 
-    @property
-    def wants_queries(self) -> bool:  # type: ignore[override]
-        """As the keys' method does."""
-        return self.keys.wants_queries
-
-    @property
-    def window(self) -> int:
-        """The longer one of both."""
-        return max(getattr(method, "window", 0) for method in (self.keys, self.values))
-
     def keys_method(self) -> _kvpack.Method:
         """That of `keys`."""
         return self.keys.keys_method()
@@ -305,14 +274,6 @@ class Apart(Quantize):
     def values_method(self) -> _kvpack.Method:
         """That of `values`."""
         return self.values.values_method()
-
-    def check_key_dim(self, head_dim: int) -> None:
-        """Raises OptionError when `keys` does not fit."""
-        self.keys.check_key_dim(head_dim)
-
-    def check_value_dim(self, head_dim: int) -> None:
-        """Raises OptionError when `values` does not fit."""
-        self.values.check_value_dim(head_dim)
 
 
 # Apart has no name of its own in texts: it is written as two methods with a slash between.

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use half::f16;
 
-use super::{Format, PAGE, bytes_of, number};
+use super::{Format, PAGE};
 use crate::attend::codes::{packed_len, put_lane};
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::{Grids, Packed};
 use crate::attend::{Basis, KEY_TOLERANCE, KeySegment, Scratch, padded};
-use crate::quantize::{Method, PageBytes, Plan};
+use crate::quantize::{Method, PageBytes, Plan, bytes_of};
 use crate::tensor::Rows;
 
 /// Group after group of channels: the codes `[channels, PAGE]`, then the scales of `PAGE` tokens.
@@ -54,8 +54,8 @@ impl TokenKeys {
     pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize) {
         let format = self.format.clone();
         let first = self.tokens;
-        format.encode(rows, n, |t, codes, scales| {
-            for (j, (codes, &scale)) in codes.chunks(format.group()).zip(scales).enumerate() {
+        format.encode(rows, n, |t, codes, grids| {
+            for (j, (codes, &(scale, _))) in codes.chunks(format.group()).zip(grids).enumerate() {
                 let (start, len) = (self.start(j), self.codes_len(j));
                 put_lane(format.bits(), PAGE, codes, first + t, &mut self.words[start..start + len]);
                 self.words[start + len + first + t] = scale.to_bits();
@@ -110,7 +110,7 @@ impl TokenKeys {
 
     /// Scale and zero-point of group `j` of token `t`.
     pub fn grid(&self, t: usize, j: usize) -> (f32, f32) {
-        let scale = number(self.words[self.start(j) + self.codes_len(j) + t]);
+        let scale = f16::from_bits(self.words[self.start(j) + self.codes_len(j) + t]).to_f32();
         (scale, -scale * self.format.origin())
     }
 }
@@ -149,21 +149,8 @@ impl KeySegment for TokenKeys {
 
     fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
         assert_eq!(first, 0, "a page is read from its beginning");
-        let origin = self.format.origin();
         for j in 0..self.format.groups() {
-            let packed = self.group(j, n);
-            let codes = packed.codes(0).0;
-            let mut out = out.part(j * self.format.group(), codes.outer());
-            (scratch.kernels.unpack)(codes, out.from_column(0));
-            let scales = packed.lane_scales(0, n).expect("keys have a scale a token");
-            for c in 0..packed.outer {
-                for (x, scale) in out.row(c)[..n].iter_mut().zip(scales) {
-                    *x = (*x - origin) * scale.to_f32();
-                }
-            }
-        }
-        if let Some(basis) = self.format.basis() {
-            basis.undo_columns(&mut out, n);
+            self.group(j, n).tile(0, out.from_row(j * self.format.group()), scratch.kernels);
         }
     }
 }

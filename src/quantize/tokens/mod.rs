@@ -1,4 +1,6 @@
-//! Pages of tokens with a scale a token and group of channels: `x' = scale (code - origin)`, perhaps in other coordinates.
+//! Pages of tokens with a grid a token and group of channels, perhaps in other coordinates.
+//!
+//! KIVI's values have a scale and a zero-point, blocks and rotated tokens only a scale: `x' = scale (code - origin)`.
 
 mod keys;
 mod values;
@@ -6,12 +8,11 @@ mod values;
 use std::sync::Arc;
 
 use half::f16;
-use half::slice::HalfBitsSliceExt;
 
 pub use keys::TokenKeys;
 pub use values::TokenValues;
 
-use super::{Block, Method, Plan, Rotated, block, levels};
+use super::{Block, Kivi, Method, Plan, Rotated, block, levels};
 use crate::attend::Basis;
 use crate::tensor::Rows;
 
@@ -21,6 +22,7 @@ const PAGE: usize = 128;
 /// How tokens are coded.
 #[derive(Clone, Debug, PartialEq)]
 enum Coding {
+    Kivi(Kivi),
     Block(Block),
     Rotated(Rotated, Arc<Basis>),
 }
@@ -37,25 +39,33 @@ impl Format {
     /// When the method has no such pages.
     fn new(method: &Method, plan: &mut Plan, dim: usize) -> Self {
         let coding = match method {
+            Method::Kivi(kivi) => Coding::Kivi(kivi.clone()),
             Method::Block(block) => Coding::Block(block.clone()),
             Method::Rotated(rotated) => {
                 Coding::Rotated(rotated.clone(), plan.basis(|| Basis::hadamard(dim, rotated.seed)))
             }
-            _ => panic!("{method:?} has no pages with a scale a token"),
+            _ => panic!("{method:?} has no pages with a grid a token"),
         };
         Self { coding, dim }
     }
 
     fn bits(&self) -> u8 {
         match &self.coding {
+            Coding::Kivi(kivi) => kivi.bits,
             Coding::Block(block) => block.bits,
             Coding::Rotated(rotated, _) => rotated.bits,
         }
     }
 
-    /// The code that stands for 0.
+    /// Numbers that are stored for a group: its scale, and perhaps its zero-point.
+    fn grid_numbers(&self) -> usize {
+        if let Coding::Kivi(_) = self.coding { 2 } else { 1 }
+    }
+
+    /// The code that stands for 0, where no zero-point is stored.
     fn origin(&self) -> f32 {
         match &self.coding {
+            Coding::Kivi(_) => 0.0,
             Coding::Block(block) => block.origin(),
             Coding::Rotated(rotated, _) => levels(rotated.bits) / 2.0,
         }
@@ -64,6 +74,7 @@ impl Format {
     /// Channels that share a scale.
     fn group(&self) -> usize {
         let group = match &self.coding {
+            Coding::Kivi(kivi) => kivi.group,
             Coding::Block(_) => block::SIZE,
             Coding::Rotated(rotated, _) => rotated.group,
         };
@@ -76,37 +87,28 @@ impl Format {
 
     fn basis(&self) -> Option<&Arc<Basis>> {
         match &self.coding {
-            Coding::Block(_) => None,
+            Coding::Kivi(_) | Coding::Block(_) => None,
             Coding::Rotated(_, basis) => Some(basis),
         }
     }
 
-    /// Calls `put(token, codes, scales)` for the `n` oldest of `rows`.
-    fn encode(&self, rows: &Rows, n: usize, mut put: impl FnMut(usize, &[u8], &[f16])) {
-        let (mut codes, mut scales) = (vec![0; self.dim], vec![f16::ZERO; self.groups()]);
+    /// Calls `put(token, codes, grids)` for the `n` oldest of `rows`, with the scale and the zero-point of every group.
+    fn encode(&self, rows: &Rows, n: usize, mut put: impl FnMut(usize, &[u8], &[(f16, f16)])) {
+        let (mut codes, mut grids) = (vec![0; self.dim], vec![(f16::ZERO, f16::ZERO); self.groups()]);
         let mut x = rows.to_f32(0..n);
         for (t, x) in x.chunks_exact_mut(self.dim).enumerate() {
             if let Some(basis) = self.basis() {
                 basis.apply(x);
             }
             let groups = x.chunks(self.group()).zip(codes.chunks_mut(self.group()));
-            for ((x, codes), scale) in groups.zip(&mut scales) {
-                *scale = match &self.coding {
-                    Coding::Block(block) => block.encode(x, codes),
-                    Coding::Rotated(rotated, _) => rotated.encode(x, codes),
+            for ((x, codes), grid) in groups.zip(&mut grids) {
+                *grid = match &self.coding {
+                    Coding::Kivi(kivi) => kivi.encode(x, codes),
+                    Coding::Block(block) => (block.encode(x, codes), f16::ZERO),
+                    Coding::Rotated(rotated, _) => (rotated.encode(x, codes), f16::ZERO),
                 };
             }
-            put(t, &codes, &scales);
+            put(t, &codes, &grids);
         }
     }
-}
-
-/// The number in a word.
-fn number(word: u16) -> f32 {
-    f16::from_bits(word).to_f32()
-}
-
-/// The memory of words.
-fn bytes_of(words: &[u16]) -> &[u8] {
-    crate::tensor::Slice::F16(words.reinterpret_cast()).bytes()
 }

@@ -1,18 +1,19 @@
-//! A page of values with a scale a token and group of channels.
+//! A page of values with a grid a token and group of channels.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Format, PAGE, bytes_of, number};
+use super::{Format, PAGE};
 use crate::attend::codes::{block, block_words, packed_len, put_row};
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::MatMut;
 use crate::attend::packed::{Grids, Packed};
 use crate::attend::{Basis, Scratch, ValueSegment, Weights, padded};
-use crate::quantize::{Method, PageBytes, Plan};
+use crate::quantize::{Method, PageBytes, Plan, bytes_of};
 use crate::tensor::Rows;
 
-/// The codes `[PAGE, channels]`, channels padded to whole lanes; then a scale a group of channels and token.
+/// The codes `[PAGE, channels]`, channels padded to whole lanes; then for every group of channels the scales of `PAGE` tokens,
+/// and where the format has them the zero-points.
 #[derive(Clone)]
 pub struct TokenValues {
     format: Format,
@@ -24,12 +25,17 @@ impl TokenValues {
     /// An empty page.
     pub(in crate::quantize) fn new(method: &Method, plan: &mut Plan, dim: usize) -> Self {
         let mut page = Self { format: Format::new(method, plan, dim), tokens: 0, words: Box::default() };
-        page.words = vec![0; page.code_words() + page.format.groups() * PAGE].into();
+        page.words = vec![0; page.grid_at(page.format.groups())].into();
         page
     }
 
     fn code_words(&self) -> usize {
         packed_len(self.format.bits(), PAGE, padded(self.format.dim))
+    }
+
+    /// Where the grids of group `j` begin in the words.
+    fn grid_at(&self, j: usize) -> usize {
+        self.code_words() + j * self.format.grid_numbers() * PAGE
     }
 
     pub(in crate::quantize) fn room(&self) -> usize {
@@ -39,11 +45,14 @@ impl TokenValues {
     pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize) {
         let (format, first, code_words) = (self.format.clone(), self.tokens, self.code_words());
         let mut padded_codes = vec![0; padded(format.dim)];
-        format.encode(rows, n, |t, codes, scales| {
+        format.encode(rows, n, |t, codes, grids| {
             padded_codes[..codes.len()].copy_from_slice(codes);
             put_row(format.bits(), &padded_codes, first + t, &mut self.words[..code_words]);
-            for (j, scale) in scales.iter().enumerate() {
-                self.words[code_words + j * PAGE + first + t] = scale.to_bits();
+            for (j, &(scale, zero)) in grids.iter().enumerate() {
+                let numbers = [scale, zero];
+                for (i, number) in numbers[..format.grid_numbers()].iter().enumerate() {
+                    self.words[self.grid_at(j) + i * PAGE + first + t] = number.to_bits();
+                }
             }
         });
         self.tokens += n;
@@ -72,6 +81,12 @@ impl TokenValues {
     fn groups_of(&self, tokens: Range<usize>, tolerance: f32) -> Packed<'_> {
         let (bits, lanes) = (self.format.bits(), padded(self.format.dim));
         let skipped = tokens.start / block(bits) * block_words(bits, lanes);
+        let (scales_at, step) = (self.code_words() - skipped + tokens.start, self.format.grid_numbers() * PAGE);
+        let grids = if self.format.grid_numbers() == 2 {
+            Grids::Affine { scales_at, zeros_at: scales_at + PAGE, step }
+        } else {
+            Grids::Scaled { scales_at, origin: self.format.origin(), step }
+        };
         Packed {
             words: &self.words[skipped..],
             bits,
@@ -81,11 +96,7 @@ impl TokenValues {
             width: padded(self.format.group()),
             lanes,
             codes_step: 0,
-            grids: Grids::Scaled {
-                scales_at: self.code_words() - skipped + tokens.start,
-                origin: self.format.origin(),
-                step: PAGE,
-            },
+            grids,
             lane_scales_at: None,
             tolerance,
         }
@@ -98,8 +109,8 @@ impl TokenValues {
 
     /// Scale and zero-point of group `j` of token `t`.
     pub fn grid(&self, t: usize, j: usize) -> (f32, f32) {
-        let scale = number(self.words[self.code_words() + j * PAGE + t]);
-        (scale, -scale * self.format.origin())
+        let grid = self.groups_of(t..t + 1, 0.0).grid(j);
+        (grid.scale(0), grid.zero(0))
     }
 }
 
@@ -127,22 +138,15 @@ impl ValueSegment for TokenValues {
 
     fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
         let packed = self.groups_of(first..first + n, 0.0);
-        let (codes, origin, dim) = (packed.codes(0).0, self.format.origin(), self.format.dim);
+        let (codes, dim, group) = (packed.codes(0).0, self.format.dim, self.format.group());
         let lanes = codes.lanes();
         scratch.buffer.resize(codes.outer() * lanes, 0.0);
         (scratch.kernels.unpack)(codes, MatMut::new(&mut scratch.buffer, codes.outer(), lanes));
         for t in 0..n {
-            let codes = &scratch.buffer[(packed.lead + t) * lanes..][..dim];
             let out = &mut out.row(t)[..dim];
-            let groups = codes.chunks(self.format.group()).zip(out.chunks_mut(self.format.group()));
-            for (j, (codes, out)) in groups.enumerate() {
-                let scale = packed.grid(j).scale(t);
-                for (x, code) in out.iter_mut().zip(codes) {
-                    *x = (code - origin) * scale;
-                }
-            }
-            if let Some(basis) = self.format.basis() {
-                basis.undo(out);
+            out.copy_from_slice(&scratch.buffer[(packed.lead + t) * lanes..][..dim]);
+            for (j, out) in out.chunks_mut(group).enumerate() {
+                packed.grid(j).decode(t, out);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! A page of keys: per channel, bands of channels with different bits.
+//! A page of keys with a grid a channel and group of tokens, as KIVI has them; bands of channels may have different bits.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -6,43 +6,65 @@ use std::sync::Arc;
 use half::f16;
 use half::slice::HalfBitsSliceExt;
 
-use super::{Band, Graded, grid_of};
-use crate::attend::codes::packed_len;
+use super::kivi::MinMax;
+use super::{Method, PageBytes, Plan, bytes_of, levels, round};
+use crate::attend::codes::{packed_len, put_lane};
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::{Grids, Packed};
 use crate::attend::{Basis, KEY_TOLERANCE, KeySegment, Scratch};
-use crate::quantize::kivi::{bytes_of, pack_group};
-use crate::quantize::{PageBytes, Plan};
 use crate::tensor::Rows;
+
+/// Channels of equal width.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Band {
+    /// Bits of a code: 8, 4, 3, 2 or 0.
+    pub bits: u8,
+    /// Channels.
+    pub channels: usize,
+}
 
 /// Group after group of tokens: of every band the codes `[channels, tokens]`, the scales and the zero-points of its channels;
 /// of a band of 0 bits only what stands for all its codes.
 #[derive(Clone)]
-pub struct GradedKeys {
-    order: Arc<Basis>,
+pub struct ChannelKeys {
+    /// The order of the channels, where it is not the model's.
+    order: Option<Arc<Basis>>,
     bands: Arc<[Band]>,
     group: usize,
     tokens: usize,
     words: Box<[u16]>,
 }
 
-impl GradedKeys {
-    /// Packs the `n` oldest of `rows`; `n` is a multiple of the group.
-    pub(in crate::quantize) fn pack(graded: &Graded, plan: &mut Plan, rows: &Rows, n: usize) -> Self {
-        let (dim, group) = (rows.dim(), graded.group);
-        let mut x = rows.to_f32(0..n);
-        graded.choose(plan, &x, dim);
-        plan.sealed += n;
-        let (Some(order), Some(bands)) = (plan.basis.clone(), plan.bands.clone()) else {
-            unreachable!("choose has chosen")
+impl ChannelKeys {
+    /// Packs the oldest of `rows`, a window of the method.
+    ///
+    /// # Panics
+    /// When the method has no such pages.
+    pub(super) fn pack(method: &Method, plan: &mut Plan, rows: &Rows) -> Self {
+        let dim = rows.dim();
+        let (group, mut x, bands) = match method {
+            Method::Kivi(kivi) => {
+                let bands = plan.bands(|| vec![Band { bits: kivi.bits, channels: dim }]);
+                (kivi.group, rows.to_f32(0..kivi.window), bands)
+            }
+            Method::Graded(graded) => {
+                let x = rows.to_f32(0..graded.window);
+                let bands = graded.choose(plan, &x, dim);
+                (graded.group, x, bands)
+            }
+            _ => panic!("{method:?} has no pages with a grid a channel"),
         };
-        let mut page = Self { order, bands, group, tokens: n, words: Box::default() };
-        page.words = vec![0; n / group * page.group_words()].into();
-        x.chunks_exact_mut(dim).for_each(|x| page.order.apply(x));
+        let tokens = x.len() / dim;
+        plan.sealed += tokens;
+        let mut page = Self { order: plan.basis.clone(), bands, group, tokens, words: Box::default() };
+        page.words = vec![0; tokens / group * page.group_words()].into();
+        if let Some(order) = &page.order {
+            x.chunks_exact_mut(dim).for_each(|x| order.apply(x));
+        }
         let group_words = page.group_words();
         for (x, words) in x.chunks_exact(group * dim).zip(page.words.chunks_exact_mut(group_words)) {
-            pack_bands(&page.bands, group, x, words);
+            pack_bands(&page.bands, x, dim, words);
         }
         page
     }
@@ -107,6 +129,19 @@ impl GradedKeys {
         self.words[i * self.group_words() + at..][..band.channels].reinterpret_cast()
     }
 
+    /// Adds to the logits of groups what their channels of 0 bits give, the same for all tokens of a group.
+    fn add_constants(&self, q: Mat<'_>, band: Band, at: usize, groups: Range<usize>, out: &mut MatMut<'_>) {
+        for g in 0..q.rows {
+            for (i, out) in groups.clone().zip(out.row(g).chunks_exact_mut(self.group)) {
+                let constants = self.constants(band, at, i);
+                let sum: f32 = q.row(g).iter().zip(constants).map(|(q, k)| q * k.to_f32()).sum();
+                for out in out {
+                    *out += sum;
+                }
+            }
+        }
+    }
+
     fn groups_of(&self, first: usize, n: usize) -> Range<usize> {
         first / self.group..(first + n).div_ceil(self.group)
     }
@@ -114,7 +149,9 @@ impl GradedKeys {
     /// Bits of every channel.
     pub fn bits(&self) -> Vec<u8> {
         let mut bits: Vec<f32> = self.bands.iter().flat_map(|band| vec![f32::from(band.bits); band.channels]).collect();
-        self.order.undo(&mut bits);
+        if let Some(order) = &self.order {
+            order.undo(&mut bits);
+        }
         bits.into_iter().map(|bits| bits as u8).collect()
     }
 
@@ -134,8 +171,10 @@ impl GradedKeys {
                 (scales[channel + c], zeros[channel + c]) = (packed.grid(0).scale(c), packed.grid(0).zero(c));
             }
         }
-        for x in [&mut codes, &mut scales, &mut zeros] {
-            self.order.undo(x);
+        if let Some(order) = &self.order {
+            for x in [&mut codes, &mut scales, &mut zeros] {
+                order.undo(x);
+            }
         }
         (codes.into_iter().map(|code| code as u8).collect(), scales, zeros)
     }
@@ -152,36 +191,70 @@ fn band_words(band: Band, group: usize) -> usize {
 }
 
 /// Packs a group of tokens `[group, dim]`, whose channels are in the order of the bands.
-fn pack_bands(bands: &[Band], group: usize, x: &[f32], mut words: &mut [u16]) {
-    let dim = x.len() / group;
+fn pack_bands(bands: &[Band], x: &[f32], dim: usize, mut words: &mut [u16]) {
+    let group = x.len() / dim;
     let mut channel = 0;
     for &band in bands {
         let (own, rest) = words.split_at_mut(band_words(band, group));
-        let columns = channel..channel + band.channels;
-        let own_x: Vec<f32> = x.chunks_exact(dim).flat_map(|row| row[columns.clone()].iter().copied()).collect();
+        let rows = x.chunks_exact(dim).map(|row| &row[channel..channel + band.channels]);
         if band.bits == 0 {
-            for (c, word) in own.iter_mut().enumerate() {
-                let sum: f32 = own_x[c..].iter().step_by(band.channels).sum();
-                *word = f16::from_f32(sum / group as f32).to_bits();
-            }
+            pack_means(rows, own);
         } else {
-            let (codes, grid) = own.split_at_mut(code_words(band, group));
-            let (scales, zeros) = grid.split_at_mut(band.channels);
-            let (scales, zeros) = (scales.reinterpret_cast_mut(), zeros.reinterpret_cast_mut());
-            pack_group(&grid_of(band.bits, group), &own_x, scales, zeros, codes);
+            pack_band(band, rows, own);
         }
         words = rest;
         channel += band.channels;
     }
 }
 
-impl KeySegment for GradedKeys {
+/// The mean of every channel.
+fn pack_means<'a>(rows: impl ExactSizeIterator<Item = &'a [f32]>, words: &mut [u16]) {
+    let tokens = rows.len() as f32;
+    let mut sums = vec![0.0; words.len()];
+    for row in rows {
+        for (sum, x) in sums.iter_mut().zip(row) {
+            *sum += x;
+        }
+    }
+    for (word, sum) in words.iter_mut().zip(sums) {
+        *word = f16::from_f32(sum / tokens).to_bits();
+    }
+}
+
+/// Codes, scales and zero-points of a band.
+fn pack_band<'a>(band: Band, rows: impl ExactSizeIterator<Item = &'a [f32]> + Clone, words: &mut [u16]) {
+    let group = rows.len();
+    let (mut min, mut max) = (vec![f32::INFINITY; band.channels], vec![f32::NEG_INFINITY; band.channels]);
+    for row in rows.clone() {
+        for ((min, max), &x) in min.iter_mut().zip(&mut max).zip(row) {
+            *min = min.min(x);
+            *max = max.max(x);
+        }
+    }
+    let (code_words, numbers) = words.split_at_mut(code_words(band, group));
+    let (scales, zeros) = numbers.split_at_mut(band.channels);
+    // From here on `min` has what codes count from, and `max` the divisors.
+    for c in 0..band.channels {
+        let grid = MinMax::new(band.bits, min[c], max[c]);
+        (scales[c], zeros[c]) = (grid.scale.to_bits(), grid.zero.to_bits());
+        (min[c], max[c]) = (grid.first(), grid.divisor());
+    }
+    let (mut codes, levels) = (vec![0; band.channels], levels(band.bits));
+    for (t, row) in rows.enumerate() {
+        for (code, ((&x, &first), &divisor)) in codes.iter_mut().zip(row.iter().zip(&min).zip(&max)) {
+            *code = round((x - first) / divisor, levels);
+        }
+        put_lane(band.bits, group, &codes, t, code_words);
+    }
+}
+
+impl KeySegment for ChannelKeys {
     fn unit(&self) -> usize {
         self.group
     }
 
     fn basis(&self) -> Option<&Arc<Basis>> {
-        Some(&self.order)
+        self.order.as_ref()
     }
 
     fn bytes(&self, first: usize, n: usize) -> &[u8] {
@@ -199,18 +272,17 @@ impl KeySegment for GradedKeys {
         ahead: &mut Ahead<'_>,
     ) {
         let groups = self.groups_of(first, n);
-        let zero_bits = self.bands().find(|(band, ..)| band.bits == 0);
         for g in 0..q.rows {
-            for (i, out) in groups.clone().zip(out.row(g).chunks_exact_mut(self.group)) {
-                let constant = zero_bits.map_or(0.0, |(band, channel, at)| {
-                    q.row(g)[channel..].iter().zip(self.constants(band, at, i)).map(|(q, k)| q * k.to_f32()).sum()
-                });
-                out.fill(constant);
-            }
+            out.row(g)[..groups.len() * self.group].fill(0.0);
         }
-        for (band, channel, at) in self.bands().filter(|(band, ..)| band.bits > 0) {
-            let (q, packed) = (q.from_column(channel), self.parts(band, at, groups.clone()));
-            (scratch.kernels.add_packed)(q, &packed, out.from_column(0), &mut scratch.folded, ahead);
+        for (band, channel, at) in self.bands() {
+            let q = q.from_column(channel);
+            if band.bits == 0 {
+                self.add_constants(q, band, at, groups.clone(), &mut out);
+            } else {
+                let packed = self.parts(band, at, groups.clone());
+                (scratch.kernels.add_packed)(q, &packed, out.from_column(0), &mut scratch.folded, ahead);
+            }
         }
     }
 
@@ -224,17 +296,8 @@ impl KeySegment for GradedKeys {
                     }
                     continue;
                 }
-                let packed = self.parts(band, at, group..group + 1);
-                let (codes, grid) = (packed.codes(0).0, packed.grid(0));
-                (scratch.kernels.unpack)(codes, out.part(channel, codes.outer()));
-                for c in 0..band.channels {
-                    let (scale, zero) = (grid.scale(c), grid.zero(c));
-                    for x in &mut out.row(channel + c)[..self.group] {
-                        *x = *x * scale + zero;
-                    }
-                }
+                self.parts(band, at, group..group + 1).tile(0, out.from_row(channel), scratch.kernels);
             }
         }
-        self.order.undo_columns(&mut out, n);
     }
 }

@@ -7,16 +7,13 @@
 //! Block-GTQ use too. The queries are those of the text itself, as the cache sees them; without any all channels' errors
 //! weigh the same. Widths are chosen again each time the tokens have doubled.
 //!
-//! Grids and codes are KIVI's ([`super::kivi`]), in groups of `group` tokens. Channels of equal width lie together (a band).
+//! Grids and codes are KIVI's ([`super::kivi`]), in groups of `group` tokens. Channels of equal width lie together (a [`Band`]).
 
-mod keys;
+use std::sync::Arc;
 
-pub use keys::GradedKeys;
-
-use super::kivi::Kivi;
-use super::{Plan, levels, refuse};
+use super::{Band, Plan, check_groups, levels, refuse};
+use crate::attend::Basis;
 use crate::attend::codes::{LANES, block};
-use crate::attend::{Basis, CHUNK};
 use crate::error::Result;
 
 /// The parameters of graded keys.
@@ -41,31 +38,25 @@ impl Graded {
         if !(1.0..=8.0).contains(&bits) {
             return refuse("bits", bits, "1 to 8");
         }
-        if group == 0 || !group.is_multiple_of(LANES) || group > CHUNK {
-            return refuse("group", group, "multiples of 8 from 8 to 256");
-        }
-        if window == 0 || !window.is_multiple_of(group) {
-            return refuse("window", window, format!("positive multiples of group={group}"));
-        }
+        check_groups(group, window)?;
         Ok(Self { bits, group, window, sinks })
     }
 
-    pub(super) fn due(&self, n: usize) -> usize {
-        n / self.window * self.window
-    }
-
-    /// Chooses the widths for `x` `[tokens, dim]`, when it is time.
-    fn choose(&self, plan: &mut Plan, x: &[f32], dim: usize) {
-        if plan.bands.is_some() && plan.sealed < plan.renewal {
-            return;
+    /// The widths for `x` `[tokens, dim]`, chosen anew when it is time; the plan has their order.
+    pub(super) fn choose(&self, plan: &mut Plan, x: &[f32], dim: usize) -> Arc<[Band]> {
+        if let Some(bands) = plan.bands.as_ref().filter(|_| plan.sealed < plan.renewal) {
+            return Arc::clone(bands);
         }
         plan.renewal = 2 * plan.sealed.max(self.window);
         let weights = plan.weights(dim);
         let costs: Vec<Cost> = weights.iter().enumerate().map(|(c, &weight)| self.cost(x, dim, c, weight)).collect();
         let (order, bands) = allot(&costs, self.bits);
-        if plan.bands.as_deref() != Some(&bands[..]) || plan.basis.as_deref() != Some(&order) {
-            (plan.basis, plan.bands) = (Some(order.into()), Some(bands.into()));
+        if plan.basis.as_deref() != Some(&order) {
+            plan.basis = Some(order.into());
         }
+        let bands: Arc<[Band]> = bands.into();
+        plan.bands = Some(Arc::clone(&bands));
+        bands
     }
 
     /// What channel `c` costs at every width.
@@ -92,15 +83,6 @@ struct Cost {
 
 /// Bits of a channel, most first.
 const WIDTHS: [u8; 5] = [8, 4, 3, 2, 0];
-
-/// Channels of equal width.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Band {
-    /// Bits of a code: 8, 4, 3, 2 or 0.
-    pub bits: u8,
-    /// Channels.
-    pub channels: usize,
-}
 
 /// Checks that keys of `dim` numbers can be cut into whole blocks of codes.
 pub(super) fn check_dim(dim: usize) -> Result<()> {
@@ -163,11 +145,6 @@ fn search(
         let cost = cost + sums[w][first + n] - sums[w][first];
         search(sums, dim, budget - n * width, counts, w + 1, cost, best);
     }
-}
-
-/// The grid that codes of `bits` bits have.
-fn grid_of(bits: u8, group: usize) -> Kivi {
-    Kivi { bits, group, window: group, sinks: 0 }
 }
 
 #[cfg(test)]
