@@ -565,3 +565,27 @@ def test_two_threads_in_one_cache() -> None:
     assert refusals
     assert "thread" in refusals[0]
     assert torch.allclose(outputs[0][:, -1:], alone, atol=1e-5)
+
+
+def test_looking_from_several_threads_is_not_refused() -> None:
+    """Forks, lengths and bytes may be asked for by any number of threads at once."""
+    cache = kvpack.PackedCache(tiny_config(layers=1, heads=8, kv_heads=2, head_dim=64), quantize=kvpack.KIVI())
+    cache.update(*random_kv(1, 2, 4096, 64), 0)
+    memory = cache.memory()
+    failures: list[Exception] = []
+
+    def look() -> None:
+        try:
+            for _ in range(300):
+                fork = cache.fork()
+                assert fork.get_seq_length() == 4096
+                assert cache.memory().parts == memory.parts
+        except (AssertionError, kvpack.ConcurrencyError) as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

@@ -17,7 +17,7 @@ from ._threads import threads
 from .errors import ConcurrencyError, DeviceError, KvpackError, ModelMismatchError, OptionError
 from .layer import PackedLayer
 from .memory import Memory, readable_bytes
-from .methods import QUANTIZE, Exact, Quantize
+from .methods import QUANTIZE, Exact, Quantize, Site
 
 _PARTS = ("codes", "scales", "exact", "index", "other layers")
 
@@ -47,10 +47,11 @@ class PackedCache(Cache):
         # transformers decides the structure (sliding, linear, layers that share keys and values ...);
         # exactly the plain full-attention layers are replaced.
         shared = bool(getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0))
-        layers: list[Any] = [
-            PackedLayer(self.quantize, config=config, shared=shared) if type(layer) is DynamicLayer else layer
-            for layer in DynamicCache(config=config).layers
-        ]
+        model = None if model_or_config is config or not hasattr(model_or_config, "config") else model_or_config
+        layers: list[Any] = DynamicCache(config=config).layers
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                layers[i] = PackedLayer(self.quantize, Site(i, len(layers), config, model), shared=shared)
         if not any(isinstance(layer, PackedLayer) for layer in layers):
             kinds = sorted({type(layer).__name__ for layer in layers})
             if not kinds:

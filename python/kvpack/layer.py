@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ._tensors import DTYPES, New, describe, plain, readable
 from .errors import CropError, KvpackError, ShapeError, StaleHandleError
 from .handle import LazyKV
-from .methods import Quantize
+from .methods import Quantize, Site
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 # Releases before past recording let assisted decoding crop without announcing it.
@@ -32,23 +32,23 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, quantize: Quantize, *, config: Any = None, shared: bool = False) -> None:
+    def __init__(self, quantize: Quantize, site: Site | None = None, *, shared: bool = False) -> None:
         """An empty layer.
 
         Args:
             quantize: the codec.
-            config: the configuration of the model that this layer is for.
+            site: where in which model it is.
             shared: whether other layers of the model read this layer's keys and values, so that packing waits
                 until the forward is over.
         """
         self.quantize = quantize
-        self.config = config
+        self.config = None if site is None else site.config
         self.shared = shared
         self.record_past = False
         self.is_initialized = False
         self.version = 0
         self.counts = {"prefill": 0, "fused": 0, "materialised": 0}
-        self._store = quantize.make_store()
+        self._store = quantize.make_store(site)
         # Chunks up to this length wait for the next forward to be packed, so that they can be cropped.
         self._patience = self._store.window()
         self._wants_queries = self._store.wants_queries()

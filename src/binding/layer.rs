@@ -1,7 +1,7 @@
 //! The Python class around [`cache::Layer`].
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
+use std::sync::{Mutex, RwLock};
 
 use pyo3::prelude::*;
 
@@ -18,25 +18,51 @@ use crate::tensor::View;
 
 /// Keys and values of one attention layer. Tensors are `(pointer, dtype, shape, strides)`.
 #[pyclass(frozen, module = "kvpack._kvpack")]
-pub(super) struct Layer(Mutex<cache::Layer>);
+pub(super) struct Layer {
+    layer: RwLock<cache::Layer>,
+    /// Held by the thread that changes the layer or attends.
+    turn: Mutex<()>,
+}
 
 impl Layer {
-    /// The one place that takes the lock, releases the GIL and turns errors and panics into exceptions.
-    pub(super) fn enter<R: Send>(
+    fn holding(layer: cache::Layer) -> Self {
+        Self { layer: RwLock::new(layer), turn: Mutex::new(()) }
+    }
+
+    /// What changes the layer: waits for the threads that look at it, and is refused while another one changes it.
+    fn change<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut cache::Layer) -> Result<R> + Send) -> PyResult<R> {
+        enter(py, || {
+            let _turn = self.turn.try_lock().map_err(|_| Error::Busy)?;
+            let mut layer = self.layer.write().map_err(|_| Error::Busy)?;
+            caught(|| f(&mut layer))
+        })
+    }
+
+    /// What only looks at it: any number of threads at once, refused while one changes it.
+    pub(super) fn look<R: Send>(
         &self,
         py: Python<'_>,
-        f: impl FnOnce(&mut cache::Layer) -> Result<R> + Send,
+        f: impl FnOnce(&cache::Layer) -> Result<R> + Send,
     ) -> PyResult<R> {
-        let result = py.detach(|| {
-            let mut layer = self.0.try_lock().map_err(|_| Error::Busy)?;
-            catch_unwind(AssertUnwindSafe(|| f(&mut layer))).unwrap_or_else(|panic| {
-                let text = panic.downcast_ref::<String>().cloned();
-                let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).into()));
-                Err(Error::Internal(text.unwrap_or_else(|| "unknown panic".into())))
-            })
-        });
-        result.map_err(|e| to_python(py, &e))
+        enter(py, || {
+            let layer = self.layer.try_read().map_err(|_| Error::Busy)?;
+            caught(|| f(&layer))
+        })
     }
+}
+
+/// The one place that releases the GIL and turns errors into exceptions.
+fn enter<R: Send>(py: Python<'_>, f: impl FnOnce() -> Result<R> + Send) -> PyResult<R> {
+    py.detach(f).map_err(|e| to_python(py, &e))
+}
+
+/// Turns a panic into an error, inside the locks, so that it does not poison them.
+fn caught<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).into()));
+        Err(Error::Internal(text.unwrap_or_else(|| "unknown panic".into())))
+    })
 }
 
 /// New tokens: keys, values, which of them are not pads (booleans `[B, 1, 1, n]`), whether to pack first what is due, and
@@ -74,40 +100,40 @@ impl Layer {
     #[new]
     fn new(py: Python<'_>, keys: &Method, values: &Method) -> PyResult<Self> {
         let codec = Codec::new(keys.0.clone(), values.0.clone()).map_err(|e| to_python(py, &e))?;
-        Ok(Self(Mutex::new(cache::Layer::new(codec))))
+        Ok(Self::holding(cache::Layer::new(codec)))
     }
 
     /// Raises `OptionError` when the methods do not fit keys and values of such head dims.
     fn check_dims(&self, py: Python<'_>, key_dim: usize, value_dim: usize) -> PyResult<()> {
-        self.enter(py, |layer| layer.codec().check_dims(key_dim, value_dim))
+        self.look(py, |layer| layer.codec().check_dims(key_dim, value_dim))
     }
 
     /// Tokens of one forward up to which packing waits for the next forward.
     fn window(&self, py: Python<'_>) -> PyResult<usize> {
-        self.enter(py, |layer| Ok(layer.codec().window()))
+        self.look(py, |layer| Ok(layer.codec().window()))
     }
 
     /// Whether `append` wants to see the queries.
     fn wants_queries(&self, py: Python<'_>) -> PyResult<bool> {
-        self.enter(py, |layer| Ok(layer.codec().keys.wants_queries()))
+        self.look(py, |layer| Ok(layer.codec().keys.wants_queries()))
     }
 
     /// A copy that shares all pages.
     fn fork(&self, py: Python<'_>) -> PyResult<Self> {
-        self.enter(py, |layer| Ok(Self(Mutex::new(layer.clone()))))
+        self.look(py, |layer| Ok(Self::holding(layer.clone())))
     }
 
     /// Raises what `append` would raise.
     fn check(&self, py: Python<'_>, k: Tensor, v: Tensor) -> PyResult<()> {
         // SAFETY: `kvpack._tensors` makes these tuples from tensors that its caller holds during the call.
-        self.enter(py, |layer| unsafe { layer.check(&k.view("keys")?, &v.view("values")?) })
+        self.look(py, |layer| unsafe { layer.check(&k.view("keys")?, &v.view("values")?) })
     }
 
     /// Appends checked tokens, with up to `threads` threads; methods that want to know it see their queries `q`.
     fn append(&self, py: Python<'_>, new: New, q: Option<Tensor>, threads: usize) -> PyResult<()> {
         pool::set_threads(threads);
         // SAFETY: as in `check`.
-        self.enter(py, |layer| unsafe {
+        self.change(py, |layer| unsafe {
             let query = q.map(|q| q.view("query")).transpose()?;
             new.append_to(layer, query.as_ref())
         })
@@ -115,7 +141,7 @@ impl Layer {
 
     /// Packs what is due.
     fn settle(&self, py: Python<'_>) -> PyResult<()> {
-        self.enter(py, |layer| {
+        self.change(py, |layer| {
             layer.settle();
             Ok(())
         })
@@ -138,7 +164,7 @@ impl Layer {
     ) -> PyResult<()> {
         pool::set_threads(threads);
         // SAFETY: as in `check`; `out` was made for this call.
-        self.enter(py, |layer| unsafe {
+        self.change(py, |layer| unsafe {
             let query = q.view("query")?;
             if let Some(new) = new {
                 new.append_to(layer, Some(&query))?;
@@ -156,33 +182,33 @@ impl Layer {
     /// Writes all keys to `out` `[B, H, seen, Dk]`, dequantised.
     fn write_keys(&self, py: Python<'_>, out: Tensor) -> PyResult<()> {
         // SAFETY: as in `attend`.
-        self.enter(py, |layer| unsafe { layer.write_keys(out.view_mut("out")?, kernels()?) })
+        self.look(py, |layer| unsafe { layer.write_keys(out.view_mut("out")?, kernels()?) })
     }
 
     /// Writes all values to `out` `[B, H, seen, Dv]`, dequantised.
     fn write_values(&self, py: Python<'_>, out: Tensor) -> PyResult<()> {
         // SAFETY: as in `attend`.
-        self.enter(py, |layer| unsafe { layer.write_values(out.view_mut("out")?, kernels()?) })
+        self.look(py, |layer| unsafe { layer.write_values(out.view_mut("out")?, kernels()?) })
     }
 
     /// Raises what `crop` would raise.
     fn check_crop(&self, py: Python<'_>, n: usize, lossy: bool) -> PyResult<()> {
-        self.enter(py, |layer| layer.check_crop(n, lossy))
+        self.look(py, |layer| layer.check_crop(n, lossy))
     }
 
     /// Removes the `n` newest positions.
     fn crop(&self, py: Python<'_>, n: usize, lossy: bool) -> PyResult<()> {
-        self.enter(py, |layer| layer.crop(n, lossy))
+        self.change(py, |layer| layer.crop(n, lossy))
     }
 
     /// Makes the batch out of the rows at `indices`.
     fn select(&self, py: Python<'_>, indices: Vec<usize>) -> PyResult<()> {
-        self.enter(py, |layer| layer.select(&indices))
+        self.change(py, |layer| layer.select(&indices))
     }
 
     /// Forgets everything.
     fn reset(&self, py: Python<'_>) -> PyResult<()> {
-        self.enter(py, |layer| {
+        self.change(py, |layer| {
             layer.reset();
             Ok(())
         })
@@ -190,19 +216,19 @@ impl Layer {
 
     /// Positions seen, pads included.
     fn seen(&self, py: Python<'_>) -> PyResult<usize> {
-        self.enter(py, |layer| Ok(layer.seen()))
+        self.look(py, |layer| Ok(layer.seen()))
     }
 
     /// `(batch, KV heads, key dim, value dim, dtype)`, or `None` before the first tokens.
     fn shape(&self, py: Python<'_>) -> PyResult<Option<Sizes>> {
-        self.enter(py, |layer| {
+        self.look(py, |layer| {
             Ok(layer.shape().map(|s| (layer.batch(), s.heads, s.key_dim, s.value_dim, s.dtype.name())))
         })
     }
 
     /// Bytes allocated: `(codes, scales, exact, index)`.
     fn memory(&self, py: Python<'_>) -> PyResult<(usize, usize, usize, usize)> {
-        self.enter(py, |layer| {
+        self.look(py, |layer| {
             let m = layer.memory();
             Ok((m.codes, m.scales, m.exact, m.index))
         })
@@ -210,12 +236,12 @@ impl Layer {
 
     /// Share of the numbers held, the newest positions' aside, that are not what the model made.
     fn lossy_share(&self, py: Python<'_>, new: usize) -> PyResult<f64> {
-        self.enter(py, |layer| Ok(layer.lossy_share(new)))
+        self.look(py, |layer| Ok(layer.lossy_share(new)))
     }
 
     /// Positions that a KV head of a sequence holds.
     fn positions(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<Vec<u32>> {
-        self.enter(py, |layer| {
+        self.look(py, |layer| {
             let positions = layer.head(row, head)?.positions();
             let mut out = Vec::new();
             positions.collect_into(0, positions.len(), &mut out);
@@ -225,7 +251,7 @@ impl Layer {
 
     /// Bits of every key channel in each of a KV head's graded pages.
     fn key_bits(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<Vec<Vec<u8>>> {
-        self.enter(py, |layer| Ok(super::inspect::key_bits(layer.head(row, head)?)))
+        self.look(py, |layer| Ok(super::inspect::key_bits(layer.head(row, head)?)))
     }
 
     /// What a KV head of a sequence stores packed.
@@ -235,7 +261,7 @@ impl Layer {
         row: usize,
         head: usize,
     ) -> PyResult<(super::inspect::Packed, super::inspect::Packed)> {
-        self.enter(py, |layer| {
+        self.look(py, |layer| {
             let head = layer.head(row, head)?;
             Ok((super::inspect::keys(head), super::inspect::values(head)))
         })

@@ -31,8 +31,9 @@ pub(super) struct Column<P> {
 }
 
 impl<P: Page> Column<P> {
-    pub(super) fn new(tail: Rows) -> Self {
-        Self { segments: Vec::new(), tail, plan: Plan::default() }
+    /// An empty one of KV head number `head`.
+    pub(super) fn new(head: usize, tail: Rows) -> Self {
+        Self { segments: Vec::new(), tail, plan: Plan::new(head) }
     }
 
     fn sealed(&self) -> usize {

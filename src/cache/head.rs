@@ -18,10 +18,11 @@ pub struct KvHead {
 }
 
 impl KvHead {
-    pub(super) fn new(dtype: Dtype, key_dim: usize, value_dim: usize) -> Self {
+    /// An empty one, number `head` of its layer.
+    pub(super) fn new(head: usize, dtype: Dtype, key_dim: usize, value_dim: usize) -> Self {
         Self {
-            keys: Column::new(Rows::new(dtype, key_dim)),
-            values: Column::new(Rows::new(dtype, value_dim)),
+            keys: Column::new(head, Rows::new(dtype, key_dim)),
+            values: Column::new(head, Rows::new(dtype, value_dim)),
             positions: Positions::default(),
         }
     }

@@ -185,8 +185,8 @@ impl Layer {
             .collect();
         if self.shape.is_none() {
             self.shape = Some(shape);
-            let empty = || Arc::new(vec![KvHead::new(shape.dtype, shape.key_dim, shape.value_dim); heads]);
-            self.rows = (0..batch).map(|_| empty()).collect();
+            let empty = |h| KvHead::new(h, shape.dtype, shape.key_dim, shape.value_dim);
+            self.rows = (0..batch).map(|_| Arc::new((0..heads).map(empty).collect())).collect();
         }
         let (seen, codec) = (self.seen, settle.then_some(&self.codec));
         let mut work = Vec::with_capacity(batch * heads);

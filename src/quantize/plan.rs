@@ -14,6 +14,8 @@ const DAMPING: f32 = 1e-4;
 /// Decisions for the pages to come; pages that are sealed keep their own.
 #[derive(Clone, Default)]
 pub struct Plan {
+    /// The KV head's number.
+    pub(super) head: usize,
     /// The coordinates in which pages are stored.
     pub(super) basis: Option<Arc<Basis>>,
     /// Ranges of channels, in those coordinates, that have the same bits.
@@ -29,6 +31,11 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Nothing is decided yet for KV head number `head`.
+    pub fn new(head: usize) -> Self {
+        Self { head, ..Self::default() }
+    }
+
     /// Takes the queries of a forward into account: `squares(token, sums)` adds the squares of the queries of `token`, of all
     /// the column's readers, to `sums`.
     pub fn observe(&mut self, tokens: usize, dim: usize, mut squares: impl FnMut(usize, &mut [f32])) {

@@ -1,6 +1,6 @@
 """The methods, one dataclass each with the paper's defaults, and a registry by name."""
 
 from .presets import PRESETS
-from .quantize import KIVI, Q4, Q8, QUANTIZE, Apart, Exact, Graded, Quantize, Rotated
+from .quantize import KIVI, Q4, Q8, QUANTIZE, Apart, Exact, Graded, Quantize, Rotated, Site
 
-__all__ = ["KIVI", "PRESETS", "Q4", "Q8", "QUANTIZE", "Apart", "Exact", "Graded", "Quantize", "Rotated"]
+__all__ = ["KIVI", "PRESETS", "Q4", "Q8", "QUANTIZE", "Apart", "Exact", "Graded", "Quantize", "Rotated", "Site"]

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .. import _kvpack
 from ..errors import OptionError
+
+
+@dataclass(frozen=True)
+class Site:
+    """The attention layer of a model for which a codec makes a store.
+
+    Attributes:
+        layer: its number.
+        layers: how many layers the model has.
+        config: the configuration of the model's decoder.
+        model: the model, where the cache was made for one and not for a configuration.
+    """
+
+    layer: int
+    layers: int
+    config: Any
+    model: Any = None
 
 
 class Quantize(ABC):
@@ -22,16 +39,16 @@ class Quantize(ABC):
     standard: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def keys_method(self) -> _kvpack.Method:
-        """How keys are stored."""
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+        """How keys are stored in a layer; without a site what is the same in all layers."""
 
     @abstractmethod
-    def values_method(self) -> _kvpack.Method:
-        """How values are stored."""
+    def values_method(self, site: Site | None = None) -> _kvpack.Method:
+        """How values are stored in a layer; without a site what is the same in all layers."""
 
-    def make_store(self) -> _kvpack.Layer:
+    def make_store(self, site: Site | None = None) -> _kvpack.Layer:
         """An empty store of one layer."""
-        return _kvpack.Layer(self.keys_method(), self.values_method())
+        return _kvpack.Layer(self.keys_method(site), self.values_method(site))
 
 
 def _check_whole(method: Quantize, **least: int) -> None:
@@ -55,7 +72,7 @@ class Exact(Quantize):
     name: ClassVar[str] = "exact"
     standard: ClassVar[tuple[str, ...]] = ("exact",)
 
-    def keys_method(self) -> _kvpack.Method:
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """As the model made them."""
         return _kvpack.Method.exact()
 
@@ -94,7 +111,7 @@ class KIVI(Quantize):
         _check_bits(self, "bits", (2, 3, 4, 8))
         self.keys_method()  # Rust knows the rest of the rules
 
-    def keys_method(self) -> _kvpack.Method:
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """Per channel."""
         return _kvpack.Method.kivi(self.bits, self.group, self.window, self.sinks)
 
@@ -111,7 +128,7 @@ class _Block(Quantize):
     def __post_init__(self) -> None:
         _check_whole(self, window=0, sinks=0)
 
-    def keys_method(self) -> _kvpack.Method:
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """Per token."""
         return _kvpack.Method.block(self.bits, self.window, self.sinks)
 
@@ -182,7 +199,7 @@ class Rotated(Quantize):
         _check_bits(self, "bits", (2, 3, 4, 8))
         self.keys_method()
 
-    def keys_method(self) -> _kvpack.Method:
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """Per token."""
         return _kvpack.Method.rotated(self.bits, self.group, self.window, self.sinks, self.seed)
 
@@ -235,11 +252,11 @@ class Graded(Quantize):
         _check_bits(self, "value_bits", (2, 3, 4, 8))
         self.make_store()
 
-    def keys_method(self) -> _kvpack.Method:
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """Per channel, with graded bits."""
         return _kvpack.Method.graded(self.key_bits, self.group, self.window, self.sinks)
 
-    def values_method(self) -> _kvpack.Method:
+    def values_method(self, site: Site | None = None) -> _kvpack.Method:
         """Rotated."""
         return _kvpack.Method.rotated(self.value_bits, 0, self.window, self.sinks, self.seed)
 
@@ -267,13 +284,13 @@ class Apart(Quantize):
             if not isinstance(given, Quantize):
                 raise OptionError(f"{field}={given!r} is not accepted; accepted: methods such as kvpack.KIVI(bits=4)")
 
-    def keys_method(self) -> _kvpack.Method:
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """That of `keys`."""
-        return self.keys.keys_method()
+        return self.keys.keys_method(site)
 
-    def values_method(self) -> _kvpack.Method:
+    def values_method(self, site: Site | None = None) -> _kvpack.Method:
         """That of `values`."""
-        return self.values.values_method()
+        return self.values.values_method(site)
 
 
 # Apart has no name of its own in texts: it is written as two methods with a slash between.
