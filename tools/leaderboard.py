@@ -72,6 +72,7 @@ def main() -> int:
             tokens=tokens,
             tasks=tuple(TASKS),
             task_contexts=(context // 4, context * 3 // 4),
+            depths=(0.1, 0.5, 0.9),
             samples=options.samples,
         )
     except kvpack.KvpackError as error:
