@@ -53,6 +53,33 @@ pub const fn block_words(bits: u8, lanes: usize) -> usize {
     if bits == 3 { 3 * lanes } else { 2 * lanes }
 }
 
+/// What codes of at most 4 bits stand for, before a grid: small integers instead of the codes themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Levels([u8; 16]);
+
+impl Levels {
+    /// The levels of codes 0, 1, ...; code 0 must stand for 0, which is what the loops find beside a code.
+    ///
+    /// # Panics
+    /// When it does not, or there are more than 16.
+    pub fn new(levels: &[u8]) -> Self {
+        assert!(levels.first() == Some(&0) && levels.len() <= 16, "{levels:?}");
+        let mut all = [0; 16];
+        all[..levels.len()].copy_from_slice(levels);
+        Self(all)
+    }
+
+    /// What `code` stands for.
+    pub fn of(&self, code: u8) -> u8 {
+        self.0[usize::from(code)]
+    }
+
+    /// All levels; those of codes that do not occur are 0.
+    pub fn bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
 /// Packed codes, borrowed.
 #[derive(Clone, Copy)]
 pub struct Codes<'a> {
@@ -60,6 +87,7 @@ pub struct Codes<'a> {
     lanes: usize,
     blocks: usize,
     words: &'a [u16],
+    levels: Option<&'a Levels>,
 }
 
 impl<'a> Codes<'a> {
@@ -71,7 +99,29 @@ impl<'a> Codes<'a> {
     pub fn new(bits: u8, lanes: usize, blocks: usize, words: &'a [u16]) -> Self {
         assert!(matches!(bits, 2 | 3 | 4 | 8), "{bits}-bit codes");
         assert!(lanes > 0 && lanes.is_multiple_of(LANES));
-        Self { bits, lanes, blocks, words: &words[..blocks * block_words(bits, lanes)] }
+        Self { bits, lanes, blocks, words: &words[..blocks * block_words(bits, lanes)], levels: None }
+    }
+
+    /// The same codes, standing for `levels`.
+    ///
+    /// # Panics
+    /// When the codes have 8 bits.
+    #[inline]
+    #[must_use]
+    pub fn with_levels(self, levels: Option<&'a Levels>) -> Self {
+        assert!(self.bits <= 4 || levels.is_none(), "a table of 16 for {}-bit codes", self.bits);
+        Self { levels, ..self }
+    }
+
+    /// What the codes stand for, if not for themselves.
+    pub fn levels(self) -> Option<&'a Levels> {
+        self.levels
+    }
+
+    /// What the code at `[outer, lane]` stands for.
+    pub fn level(self, outer: usize, lane: usize) -> u8 {
+        let code = self.get(outer, lane);
+        self.levels.map_or(code, |levels| levels.of(code))
     }
 
     /// Bits of one code.

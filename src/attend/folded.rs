@@ -57,24 +57,23 @@ impl Folded {
     }
 }
 
-/// The largest word `N` with which `outer` products with codes of `bits` bits cannot overflow their sum of 32 bits.
-pub fn largest_word(bits: u8, outer: usize) -> f32 {
-    let largest_code = i64::from(u8::MAX >> (8 - bits));
-    (i64::from(i32::MAX) / (largest_code * outer.max(1) as i64)).min(i64::from(i16::MAX)) as f32
+/// The largest word `N` with which `outer` products with codes up to `largest` cannot overflow their sum of 32 bits.
+pub fn largest_word(largest: u8, outer: usize) -> f32 {
+    (i64::from(i32::MAX) / (i64::from(largest) * outer.max(1) as i64)).min(i64::from(i16::MAX)) as f32
 }
 
-/// The middle of codes of `bits` bits.
-pub fn middle(bits: u8) -> f32 {
-    f32::from(u8::MAX >> (8 - bits)) / 2.0
+/// The middle of codes up to `largest`.
+pub fn middle(largest: u8) -> f32 {
+    f32::from(largest) / 2.0
 }
 
 /// How much finer the words of what rounding left over are: at most half a step becomes at most `N`.
 pub const FINER: f32 = 65534.0;
 
-/// What rounding with `step` adds to sums over `outer` codes of `bits` bits, root mean square: for codes that are spread
+/// What rounding with `step` adds to sums over `outer` codes up to `largest`, root mean square: for codes that are spread
 /// evenly, `step / sqrt(12)` times their `m / sqrt(3)` times `sqrt(outer)`.
-pub fn rounding_error(step: f32, bits: u8, outer: usize) -> f32 {
-    step * middle(bits) * (outer as f32).sqrt() / 6.0
+pub fn rounding_error(step: f32, largest: u8, outer: usize) -> f32 {
+    step * middle(largest) * (outer as f32).sqrt() / 6.0
 }
 
 /// Step, and its inverse, for products of at most `max` in magnitude; below 1e-30, whose inverse would not be finite, 0.

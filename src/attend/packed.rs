@@ -7,13 +7,13 @@ use std::ops::Range;
 use half::f16;
 use half::slice::HalfBitsSliceExt;
 
-use super::codes::{Codes, blocks, padded_outer};
+use super::codes::{Codes, Levels, blocks, padded_outer};
 use super::folded::middle;
 use super::kernels::Kernels;
 use super::mat::MatMut;
 
 /// Parts of packed numbers `x_i[o, l] = lane_scale[l] (scale_i[o] code_i[o, l] + zero_i[o])`: a grid a part and outer row,
-/// and where there are any a factor a lane.
+/// and where there are any a factor a lane, and levels for which codes stand.
 ///
 /// Part `i` of keys is a group of tokens (outer = channels, lanes = tokens), part `i` of values a group of channels
 /// (outer = tokens, lanes = channels). Either lie in one run of words.
@@ -23,6 +23,8 @@ pub struct Packed<'a> {
     pub words: &'a [u16],
     /// Bits of a code.
     pub bits: u8,
+    /// What the codes stand for, if not for themselves.
+    pub levels: Option<&'a Levels>,
     /// Outer rows in use.
     pub outer: usize,
     /// Outer rows of codes before the ones in use; those, and ones behind, are not read.
@@ -125,6 +127,7 @@ impl<'a> Packed<'a> {
     pub fn codes(&self, i: usize) -> (Codes<'a>, Range<usize>) {
         let blocks = blocks(self.bits, self.lead + self.outer);
         let codes = Codes::new(self.bits, self.lanes, blocks, &self.words[i * self.codes_step..]);
+        let codes = codes.with_levels(self.levels);
         let first = if self.codes_step == 0 { i * self.width } else { 0 };
         (codes, first..(first + self.width).min(self.lanes))
     }
@@ -154,10 +157,15 @@ impl<'a> Packed<'a> {
         self.words[at..][..n].reinterpret_cast()
     }
 
+    /// The largest code, or what it stands for.
+    pub fn largest(&self) -> u8 {
+        if self.levels.is_some() { u8::MAX } else { u8::MAX >> (8 - self.bits) }
+    }
+
     /// The code from which codes are counted when they are multiplied: the one that stands for 0, or the middle one.
     pub fn center(&self) -> f32 {
         match self.grids {
-            Grids::Affine { .. } => middle(self.bits),
+            Grids::Affine { .. } => middle(self.largest()),
             Grids::Scaled { origin, .. } | Grids::Plain { origin } => origin,
         }
     }

@@ -112,6 +112,7 @@ impl ChannelKeys {
         Packed {
             words: &self.words[groups.start * step + at..groups.end * step],
             bits: band.bits,
+            levels: None,
             outer: band.channels,
             lead: 0,
             parts: groups.len(),

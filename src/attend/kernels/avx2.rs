@@ -177,6 +177,14 @@ impl Vector for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_table(p: *const u8) -> __m256i {
+        unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn look_up(table: __m256i, x: __m256i) -> __m256i {
+        unsafe { _mm256_shuffle_epi8(table, x) }
+    }
+    #[inline(always)]
     unsafe fn add_integers(a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_add_epi32(a, b) }
     }

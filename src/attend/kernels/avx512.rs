@@ -157,6 +157,14 @@ impl Vector for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_table(p: *const u8) -> __m512i {
+        unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn look_up(table: __m512i, x: __m512i) -> __m512i {
+        unsafe { _mm512_shuffle_epi8(table, x) }
+    }
+    #[inline(always)]
     unsafe fn add_integers(a: __m512i, b: __m512i) -> __m512i {
         unsafe { _mm512_add_epi32(a, b) }
     }

@@ -39,13 +39,31 @@ pub struct Kernels {
     /// `acc[g, i width + l] += sum_o w[g, o] (scale_i[o] code_i[o, l] + zero_i[o])` for the parts `i` and their lanes `l`;
     /// `w scale` is rounded as [`super::folded`] says.
     pub add_packed: fn(w: Mat<'_>, packed: &Packed<'_>, acc: MatMut<'_>, folded: &mut Folded, ahead: &mut Ahead<'_>),
-    /// `out[o, l] = codes[o, l]`.
+    /// `out[o, l] = codes[o, l]`, or what they stand for.
     pub unpack: fn(codes: Codes<'_>, out: MatMut<'_>),
+    /// `x[c, t] <- scale_c x[c, t] + zero_c`, and every pair of rows turned by its angle at column `t`, for `t < n`, a multiple
+    /// of [`LANES`](super::codes::LANES).
+    pub turn: fn(x: MatMut<'_>, turn: &Turn<'_>, n: usize),
     /// `x[g, t] <- exp(x[g, t] - m_g)` for `t < n`, where `m_g` is the largest of them and of `weighed[g].max`, which becomes
     /// it; the rest of `weighed` is what was made. Where all are -inf, `x` is 0.
     pub softmax: fn(x: MatMut<'_>, n: usize, weighed: &mut [Weighed]),
     /// `c[m, n] += sum_k a[m, k] b[k, n]` for `n` columns.
     pub matmul: fn(a: Mat<'_>, b: Mat<'_>, n: usize, c: MatMut<'_>),
+}
+
+/// A grid a row, then a rotation of pairs of rows by an angle a pair and column.
+#[derive(Clone, Copy)]
+pub struct Turn<'a> {
+    /// A factor a row.
+    pub scale: &'a [f32],
+    /// What is added to a row.
+    pub zero: &'a [f32],
+    /// Rows `(a, b)`: `a <- a cos - b sin`, `b <- a sin + b cos`; each row is in at most one pair.
+    pub pairs: &'a [(u16, u16)],
+    /// A row a pair.
+    pub cos: Mat<'a>,
+    /// A row a pair.
+    pub sin: Mat<'a>,
 }
 
 /// What `Kernels::softmax` says of the weights that it made of a row.

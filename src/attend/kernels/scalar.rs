@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Ahead, Folded, Kernels, Weighed, shift};
+use super::{Ahead, Folded, Kernels, Turn, Weighed, shift};
 use crate::attend::codes::Codes;
 use crate::attend::folded::{largest_word, rounding_error, step_of};
 use crate::attend::mat::{Mat, MatMut};
@@ -10,7 +10,7 @@ use crate::attend::packed::{Grid, Packed};
 use crate::tensor::Slice;
 
 pub(super) static KERNELS: Kernels =
-    Kernels { name: "scalar", dot_rows, add_rows, add_packed, unpack, softmax, matmul };
+    Kernels { name: "scalar", dot_rows, add_rows, add_packed, unpack, turn, softmax, matmul };
 
 fn dot_rows(q: Mat<'_>, rows: Slice<'_>, d: usize, mut out: MatMut<'_>, _: &mut Ahead<'_>) {
     let mut row = vec![0.0; d];
@@ -35,8 +35,8 @@ fn add_rows(w: Mat<'_>, rows: Slice<'_>, d: usize, mut acc: MatMut<'_>, _: &mut 
 }
 
 fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut Folded, _: &mut Ahead<'_>) {
-    let Packed { bits, outer, lead, tolerance, .. } = *packed;
-    let (largest, center) = (largest_word(bits, outer), packed.center());
+    let Packed { outer, lead, tolerance, .. } = *packed;
+    let (largest, center) = (largest_word(packed.largest(), outer), packed.center());
     folded.reset(1, packed);
     for i in 0..packed.parts {
         let (grid, (codes, lanes)) = (packed.grid(i), packed.codes(i));
@@ -44,7 +44,11 @@ fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut
         let lane_scale = |l: usize| lane_scales.map_or(1.0, |scales| scales[l].to_f32());
         let product = |g: usize, o: usize| w.row(g)[o] * grid.scale(o);
         let max = |g: usize| (0..outer).map(|o| product(g, o).abs()).fold(0.0, f32::max);
-        let error = rounding_error((0..w.rows).map(|g| step_of(max(g), largest).0).fold(0.0, f32::max), bits, outer);
+        let error = rounding_error(
+            (0..w.rows).map(|g| step_of(max(g), largest).0).fold(0.0, f32::max),
+            packed.largest(),
+            outer,
+        );
         let exact = error > tolerance;
         for g in 0..w.rows {
             let out = &mut acc.row(g)[i * packed.width..][..lanes.len()];
@@ -52,7 +56,7 @@ fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut
             if exact {
                 let offset = weighted(&|o| grid.zero(o));
                 for (l, out) in out.iter_mut().enumerate() {
-                    let code = |o: usize| f32::from(codes.get(lead + o, lanes.start + l));
+                    let code = |o: usize| f32::from(codes.level(lead + o, lanes.start + l));
                     *out += lane_scale(l) * ((0..outer).map(|o| product(g, o) * code(o)).sum::<f32>() + offset);
                 }
                 continue;
@@ -68,7 +72,7 @@ fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut
             };
             let offset = at_center - step * center * words.iter().map(|&word| i32::from(word)).sum::<i32>() as f32;
             for (l, out) in out.iter_mut().enumerate() {
-                let code = |o: usize| i32::from(codes.get(lead + o, lanes.start + l));
+                let code = |o: usize| i32::from(codes.level(lead + o, lanes.start + l));
                 let sum = words.iter().enumerate().map(|(o, &word)| i32::from(word) * code(o)).sum::<i32>();
                 *out += lane_scale(l) * (step * sum as f32 + offset);
             }
@@ -79,7 +83,24 @@ fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut
 fn unpack(codes: Codes<'_>, mut out: MatMut<'_>) {
     for o in 0..codes.outer() {
         for l in 0..codes.lanes() {
-            out.row(o)[l] = f32::from(codes.get(o, l));
+            out.row(o)[l] = f32::from(codes.level(o, l));
+        }
+    }
+}
+
+fn turn(mut x: MatMut<'_>, turn: &Turn<'_>, n: usize) {
+    for (c, (scale, zero)) in turn.scale.iter().zip(turn.zero).enumerate() {
+        for x in &mut x.row(c)[..n] {
+            *x = scale * *x + zero;
+        }
+    }
+    for (i, &(a, b)) in turn.pairs.iter().enumerate() {
+        let (a, b) = (usize::from(a), usize::from(b));
+        for t in 0..n {
+            let (cos, sin) = (turn.cos.row(i)[t], turn.sin.row(i)[t]);
+            let (xa, xb) = (x.row(a)[t], x.row(b)[t]);
+            x.row(a)[t] = xa * cos - xb * sin;
+            x.row(b)[t] = xa * sin + xb * cos;
         }
     }
 }

@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use proptest::prelude::*;
 
-use super::{Ahead, Kernels, Weighed, available, choose, scalar};
-use crate::attend::codes::{Codes, LANES, block, packed_len, padded_outer, put_row};
+use super::{Ahead, Kernels, Turn, Weighed, available, choose, scalar};
+use crate::attend::codes::{Codes, LANES, Levels, block, packed_len, padded_outer, put_row};
 use crate::attend::folded::{Folded, largest_word, middle};
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::{Grids, Packed};
@@ -40,6 +40,23 @@ fn random_grid(n: usize, seed: u64) -> Vec<u16> {
 fn check_packed(heads: usize, seed: u64, packed: &Packed<'_>) {
     check_packed_with(heads, seed, &Packed { tolerance: f32::INFINITY, ..*packed });
     check_packed_with(heads, seed, packed);
+    if packed.bits <= 4 {
+        let levels = random_levels(packed.bits, seed);
+        check_packed_with(heads, seed, &Packed { levels: Some(&levels), tolerance: f32::INFINITY, ..*packed });
+        check_packed_with(heads, seed, &Packed { levels: Some(&levels), ..*packed });
+    }
+}
+
+/// How much larger sums of codes are than sums of numbers near 1: about the root of the largest.
+fn spread(packed: &Packed<'_>) -> f64 {
+    f64::from(packed.largest()).sqrt().round().max(2.0)
+}
+
+fn random_levels(bits: u8, seed: u64) -> Levels {
+    let mut levels: Vec<u8> = numbers(1 << bits, seed ^ 3).iter().map(|x| ((x + 1.0) * 127.0) as u8).collect();
+    levels[0] = 0;
+    levels.sort_unstable();
+    Levels::new(&levels)
 }
 
 fn check_packed_with(heads: usize, seed: u64, packed: &Packed<'_>) {
@@ -61,9 +78,10 @@ fn check_packed_with(heads: usize, seed: u64, packed: &Packed<'_>) {
             let w: Vec<f64> = w[g * n..(g + 1) * n].iter().map(|&x| x.into()).collect();
             let scaled = |o: usize| w[o] * f64::from(grid.scale(o));
             let lane_scales = packed.lane_scales(i, lanes.len());
-            let step = (0..n).map(|o| scaled(o).abs()).fold(0.0, f64::max) / f64::from(largest_word(packed.bits, n));
+            let step =
+                (0..n).map(|o| scaled(o).abs()).fold(0.0, f64::max) / f64::from(largest_word(packed.largest(), n));
             for ((at, l), got) in lanes.clone().enumerate().zip(&scalar[g * stride + i * packed.width..]) {
-                let code = |o: usize| f64::from(codes.get(packed.lead + o, l));
+                let code = |o: usize| f64::from(codes.level(packed.lead + o, l));
                 let factor = lane_scales.map_or(1.0, |scales| scales[at].to_f64());
                 let sum = (0..n).map(|o| scaled(o) * code(o) + w[o] * f64::from(grid.zero(o))).sum::<f64>();
                 let want = 1.0 + factor * sum;
@@ -72,13 +90,13 @@ fn check_packed_with(heads: usize, seed: u64, packed: &Packed<'_>) {
                 let bound = if packed.tolerance > 0.0 { 0.505 } else { 0.0 }
                     * (step * factor).abs()
                     * (0..n).map(|o| (code(o) - center).abs()).sum::<f64>()
-                    + 1e-5 * (n as f64 * f64::from(1u32 << (packed.bits / 2))).max(want.abs());
+                    + 1e-5 * (n as f64 * spread(packed)).max(want.abs());
                 assert!((f64::from(*got) - want).abs() <= bound, "{got} is not {want}, bound {bound}");
             }
         }
     }
     let want: Vec<f64> = scalar.into_iter().map(f64::from).collect();
-    each_isa(|k| close(k.name, &run(k), &want, n << (packed.bits / 2)));
+    each_isa(|k| close(k.name, &run(k), &want, n * spread(packed) as usize));
 }
 
 fn close(what: &str, got: &[f32], want: &[f64], terms: usize) {
@@ -144,12 +162,42 @@ proptest! {
     fn unpack(bits in prop::sample::select(vec![2u8, 3, 4, 8]), blocks in 1usize..9, lanes in 1usize..12, seed: u64) {
         let (outer, lanes) = (blocks * block(bits), lanes * LANES);
         let words = random_codes(bits, outer, lanes, seed);
-        let codes = Codes::new(bits, lanes, blocks, &words);
+        let levels = random_levels(bits.min(4), seed);
+        for levels in [None, (bits <= 4).then_some(&levels)] {
+            let codes = Codes::new(bits, lanes, blocks, &words).with_levels(levels);
+            each_isa(|k| {
+                let stride = lanes + 8;
+                let mut out = vec![0.0; outer * stride];
+                (k.unpack)(codes, MatMut::new(&mut out, outer, stride));
+                let level = |i: usize| f32::from(codes.level(i / lanes, i % lanes));
+                assert!((0..outer * lanes).all(|i| out[i / lanes * stride + i % lanes] == level(i)));
+            });
+        }
+    }
+
+    #[test]
+    fn turn(rows in 1usize..70, columns in 1usize..8, used in 0usize..100, half: bool, seed: u64) {
+        let (n, pairs) = (columns * LANES, used * (rows / 2) / 100);
+        let pair = |i: usize| if half { (i, i + rows / 2) } else { (2 * i, 2 * i + 1) };
+        let pairs: Vec<(u16, u16)> = (0..pairs).map(|i| (pair(i).0 as u16, pair(i).1 as u16)).collect();
+        let (x, scale, zero) = (numbers(rows * n, seed), numbers(rows, seed ^ 1), numbers(rows, seed ^ 2));
+        let angles = numbers(pairs.len() * n, seed ^ 3);
+        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|x| ((9.0 * x).cos(), (9.0 * x).sin())).unzip();
+        let at = |c: usize, t: usize| f64::from(scale[c]) * f64::from(x[c * n + t]) + f64::from(zero[c]);
+        let mut want: Vec<f64> = (0..rows * n).map(|i| at(i / n, i % n)).collect();
+        for (i, &(a, b)) in pairs.iter().enumerate() {
+            for t in 0..n {
+                let (a, b, angle) = (usize::from(a), usize::from(b), 9.0 * f64::from(angles[i * n + t]));
+                want[a * n + t] = at(a, t) * angle.cos() - at(b, t) * angle.sin();
+                want[b * n + t] = at(a, t) * angle.sin() + at(b, t) * angle.cos();
+            }
+        }
+        let mat = |x| Mat::new(x, pairs.len(), n);
+        let turn = Turn { scale: &scale, zero: &zero, pairs: &pairs, cos: mat(&cos), sin: mat(&sin) };
         each_isa(|k| {
-            let stride = lanes + 8;
-            let mut out = vec![0.0; outer * stride];
-            (k.unpack)(codes, MatMut::new(&mut out, outer, stride));
-            assert!((0..outer * lanes).all(|i| out[i / lanes * stride + i % lanes] == f32::from(codes.get(i / lanes, i % lanes))));
+            let mut got = x.clone();
+            (k.turn)(MatMut::new(&mut got, rows, n), &turn, n);
+            close(k.name, &got, &want, 2);
         });
     }
 
@@ -167,7 +215,7 @@ proptest! {
             words.extend(random_grid(2 * dim, seed ^ (i + 9)));
         }
         check_packed(heads, seed, &Packed {
-            words: &words, bits, outer: dim, lead: 0, parts, width, lanes: width, codes_step: code_words + 2 * dim,
+            words: &words, bits, levels: None, outer: dim, lead: 0, parts, width, lanes: width, codes_step: code_words + 2 * dim,
             grids: Grids::Affine { scales_at: code_words, zeros_at: code_words + dim, step: code_words + 2 * dim },
             lane_scales_at: None, tolerance: 0.0,
         });
@@ -183,10 +231,10 @@ proptest! {
         let mut words = random_codes(bits, padded_outer(bits, dim), lanes, seed);
         let codes = words.len();
         words.extend(random_grid(dim + lanes, seed ^ 9));
-        let origin = middle(bits) + f32::from(shift) / 2.0;
+        let origin = middle(u8::MAX >> (8 - bits)) + f32::from(shift) / 2.0;
         let grids = if scaled { Grids::Scaled { scales_at: codes, origin, step: 0 } } else { Grids::Plain { origin } };
         check_packed(heads, seed, &Packed {
-            words: &words, bits, outer: dim, lead: 0, parts: 1, width: lanes, lanes, codes_step: 0,
+            words: &words, bits, levels: None, outer: dim, lead: 0, parts: 1, width: lanes, lanes, codes_step: 0,
             grids, lane_scales_at: Some(codes + dim), tolerance: 0.0,
         });
     }
@@ -203,7 +251,7 @@ proptest! {
         let scales_at = words.len();
         words.extend(random_grid(2 * parts * tokens, seed ^ 9));
         check_packed(heads, seed, &Packed {
-            words: &words, bits, outer: tokens, lead, parts, width, lanes, codes_step: 0,
+            words: &words, bits, levels: None, outer: tokens, lead, parts, width, lanes, codes_step: 0,
             grids: Grids::Affine { scales_at, zeros_at: scales_at + tokens, step: 2 * tokens },
             lane_scales_at: None, tolerance: 0.0,
         });
@@ -308,6 +356,7 @@ fn sums_of_the_largest_products_do_not_overflow() {
         let packed = Packed {
             words: &words,
             bits,
+            levels: None,
             outer,
             lead: 0,
             parts: 1,

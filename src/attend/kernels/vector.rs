@@ -64,6 +64,10 @@ pub(super) trait Vector: Copy {
     /// `sums[v] += a0 b0 + a1 b1`, of the pairs `a` of signed words in every lane of `words[v]`, and the pair `b` that is
     /// number `J` at `pairs`.
     unsafe fn dot<const J: usize, const N: usize>(sums: &mut [Self::I; N], words: &[Self::I; N], pairs: *const i16);
+    /// Sixteen bytes, for [`Self::look_up`].
+    unsafe fn load_table(p: *const u8) -> Self::I;
+    /// The byte of the table at each byte of `x`, which are all below 16.
+    unsafe fn look_up(table: Self::I, x: Self::I) -> Self::I;
     unsafe fn add_integers(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn to_float(x: Self::I) -> Self::F;
     /// The two words of the pairs, which are not negative, as floats.

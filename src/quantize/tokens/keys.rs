@@ -89,6 +89,7 @@ impl TokenKeys {
         Packed {
             words: &self.words[self.start(j)..],
             bits: self.format.bits(),
+            levels: None,
             outer: self.channels(j),
             lead: 0,
             parts: 1,

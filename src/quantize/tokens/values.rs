@@ -90,6 +90,7 @@ impl TokenValues {
         Packed {
             words: &self.words[skipped..],
             bits,
+            levels: None,
             outer: tokens.len(),
             lead: tokens.start % block(bits),
             parts: self.format.groups(),

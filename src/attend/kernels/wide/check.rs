@@ -2,7 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::super::Weighed;
+use super::super::{Turn, Weighed};
+use super::turn::MOST_ROWS;
 use crate::attend::codes::{Codes, LANES};
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::Packed;
@@ -27,6 +28,16 @@ pub(in super::super) fn softmax(x: &MatMut<'_>, n: usize, weighed: &[Weighed]) {
 
 pub(in super::super) fn unpack(codes: Codes<'_>, out: &MatMut<'_>) {
     assert!(out.rows == codes.outer() && out.has_columns(codes.lanes()));
+}
+
+pub(in super::super) fn turn(x: &MatMut<'_>, turn: &Turn<'_>, n: usize) {
+    let rows = turn.scale.len();
+    assert!(
+        rows <= MOST_ROWS && turn.zero.len() == rows && x.rows >= rows && x.has_columns(n) && n.is_multiple_of(LANES)
+    );
+    assert!(turn.pairs.iter().all(|&(a, b)| a != b && usize::from(a.max(b)) < rows));
+    let angles = turn.pairs.len();
+    assert!(turn.cos.rows == angles && turn.sin.rows == angles && turn.cos.has_columns(n) && turn.sin.has_columns(n));
 }
 
 pub(in super::super) fn matmul(a: Mat<'_>, b: Mat<'_>, n: usize, c: &MatMut<'_>) {

@@ -43,6 +43,16 @@ impl<V: Vector> Block<V> {
         }
     }
 
+    /// What the codes of pair `j` stand for, as words: with `TABLE` their levels, else themselves.
+    #[inline(always)]
+    unsafe fn levels<const BITS: u8, const TABLE: bool>(self, j: u32, table: V::I) -> V::I {
+        // SAFETY: by the caller's contract.
+        unsafe {
+            let codes = self.codes::<BITS>(j);
+            if TABLE { V::look_up(table, codes) } else { codes }
+        }
+    }
+
     /// The codes of pair `j` as words.
     #[inline(always)]
     unsafe fn codes<const BITS: u8>(self, j: u32) -> V::I {
@@ -61,10 +71,17 @@ impl<V: Vector> Block<V> {
     }
 }
 
-/// `acc[g, l] += scales[l] (step_r sum_o words[r, o] codes[o, first lane + l] + offset_r)` for rows `r = first + g` of `w`;
-/// without `scales` they are 1.
+/// The codes' levels, or nothing.
 #[inline(always)]
-pub(super) unsafe fn add_codes<V: Vector, const BITS: u8>(
+unsafe fn table<V: Vector>(codes: Codes<'_>) -> V::I {
+    // SAFETY: levels are sixteen bytes; else by the caller's contract.
+    unsafe { codes.levels().map_or(V::integer_zero(), |levels| V::load_table(levels.bytes().as_ptr())) }
+}
+
+/// `acc[g, l] += scales[l] (step_r sum_o words[r, o] codes[o, first lane + l] + offset_r)` for rows `r = first + g` of `w`;
+/// without `scales` they are 1. With `TABLE` codes stand for their levels.
+#[inline(always)]
+pub(super) unsafe fn add_codes<V: Vector, const BITS: u8, const TABLE: bool>(
     w: &Folded,
     first: usize,
     codes: Codes<'_>,
@@ -81,19 +98,19 @@ pub(super) unsafe fn add_codes<V: Vector, const BITS: u8>(
         // SAFETY: by the caller's contract.
         unsafe {
             while many && lane + 4 * V::LANES <= lanes.end {
-                add_tile::<V, BITS, G, 4>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
+                add_tile::<V, BITS, TABLE, G, 4>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
                 lane += 4 * V::LANES;
             }
             while lane + 2 * V::LANES <= lanes.end {
-                add_tile::<V, BITS, G, 2>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
+                add_tile::<V, BITS, TABLE, G, 2>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
                 lane += 2 * V::LANES;
             }
             while lane + V::LANES <= lanes.end {
-                add_tile::<V, BITS, G, 1>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
+                add_tile::<V, BITS, TABLE, G, 1>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
                 lane += V::LANES;
             }
             if lane < lanes.end {
-                add_tile::<V::Half, BITS, G, 1>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
+                add_tile::<V::Half, BITS, TABLE, G, 1>(w.beside(lane - lanes.start), codes, lane, acc.from_column(lane - lanes.start), ahead);
             }
         }
     });
@@ -121,7 +138,7 @@ impl Rows<'_> {
 
 /// `G` rows, `N` vectors of lanes from `lane` on.
 #[inline(always)]
-unsafe fn add_tile<V: Vector, const BITS: u8, const G: usize, const N: usize>(
+unsafe fn add_tile<V: Vector, const BITS: u8, const TABLE: bool, const G: usize, const N: usize>(
     Rows { folded: w, first, scales }: Rows<'_>,
     codes: Codes<'_>,
     lane: usize,
@@ -130,7 +147,7 @@ unsafe fn add_tile<V: Vector, const BITS: u8, const G: usize, const N: usize>(
 ) {
     // SAFETY: blocks and lanes are within `codes`, rows within `w` and `acc`, by the caller's contract.
     unsafe {
-        let (lanes, in_block) = (codes.lanes(), block(BITS));
+        let (lanes, in_block, table) = (codes.lanes(), block(BITS), table::<V>(codes));
         let mut sum = [[[V::integer_zero(); N]; G]; 2];
         // Few sums that wait for their own latency: even and odd pairs get sums of their own.
         let apart = usize::from(V::FUSED_DOT && G * N <= 8);
@@ -145,7 +162,7 @@ unsafe fn add_tile<V: Vector, const BITS: u8, const G: usize, const N: usize>(
             each_pair!(BITS, J => {
                 let mut codes = [V::integer_zero(); N];
                 for v in 0..N {
-                    codes[v] = blocks[v].codes::<BITS>(J);
+                    codes[v] = blocks[v].levels::<BITS, TABLE>(J, table);
                 }
                 for g in 0..G {
                     V::dot::<{ J as usize }, N>(&mut sum[J as usize & apart][g], &codes, w_block.add(g * w.stride));
@@ -173,46 +190,55 @@ unsafe fn add_tile<V: Vector, const BITS: u8, const G: usize, const N: usize>(
     }
 }
 
-/// `out[o, l] = codes[o, l]`.
+/// `out[o, l] = codes[o, l]`, or what they stand for.
 #[inline(always)]
 pub(in super::super) unsafe fn unpack<V: Vector>(codes: Codes<'_>, mut out: MatMut<'_>) {
     // SAFETY: by the caller's contract.
     unsafe {
-        match codes.bits() {
-            8 => unpack_of::<V, 8>(codes, &mut out),
-            4 => unpack_of::<V, 4>(codes, &mut out),
-            3 => unpack_of::<V, 3>(codes, &mut out),
-            _ => unpack_of::<V, 2>(codes, &mut out),
+        match (codes.bits(), codes.levels().is_some()) {
+            (8, _) => unpack_of::<V, 8, false>(codes, &mut out),
+            (4, false) => unpack_of::<V, 4, false>(codes, &mut out),
+            (3, false) => unpack_of::<V, 3, false>(codes, &mut out),
+            (_, false) => unpack_of::<V, 2, false>(codes, &mut out),
+            (4, true) => unpack_of::<V, 4, true>(codes, &mut out),
+            (3, true) => unpack_of::<V, 3, true>(codes, &mut out),
+            (_, true) => unpack_of::<V, 2, true>(codes, &mut out),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn unpack_of<V: Vector, const BITS: u8>(codes: Codes<'_>, out: &mut MatMut<'_>) {
+unsafe fn unpack_of<V: Vector, const BITS: u8, const TABLE: bool>(codes: Codes<'_>, out: &mut MatMut<'_>) {
     for b in 0..codes.outer() / block(BITS) {
         let mut lane = 0;
         // SAFETY: by the caller's contract.
         unsafe {
             while lane + V::LANES <= codes.lanes() {
-                unpack_vector::<V, BITS>(codes, b, lane, out);
+                unpack_vector::<V, BITS, TABLE>(codes, b, lane, out);
                 lane += V::LANES;
             }
             if lane < codes.lanes() {
-                unpack_vector::<V::Half, BITS>(codes, b, lane, out);
+                unpack_vector::<V::Half, BITS, TABLE>(codes, b, lane, out);
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn unpack_vector<V: Vector, const BITS: u8>(codes: Codes<'_>, b: usize, lane: usize, out: &mut MatMut<'_>) {
+unsafe fn unpack_vector<V: Vector, const BITS: u8, const TABLE: bool>(
+    codes: Codes<'_>,
+    b: usize,
+    lane: usize,
+    out: &mut MatMut<'_>,
+) {
     // SAFETY: block and lanes are within `codes` and `out`, by the caller's contract.
     unsafe {
         let words = codes.words().as_ptr().add(b * block_words(BITS, codes.lanes()) + 2 * lane);
+        let table = table::<V>(codes);
         let opened = Block::<V>::load::<BITS>(words, codes.lanes(), lane);
         let out_row = |o: usize| (b * block(BITS) + o) * out.stride + lane;
         each_pair!(BITS, J => {
-            let [even, odd] = V::pairs_to_float(opened.codes::<BITS>(J));
+            let [even, odd] = V::pairs_to_float(opened.levels::<BITS, TABLE>(J, table));
             V::store(out.data.as_mut_ptr().add(out_row(2 * J as usize)), even);
             V::store(out.data.as_mut_ptr().add(out_row(2 * J as usize + 1)), odd);
         });

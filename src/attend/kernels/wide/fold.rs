@@ -36,7 +36,7 @@ pub(super) unsafe fn fold<V: Vector>(w: Mat<'_>, packed: &Packed<'_>, out: &mut 
             };
         });
     }
-    let largest_word = largest_word(packed.bits, n);
+    let largest_word = largest_word(packed.largest(), n);
     for (step, inverse) in out.step[..rows].iter_mut().zip(&mut out.inverse) {
         (*step, *inverse) = step_of(*step, largest_word);
     }

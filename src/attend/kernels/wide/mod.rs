@@ -18,6 +18,7 @@ pub(super) mod matmul;
 pub(super) mod packed;
 pub(super) mod rows;
 pub(super) mod softmax;
+pub(super) mod turn;
 
 /// Runs `$call` with the constant `$G` for tiles of at most four of `$heads` rows; `$g` is the tile's first row.
 macro_rules! tiles_of_heads {
@@ -75,6 +76,11 @@ macro_rules! kernels {
                 // SAFETY: as above.
                 unsafe { compiled::unpack(codes, out) }
             },
+            turn: |x, turn, n| {
+                wide::check::turn(&x, turn, n);
+                // SAFETY: as above.
+                unsafe { compiled::turn(x, turn, n) }
+            },
             softmax: |x, n, weighed| {
                 wide::check::softmax(&x, n, weighed);
                 // SAFETY: as above.
@@ -88,7 +94,7 @@ macro_rules! kernels {
         };
 
         mod compiled {
-            use super::super::{Ahead, Folded, Weighed, wide};
+            use super::super::{Ahead, Folded, Turn, Weighed, wide};
             use crate::attend::codes::Codes;
             use crate::attend::mat::{Mat, MatMut};
             use crate::attend::packed::Packed;
@@ -130,6 +136,10 @@ macro_rules! kernels {
             #[target_feature(enable = $features)]
             pub(super) unsafe fn unpack(codes: Codes<'_>, out: MatMut<'_>) {
                 unsafe { wide::codes::unpack::<V>(codes, out) }
+            }
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn turn(x: MatMut<'_>, turn: &Turn<'_>, n: usize) {
+                unsafe { wide::turn::turn::<V>(x, turn, n) }
             }
             #[target_feature(enable = $features)]
             pub(super) unsafe fn softmax(x: MatMut<'_>, n: usize, weighed: &mut [Weighed]) {

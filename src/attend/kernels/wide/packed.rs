@@ -21,17 +21,20 @@ pub(in super::super) unsafe fn add_packed<V: Vector>(
     // SAFETY: by the caller's contract; `reset` made room for a row a part and head.
     unsafe {
         fold::<V>(w, packed, folded, ahead);
-        match packed.bits {
-            8 => add_parts::<V, 8>(w, packed, acc, folded, ahead),
-            4 => add_parts::<V, 4>(w, packed, acc, folded, ahead),
-            3 => add_parts::<V, 3>(w, packed, acc, folded, ahead),
-            _ => add_parts::<V, 2>(w, packed, acc, folded, ahead),
+        match (packed.bits, packed.levels.is_some()) {
+            (8, _) => add_parts::<V, 8, false>(w, packed, acc, folded, ahead),
+            (4, false) => add_parts::<V, 4, false>(w, packed, acc, folded, ahead),
+            (3, false) => add_parts::<V, 3, false>(w, packed, acc, folded, ahead),
+            (_, false) => add_parts::<V, 2, false>(w, packed, acc, folded, ahead),
+            (4, true) => add_parts::<V, 4, true>(w, packed, acc, folded, ahead),
+            (3, true) => add_parts::<V, 3, true>(w, packed, acc, folded, ahead),
+            (_, true) => add_parts::<V, 2, true>(w, packed, acc, folded, ahead),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn add_parts<V: Vector, const BITS: u8>(
+unsafe fn add_parts<V: Vector, const BITS: u8, const TABLE: bool>(
     w: Mat<'_>,
     packed: &Packed<'_>,
     mut acc: MatMut<'_>,
@@ -44,14 +47,14 @@ unsafe fn add_parts<V: Vector, const BITS: u8>(
         let mut acc = acc.from_column(i * packed.width);
         let rows = i * w.rows..(i + 1) * w.rows;
         let step = folded.step[rows.clone()].iter().copied().fold(0.0, f32::max);
-        let error = rounding_error(step, BITS, packed.outer);
+        let error = rounding_error(step, packed.largest(), packed.outer);
         // SAFETY: by the caller's contract; all columns of the parts are within `acc`.
         unsafe {
-            add_codes::<V, BITS>(folded, rows.start, codes, lanes.clone(), scales, &mut acc, ahead);
+            add_codes::<V, BITS, TABLE>(folded, rows.start, codes, lanes.clone(), scales, &mut acc, ahead);
             if error > packed.tolerance {
                 let rest = packed.parts * w.rows;
                 fold_rest::<V>(packed, rows.clone(), rest, folded);
-                add_codes::<V, BITS>(folded, rest, codes, lanes, scales, &mut acc, ahead);
+                add_codes::<V, BITS, TABLE>(folded, rest, codes, lanes, scales, &mut acc, ahead);
             }
         }
     }
