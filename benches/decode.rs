@@ -7,8 +7,12 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use kvpack::attend::Softmax;
 use kvpack::attend::kernels;
 use kvpack::cache::{Layer, New, Request};
-use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated};
+use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated, Spacing};
 use kvpack::tensor::{Slice, View, ViewMut};
+use kvquant::kvquant;
+
+#[path = "../tests/kvquant/mod.rs"]
+mod kvquant;
 
 /// Bytes that all layers together read, at least: beyond the last cache level.
 const WORKING_SET: usize = 96 << 20;
@@ -39,7 +43,8 @@ fn decode(c: &mut Criterion) {
     let kivi = |bits| Codec::kivi(Kivi::new(bits, 32, 128, 4).expect("KIVI's own defaults"));
     let both = |method: Method| Codec { keys: method.clone(), values: method };
     let block = |bits| both(Method::Block(Block::new(bits, 0, 0).expect("its defaults")));
-    let rotated = |bits| Method::Rotated(Rotated::new(bits, 0, 128, 4, 0).expect("its defaults"));
+    let spaced = |bits, spacing| Method::Rotated(Rotated::new(bits, spacing, 0, 128, 4, 0).expect("its defaults"));
+    let rotated = |bits| spaced(bits, Spacing::Uniform);
     let graded = |bits| Codec {
         keys: Method::Graded(Graded::new(bits, 128, 128, 4).expect("its defaults")),
         values: rotated(2),
@@ -54,11 +59,17 @@ fn decode(c: &mut Criterion) {
         ("q4", block(4)),
         ("rotated4", both(rotated(4))),
         ("rotated2", both(rotated(2))),
+        ("lloyd-max4", both(spaced(4, Spacing::LloydMax))),
+        ("lloyd-max2", both(spaced(2, Spacing::LloydMax))),
         ("graded3", graded(3.0)),
     ];
     let kernels = kernels::chosen().expect("KVPACK_ISA");
-    for (name, codec) in codecs {
-        for (query_heads, heads, dim) in [(9, 3, 64), (32, 8, 128), (16, 16, 128), (4, 1, 256)] {
+    let shapes = [(9, 3, 64), (32, 8, 128), (16, 16, 128), (4, 1, 256)];
+    let of_model = |(_, heads, dim): (_, usize, usize)| kvquant(4, heads, dim, dim as u16, 0.01);
+    let calibrated = shapes.map(|shape| ("kvquant4", of_model(shape), vec![shape]));
+    let all = codecs.into_iter().map(|(name, codec)| (name, codec, shapes.to_vec())).chain(calibrated);
+    for (name, codec, shapes) in all {
+        for (query_heads, heads, dim) in shapes {
             let mut group = c.benchmark_group(format!("{name}/{query_heads}-{heads}-{dim}"));
             for tokens in [2048, 8192, 32768] {
                 let layer = filled(&codec, heads, dim, tokens);

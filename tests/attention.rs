@@ -1,10 +1,13 @@
 //! A layer's attention against softmax(q k / sqrt(d)) v in f64 over the keys and values that it says it holds.
 
+mod kvquant;
+
 use kvpack::attend::kernels::{Kernels, available};
 use kvpack::attend::{BoolView, Mask, MaskData, Softmax};
 use kvpack::cache::{Layer, New, Request};
-use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated};
+use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated, Spacing};
 use kvpack::tensor::{Slice, View, ViewMut};
+use kvquant::kvquant;
 
 fn numbers(n: usize, seed: u64) -> Vec<f32> {
     let mut state = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -123,11 +126,13 @@ fn cases() -> Vec<Case> {
     let kivi = |bits, group, window, sinks| Codec::kivi(Kivi::new(bits, group, window, sinks).unwrap());
     let both = |method: Method| Codec { keys: method.clone(), values: method };
     let block = |bits| both(Method::Block(Block::new(bits, 0, 0).unwrap()));
-    let rotated = |bits, group| both(Method::Rotated(Rotated::new(bits, group, 16, 4, 7).unwrap()));
+    let rotated = |bits, group| both(Method::Rotated(Rotated::new(bits, Spacing::Uniform, group, 16, 4, 7).unwrap()));
     let graded = |bits, group, window| Codec {
         keys: Method::Graded(Graded::new(bits, group, window, 4).unwrap()),
-        values: Method::Rotated(Rotated::new(2, 0, 100, 4, 7).unwrap()),
+        values: Method::Rotated(Rotated::new(2, Spacing::Uniform, 0, 100, 4, 7).unwrap()),
     };
+    let lloyd_max =
+        |bits, group| both(Method::Rotated(Rotated::new(bits, Spacing::LloydMax, group, 16, 4, 7).unwrap()));
     let case = |codec, batch, heads, group, key_dim, value_dim, forwards: &[usize]| Case {
         codec,
         batch,
@@ -144,6 +149,12 @@ fn cases() -> Vec<Case> {
         case(rotated(3, 16), 2, 1, 2, 40, 7, &[131, 1, 90, 1]),
         case(rotated(4, 64), 1, 1, 3, 96, 128, &[520, 1]),
         case(rotated(8, 0), 1, 1, 1, 7, 5, &[131, 1]),
+        case(lloyd_max(2, 0), 1, 2, 3, 64, 64, &[300, 1, 1, 5, 1]),
+        case(lloyd_max(3, 16), 2, 1, 2, 40, 7, &[131, 1, 90, 1]),
+        case(lloyd_max(4, 64), 1, 1, 3, 96, 128, &[520, 1]),
+        case(kvquant(3, 2, 64, 64, 0.02), 1, 2, 3, 64, 64, &[300, 1, 1, 5, 1]),
+        case(kvquant(2, 1, 40, 30, 0.1), 2, 1, 2, 40, 7, &[131, 1, 90, 1]),
+        case(kvquant(4, 1, 96, 0, 0.0), 1, 1, 3, 96, 128, &[520, 1]),
         case(graded(3.0, 128, 128), 1, 2, 3, 64, 64, &[300, 1, 1, 5, 1, 130, 1]),
         case(graded(2.25, 32, 64), 2, 1, 2, 40, 72, &[131, 1, 90, 1]),
         case(graded(5.0, 16, 32), 1, 1, 5, 128, 128, &[700, 1]),

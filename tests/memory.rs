@@ -1,11 +1,13 @@
 //! `Layer::memory` against what the allocator really gave, and what sharing saves.
 
+mod kvquant;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicIsize, Ordering};
 
 use kvpack::cache::{Layer, New};
-use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated};
+use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated, Spacing};
 use kvpack::tensor::{Slice, View};
 
 struct Counting;
@@ -48,7 +50,7 @@ fn append(layer: &mut Layer, [batch, heads, n, d]: [usize; 4], x: &[f32]) {
 fn codecs() -> Vec<Codec> {
     let kivi = |bits| Codec::kivi(Kivi::new(bits, 32, 128, 4).unwrap());
     let block = Method::Block(Block::new(4, 0, 0).unwrap());
-    let rotated = Method::Rotated(Rotated::new(2, 0, 128, 4, 0).unwrap());
+    let rotated = Method::Rotated(Rotated::new(2, Spacing::LloydMax, 0, 128, 4, 0).unwrap());
     let graded = Method::Graded(Graded::new(2.5, 128, 128, 4).unwrap());
     vec![
         Codec::EXACT,
@@ -84,6 +86,30 @@ fn memory_is_what_was_allocated() {
                 assert_eq!(held(), before, "a dropped layer holds nothing");
             }
         }
+    }
+}
+
+/// Its tables are the codec's, and none of the layer's bytes.
+#[test]
+fn memory_with_calibrated_tables() {
+    let _turn = TURN.lock().unwrap();
+    for [heads, d] in [[3, 64], [8, 128], [1, 256]] {
+        let codec = kvquant::kvquant(3, heads, d, d as u16, 0.01);
+        let x = numbers(heads * 4096 * d);
+        let fill = || {
+            let mut layer = Layer::new(codec.clone());
+            for n in [4096, 1, 1, 70] {
+                append(&mut layer, [1, heads, n, d], &x);
+            }
+            layer
+        };
+        drop(fill()); // angles of pages' first positions are made once
+        let before = held();
+        let layer = fill();
+        let (counted, real) = (layer.memory().total() as f64, (held() - before) as f64);
+        assert!((counted / real - 1.0).abs() < 0.02, "{heads}x{d}: {counted} of {real} bytes");
+        drop(layer);
+        assert_eq!(held(), before, "a dropped layer holds nothing");
     }
 }
 

@@ -42,7 +42,7 @@ class PackedCache(Cache):
             DeviceError: the model is on another device.
         """
         config = _text_config(model_or_config)
-        self.quantize = _checked(quantize, config)
+        self.quantize = _checked(quantize)
         self.config = config
         # transformers decides the structure (sliding, linear, layers that share keys and values ...);
         # exactly the plain full-attention layers are replaced.
@@ -52,6 +52,7 @@ class PackedCache(Cache):
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 layers[i] = PackedLayer(self.quantize, Site(i, len(layers), config, model), shared=shared)
+                layers[i].check_dims(_head_dim(config))
         if not any(isinstance(layer, PackedLayer) for layer in layers):
             kinds = sorted({type(layer).__name__ for layer in layers})
             if not kinds:
@@ -221,6 +222,8 @@ class PackedCache(Cache):
             for part, n in held.items():
                 parts[part] += n
             layers.append(sum(held.values()))
+        # Tables of angles are shared by layers, and so in none of them.
+        parts["index"] += sum(dict(angles for layer in self._packed if (angles := layer.angles())).values())
         return Memory(parts, layers)
 
     def lossy_share(self, new: int = 0) -> float:
@@ -271,19 +274,22 @@ def _text_config(model_or_config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _checked(quantize: Quantize | None, config: Any) -> Quantize:
-    """The codec, checked as far as the configuration tells."""
+def _checked(quantize: Quantize | None) -> Quantize:
+    """The codec."""
     quantize = Exact() if quantize is None else quantize
     if not isinstance(quantize, Quantize):
         accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in QUANTIZE.values())
         raise OptionError(f"quantize={quantize!r} is not accepted; accepted: {accepted}, or None for Exact()")
+    return quantize
+
+
+def _head_dim(config: Any) -> int | None:
+    """Numbers of a key and of a value, where the configuration tells."""
     head_dim = getattr(config, "head_dim", None)
     width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
     if head_dim is None and isinstance(width, int) and isinstance(heads, int) and heads:
         head_dim = width // heads  # GPT-2 and its like do not name it
-    if isinstance(head_dim, int) and getattr(config, "kv_lora_rank", None) is None:
-        quantize.make_store().check_dims(head_dim, head_dim)
-    return quantize
+    return head_dim if isinstance(head_dim, int) and getattr(config, "kv_lora_rank", None) is None else None
 
 
 def _tensor_bytes(holder: Any) -> int:

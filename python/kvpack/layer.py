@@ -55,6 +55,11 @@ class PackedLayer(CacheLayerMixin):
         self._seen = 0
         self._pending: tuple[Tensor, Tensor] | None = None
 
+    def check_dims(self, head_dim: int | None) -> None:
+        """Raises OptionError when the codec does not fit keys and values of `head_dim` numbers, if that is known."""
+        if head_dim is not None:
+            self._store.check_dims(head_dim, head_dim)
+
     def __repr__(self) -> str:
         return f"PackedLayer({self.quantize}, {self.get_seq_length()} tokens)"
 
@@ -419,7 +424,13 @@ class PackedLayer(CacheLayerMixin):
     def memory(self) -> dict[str, int]:
         """Bytes allocated, by part."""
         self.absorb()
-        return dict(zip(("codes", "scales", "exact", "index"), self._store.memory(), strict=True))
+        held = dict(zip(("codes", "scales", "exact", "index"), self._store.memory(), strict=True))
+        held["scales"] += self._store.tables()[0]
+        return held
+
+    def angles(self) -> tuple[int, int] | None:
+        """A number of the table of angles that layers share whose keys are held un-rotated, and its bytes."""
+        return self._store.tables()[1]
 
     def lossy_share(self, new: int = 0) -> float:
         """Share of the numbers held that are not exactly what the model made; those of the `new` newest aside."""

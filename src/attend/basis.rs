@@ -1,7 +1,7 @@
 //! Other coordinates: pages may hold `y = T x` instead of a key or a value `x`.
 //!
 //! `q . k = (T^-T q) . (T k)`, and `sum w v = T^-1 sum w (T v)`: a query is turned once for all tokens, and an output once,
-//! never a token. Both changes here are orthogonal, so `T^-T = T` and `T^-1 = T^T`.
+//! never a token. All changes here are orthogonal, so `T^-T = T` and `T^-1 = T^T`.
 
 #![forbid(unsafe_code)]
 
@@ -22,6 +22,13 @@ pub enum Basis {
     },
     /// `y_i = x_(order[i])`.
     Order(Box<[u16]>),
+    /// Pairs of numbers turned back, as [`super::Rope`] says.
+    Turned {
+        /// Which, each number in at most one pair.
+        pairs: Arc<[(u16, u16)]>,
+        /// Cosine and sine of the angle by which a pair of `x` is ahead of that of `y`.
+        turns: Box<[[f32; 2]]>,
+    },
 }
 
 impl Basis {
@@ -39,6 +46,7 @@ impl Basis {
             + match self {
                 Self::Hadamard { signs, .. } => size_of_val(&**signs),
                 Self::Order(order) => size_of_val(&**order),
+                Self::Turned { turns, .. } => size_of_val(&**turns),
             }
     }
 
@@ -57,6 +65,12 @@ impl Basis {
                     *x = old[usize::from(i)];
                 }
             }
+            Self::Turned { pairs, turns } => {
+                for (&(a, b), [cos, sin]) in pairs.iter().zip(turns) {
+                    let (a, b) = (usize::from(a), usize::from(b));
+                    (x[a], x[b]) = (x[a] * cos + x[b] * sin, x[b] * cos - x[a] * sin);
+                }
+            }
         }
     }
 
@@ -73,6 +87,12 @@ impl Basis {
                 let old = y.to_vec();
                 for (&i, &old) in order.iter().zip(&old) {
                     y[usize::from(i)] = old;
+                }
+            }
+            Self::Turned { pairs, turns } => {
+                for (&(a, b), [cos, sin]) in pairs.iter().zip(turns) {
+                    let (a, b) = (usize::from(a), usize::from(b));
+                    (y[a], y[b]) = (y[a] * cos - y[b] * sin, y[b] * cos + y[a] * sin);
                 }
             }
         }
@@ -131,9 +151,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn orthogonal(dim in 1usize..130, seed: u64, ordered: bool) {
-            let order = (0..dim as u16).rev().collect();
-            let basis = if ordered { Basis::Order(order) } else { Basis::hadamard(dim, seed) };
+        fn orthogonal(dim in 1usize..130, seed: u64, kind in 0usize..3) {
+            let basis = match kind {
+                0 => Basis::Order((0..dim as u16).rev().collect()),
+                1 => Basis::hadamard(dim, seed),
+                _ => {
+                    let pairs: Vec<(u16, u16)> = (0..dim as u16 / 2).map(|i| (i, i + dim as u16 / 2)).collect();
+                    let frequencies: Vec<f32> = pairs.iter().map(|&(i, _)| 0.9f32.powi(i.into())).collect();
+                    Basis::clone(&super::super::Rope::shared(&pairs, &frequencies).basis(seed as usize % 4000))
+                }
+            };
             let x: Vec<f32> = (0..dim as u64).map(|i| (random(seed, i) >> 40) as f32 / 1e7 - 0.8).collect();
             let mut y = x.clone();
             basis.apply(&mut y);

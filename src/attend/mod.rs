@@ -15,6 +15,7 @@ pub mod mat;
 pub mod packed;
 mod partial;
 mod positions;
+mod rope;
 mod visibility;
 
 pub use basis::Basis;
@@ -22,6 +23,7 @@ pub use decode::attend_one;
 pub use many::attend_many;
 pub use partial::Partial;
 pub use positions::Positions;
+pub use rope::{Rope, SPAN};
 pub use visibility::{BoolView, Mask, MaskData, Visibility};
 
 use std::sync::Arc;

@@ -1,7 +1,9 @@
 //! What a KV head stores packed, laid out plainly, for tests and for the curious.
 
+use std::sync::Arc;
+
 use crate::cache::KvHead;
-use crate::quantize::{KeyPage, ValuePage};
+use crate::quantize::{Codec, KeyPage, Method, StaticKeys, ValuePage};
 
 /// Exact tokens before the packed ones, codes `[tokens, dim]`, scales and zero-points in the order of their groups, and how
 /// many of them there are a token, or a group of tokens.
@@ -15,6 +17,14 @@ pub(super) fn keys(head: &KvHead) -> Packed {
             KeyPage::Tokens(page) => {
                 let grid = |t, j| page.grid(t, j);
                 add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), page.groups(), grid);
+            }
+            KeyPage::Unrotated(page) => {
+                let all = 0..page.dim();
+                add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), 0, |_, _| (0.0, 0.0));
+                if out.2.is_empty() {
+                    (out.2, out.3) = all.map(|c| page.grid(c)).unzip();
+                }
+                out.4 = page.dim();
             }
             KeyPage::Channels(page) => {
                 for t in 0..segment.len {
@@ -30,6 +40,40 @@ pub(super) fn keys(head: &KvHead) -> Packed {
         }
     }
     out
+}
+
+/// Bytes of calibrated tables, and of the angles with their address.
+pub(super) fn tables(codec: &Codec) -> (usize, Option<(usize, usize)>) {
+    let Method::KvQuant(kvquant) = &codec.keys else { return (0, None) };
+    let angles = |keys: &StaticKeys| (Arc::as_ptr(&keys.rope) as usize, keys.rope.bytes());
+    (kvquant.keys.as_ref().map_or(0, |keys| keys.bytes()), kvquant.keys.as_deref().map(angles))
+}
+
+/// Packed token, channel, and what the code lacks.
+pub(super) type Outliers = Vec<(usize, usize, f32)>;
+
+/// What is kept beside the codes of keys, and of values.
+pub(super) fn outliers(head: &KvHead) -> (Outliers, Outliers) {
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
+    let mut packed = 0;
+    for segment in head.pages().0 {
+        if let KeyPage::Unrotated(page) = &*segment.page {
+            keys.extend((0..segment.len).flat_map(|t| page.outliers_of(t).map(move |(c, rest)| (packed + t, c, rest))));
+        }
+        packed += if let KeyPage::Exact(_) = &*segment.page { 0 } else { segment.len };
+    }
+    packed = 0;
+    for segment in head.pages().1 {
+        if let ValuePage::Tokens(page) = &*segment.page {
+            values
+                .extend((0..segment.len).flat_map(|t| page.outliers_of(t).map(move |(c, rest)| (packed + t, c, rest))));
+            packed += segment.len;
+        }
+    }
+    for outliers in [&mut keys, &mut values] {
+        outliers.retain(|&(_, _, rest)| rest != 0.0);
+    }
+    (keys, values)
 }
 
 /// Bits of every channel in every page with a grid a channel.

@@ -105,7 +105,7 @@ impl Layer {
 
     /// Raises `OptionError` when the methods do not fit keys and values of such head dims.
     fn check_dims(&self, py: Python<'_>, key_dim: usize, value_dim: usize) -> PyResult<()> {
-        self.look(py, |layer| layer.codec().check_dims(key_dim, value_dim))
+        self.look(py, |layer| layer.codec().check_dims(None, key_dim, value_dim))
     }
 
     /// Tokens of one forward up to which packing waits for the next forward.
@@ -234,6 +234,12 @@ impl Layer {
         })
     }
 
+    /// Bytes of what a calibration found for the layer; and of the angles that all layers with its rotary embedding share, by
+    /// a number of their own.
+    fn tables(&self, py: Python<'_>) -> PyResult<(usize, Option<(usize, usize)>)> {
+        self.look(py, |layer| Ok(super::inspect::tables(layer.codec())))
+    }
+
     /// Share of the numbers held, the newest positions' aside, that are not what the model made.
     fn lossy_share(&self, py: Python<'_>, new: usize) -> PyResult<f64> {
         self.look(py, |layer| Ok(layer.lossy_share(new)))
@@ -252,6 +258,17 @@ impl Layer {
     /// Bits of every key channel in each of a KV head's graded pages.
     fn key_bits(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<Vec<Vec<u8>>> {
         self.look(py, |layer| Ok(super::inspect::key_bits(layer.head(row, head)?)))
+    }
+
+    /// What a KV head of a sequence keeps beside its codes, of keys and of values: packed token, channel, and what the code
+    /// lacks.
+    fn outliers(
+        &self,
+        py: Python<'_>,
+        row: usize,
+        head: usize,
+    ) -> PyResult<(super::inspect::Outliers, super::inspect::Outliers)> {
+        self.look(py, |layer| Ok(super::inspect::outliers(layer.head(row, head)?)))
     }
 
     /// What a KV head of a sequence stores packed.

@@ -1,14 +1,47 @@
 //! The Python class around [`quantize::Method`].
 
+use std::sync::Arc;
+
 use pyo3::prelude::*;
 
 use super::errors::to_python;
-use crate::error::Result;
-use crate::quantize::{self, Block, Graded, Kivi, Rotated};
+use crate::attend::Rope;
+use crate::error::{Error, Result};
+use crate::quantize::{self, Block, Graded, Kivi, KvQuant, Rotated, Spacing, StaticKeys};
 
 /// A checked way of storing keys, or values.
 #[pyclass(frozen, module = "kvpack._kvpack")]
 pub(super) struct Method(pub(super) quantize::Method);
+
+/// Lower and upper ends of the ranges `[heads, channels]`, pairs of channels that are rotated, and their frequencies.
+#[derive(FromPyObject)]
+struct Keys(Vec<Vec<f32>>, Vec<Vec<f32>>, Vec<(u16, u16)>, Vec<f32>);
+
+impl Keys {
+    fn checked(self) -> Result<StaticKeys> {
+        let Self(low, high, pairs, frequencies) = self;
+        let mut channels: Vec<u16> = pairs.iter().flat_map(|&(a, b)| [a, b]).collect();
+        channels.sort_unstable();
+        let twice = channels.windows(2).any(|pair| pair[0] == pair[1]);
+        if twice || pairs.len() != frequencies.len() || frequencies.iter().any(|f| !f.is_finite()) {
+            return Err(Error::Option {
+                name: "rotation",
+                given: format!("{pairs:?} with frequencies {frequencies:?}"),
+                accepted: "pairs of channels, each in at most one, and a finite frequency for each".into(),
+            });
+        }
+        let boxed = |ends: Vec<Vec<f32>>| ends.into_iter().map(Into::into).collect();
+        Ok(StaticKeys { low: boxed(low), high: boxed(high), rope: Rope::shared(&pairs, &frequencies) })
+    }
+}
+
+fn spacing(levels: &str) -> Result<Spacing> {
+    match levels {
+        "uniform" => Ok(Spacing::Uniform),
+        "lloyd-max" => Ok(Spacing::LloydMax),
+        _ => Err(Error::Option { name: "levels", given: levels.into(), accepted: "uniform, lloyd-max".into() }),
+    }
+}
 
 fn checked<T>(py: Python<'_>, parameters: Result<T>, method: impl Fn(T) -> quantize::Method) -> PyResult<Method> {
     parameters.map(|parameters| Method(method(parameters))).map_err(|e| to_python(py, &e))
@@ -34,10 +67,39 @@ impl Method {
         checked(py, Block::new(bits, window, sinks), quantize::Method::Block)
     }
 
-    /// Rotated tokens.
+    /// Rotated tokens, with levels of a `uniform` grid or `lloyd-max`.
     #[staticmethod]
-    fn rotated(py: Python<'_>, bits: u8, group: usize, window: usize, sinks: usize, seed: u64) -> PyResult<Self> {
-        checked(py, Rotated::new(bits, group, window, sinks, seed), quantize::Method::Rotated)
+    fn rotated(
+        py: Python<'_>,
+        bits: u8,
+        levels: &str,
+        group: usize,
+        window: usize,
+        sinks: usize,
+        seed: u64,
+    ) -> PyResult<Self> {
+        let rotated = spacing(levels).and_then(|spacing| Rotated::new(bits, spacing, group, window, sinks, seed));
+        checked(py, rotated, quantize::Method::Rotated)
+    }
+
+    /// KVQuant: levels of normalised numbers, factor and offset of Q-Norm; and for keys their ranges and rotation.
+    #[staticmethod]
+    #[allow(clippy::too_many_arguments)]
+    fn kvquant(
+        py: Python<'_>,
+        bits: u8,
+        levels: Vec<f32>,
+        norm: [f32; 2],
+        outliers: f32,
+        window: usize,
+        sinks: usize,
+        keys: Option<Keys>,
+    ) -> PyResult<Self> {
+        let kvquant = keys
+            .map(Keys::checked)
+            .transpose()
+            .and_then(|keys| KvQuant::new(bits, &levels, norm, outliers, window, sinks, keys));
+        checked(py, kvquant, |kvquant| quantize::Method::KvQuant(Arc::new(kvquant)))
     }
 
     /// Graded channels, for keys.

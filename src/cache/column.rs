@@ -76,6 +76,7 @@ impl<P: Page> Column<P> {
                 open.len += n;
                 n
             } else {
+                self.plan.first = self.sealed();
                 let (page, n) = P::seal(method, &mut self.plan, &self.tail, due);
                 self.push(page);
                 n

@@ -151,7 +151,7 @@ impl Layer {
                 expected: k.dtype().name().into(),
             });
         }
-        self.codec.check_dims(key_dim, value_dim)?;
+        self.codec.check_dims(Some(heads), key_dim, value_dim)?;
         Ok(Shape { dtype: k.dtype(), heads, key_dim, value_dim })
     }
 

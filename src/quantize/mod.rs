@@ -11,19 +11,27 @@ mod channels;
 mod exact;
 mod graded;
 mod kivi;
+mod kvquant;
+mod levels;
+mod outliers;
 mod pages;
 mod plan;
 mod rotated;
 mod tokens;
+mod unrotated;
 
 pub use block::Block;
 pub use channels::{Band, ChannelKeys};
 pub use graded::Graded;
 pub use kivi::Kivi;
+pub use kvquant::{KvQuant, StaticKeys};
 pub use pages::{KeyPage, Page, PageBytes, ValuePage};
 pub use plan::Plan;
-pub use rotated::Rotated;
+pub use rotated::{Rotated, Spacing};
 pub use tokens::{TokenKeys, TokenValues};
+pub use unrotated::UnrotatedKeys;
+
+use std::sync::Arc;
 
 use half::f16;
 use half::slice::HalfBitsSliceExt;
@@ -55,6 +63,8 @@ pub enum Method {
     Rotated(Rotated),
     /// Per channel as KIVI's keys, with bits by what a channel's error costs. Keys only.
     Graded(Graded),
+    /// KVQuant (arXiv 2401.18079): un-rotated keys, levels that are not evenly spaced, outliers apart.
+    KvQuant(Arc<KvQuant>),
 }
 
 impl Codec {
@@ -72,11 +82,12 @@ impl Codec {
     /// [`Error::Option`] when the method for values is one for keys only.
     pub fn new(keys: Method, values: Method) -> Result<Self> {
         if let Method::Graded(_) = values {
-            return Err(Error::Option {
-                name: "values",
-                given: "graded".into(),
-                accepted: "exact, kivi, block, rotated".into(),
-            });
+            return refuse("values", "graded", "exact, kivi, block, rotated, kvquant");
+        }
+        if let Method::KvQuant(kvquant) = &keys
+            && kvquant.keys.is_none()
+        {
+            return refuse("keys", "kvquant without the ranges of channels", "a calibration of KVQuant");
         }
         Ok(Self { keys, values })
     }
@@ -89,16 +100,23 @@ impl Codec {
         }
     }
 
-    /// Checks that the parameters fit keys of `key_dim` numbers and values of `value_dim`.
+    /// Checks that the parameters fit keys of `key_dim` numbers and values of `value_dim`, of `heads` KV heads if it is known
+    /// how many there are.
     ///
     /// # Errors
     /// [`Error::Option`](crate::error::Error::Option) when they do not.
-    pub fn check_dims(&self, key_dim: usize, value_dim: usize) -> Result<()> {
+    pub fn check_dims(&self, heads: Option<usize>, key_dim: usize, value_dim: usize) -> Result<()> {
         if let Method::Kivi(kivi) = &self.values {
             kivi.check_dims(value_dim)?;
         }
         if let Method::Graded(_) = self.keys {
             graded::check_dim(key_dim)?;
+        }
+        if let Method::KvQuant(kvquant) = &self.keys {
+            kvquant.check_keys(heads, key_dim)?;
+        }
+        if let Method::KvQuant(_) = self.values {
+            kvquant::check_dim(value_dim)?;
         }
         Ok(())
     }
@@ -113,6 +131,7 @@ impl Method {
             | Self::Block(Block { sinks, .. })
             | Self::Rotated(Rotated { sinks, .. })
             | Self::Graded(Graded { sinks, .. }) => *sinks,
+            Self::KvQuant(kvquant) => kvquant.sinks,
         }
     }
 
@@ -123,6 +142,7 @@ impl Method {
             | Self::Block(Block { window, .. })
             | Self::Rotated(Rotated { window, .. })
             | Self::Graded(Graded { window, .. }) => *window,
+            Self::KvQuant(kvquant) => kvquant.window,
         }
     }
 
@@ -130,8 +150,8 @@ impl Method {
     pub fn limit(&self) -> f32 {
         match self {
             Self::Exact => f32::MAX,
-            // A scale is at most as large as the numbers, after a rotation and its correction twice that.
-            Self::Rotated(_) => f16::MAX.to_f32() / 2.0,
+            // A scale is at most as large as the numbers, after a rotation and its correction twice that; so is what a code lacks.
+            Self::Rotated(_) | Self::KvQuant(_) => f16::MAX.to_f32() / 2.0,
             _ => f16::MAX.to_f32(),
         }
     }

@@ -1,6 +1,6 @@
 //! Pages: what a method makes of tokens, as the cache and the reading side see it.
 
-use super::{Block, ChannelKeys, Graded, Kivi, Method, Plan, Rotated, TokenKeys, TokenValues, exact};
+use super::{Block, ChannelKeys, Graded, Kivi, Method, Plan, Rotated, TokenKeys, TokenValues, UnrotatedKeys, exact};
 use crate::attend::{KeySegment, ValueSegment};
 use crate::tensor::Rows;
 
@@ -60,6 +60,8 @@ pub enum KeyPage {
     Channels(ChannelKeys),
     /// A scale a token and group of channels.
     Tokens(TokenKeys),
+    /// A static grid a channel, before RoPE.
+    Unrotated(UnrotatedKeys),
 }
 
 /// Sealed values.
@@ -79,6 +81,7 @@ impl Page for KeyPage {
             Self::Exact(rows) => rows,
             Self::Channels(page) => page,
             Self::Tokens(page) => page,
+            Self::Unrotated(page) => page,
         }
     }
 
@@ -92,6 +95,7 @@ impl Page for KeyPage {
             // A group needs all its tokens.
             Method::Kivi(Kivi { window, .. }) | Method::Graded(Graded { window, .. }) => n / window * window,
             Method::Block(Block { window, .. }) | Method::Rotated(Rotated { window, .. }) => n.saturating_sub(*window),
+            Method::KvQuant(kvquant) => n.saturating_sub(kvquant.window),
         }
     }
 
@@ -120,17 +124,28 @@ impl Page for KeyPage {
                 page.extend(rows, n);
                 (Self::Tokens(page), n)
             }
+            Method::KvQuant(kvquant) => {
+                let mut page = UnrotatedKeys::new(plan.head_grids(kvquant), plan.first);
+                let n = n.min(page.room());
+                page.extend(rows, n);
+                (Self::Unrotated(page), n)
+            }
         }
     }
 
     fn room(&self) -> usize {
-        if let Self::Tokens(page) = self { page.room() } else { 0 }
+        match self {
+            Self::Exact(_) | Self::Channels(_) => 0,
+            Self::Tokens(page) => page.room(),
+            Self::Unrotated(page) => page.room(),
+        }
     }
 
     fn extend(&mut self, rows: &Rows, n: usize) {
         match self {
             Self::Tokens(page) => page.extend(rows, n),
-            _ => assert_eq!(n, 0, "these key pages are sealed whole"),
+            Self::Unrotated(page) => page.extend(rows, n),
+            Self::Exact(_) | Self::Channels(_) => assert_eq!(n, 0, "these key pages are sealed whole"),
         }
     }
 
@@ -139,6 +154,7 @@ impl Page for KeyPage {
             Self::Exact(rows) => rows.len(),
             Self::Channels(page) => page.tokens(),
             Self::Tokens(page) => page.tokens(),
+            Self::Unrotated(page) => page.tokens(),
         }
     }
 
@@ -147,6 +163,7 @@ impl Page for KeyPage {
             Self::Exact(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
             Self::Channels(page) => page.bytes(),
             Self::Tokens(page) => page.bytes(),
+            Self::Unrotated(page) => page.bytes(),
         }
     }
 }
@@ -171,6 +188,7 @@ impl Page for ValuePage {
             Method::Kivi(Kivi { window, .. })
             | Method::Block(Block { window, .. })
             | Method::Rotated(Rotated { window, .. }) => n.saturating_sub(*window),
+            Method::KvQuant(kvquant) => n.saturating_sub(kvquant.window),
             Method::Graded(_) => unreachable!("a codec has no graded values"),
         }
     }

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::Band;
+use super::unrotated::HeadGrids;
+use super::{Band, KvQuant};
 use crate::attend::Basis;
 
 /// Tokens of a forward that may be taken back: what speculation appends.
@@ -20,6 +21,10 @@ pub struct Plan {
     pub(super) basis: Option<Arc<Basis>>,
     /// Ranges of channels, in those coordinates, that have the same bits.
     pub(super) bands: Option<Arc<[Band]>>,
+    /// Static grids of the head's channels.
+    grids: Option<Arc<HeadGrids>>,
+    /// Tokens of the column before the page to come.
+    pub(crate) first: usize,
     /// Sums of the squares of queries, one a channel; empty before the first.
     moments: Vec<f32>,
     /// Those of each token of the last forward, if it was short: tokens that are taken back take theirs along.
@@ -89,10 +94,16 @@ impl Plan {
         Arc::clone(self.bands.get_or_insert_with(|| make().into()))
     }
 
+    /// The grids of the head's channels: made at the first call.
+    pub(super) fn head_grids(&mut self, kvquant: &Arc<KvQuant>) -> Arc<HeadGrids> {
+        Arc::clone(self.grids.get_or_insert_with(|| Arc::new(HeadGrids::new(kvquant, self.head))))
+    }
+
     /// Bytes allocated for the plan.
     pub fn bytes(&self) -> usize {
         (self.moments.capacity() + self.recent.capacity()) * size_of::<f32>()
             + self.basis.as_ref().map_or(0, |basis| basis.bytes())
+            + self.grids.as_ref().map_or(0, |grids| grids.bytes())
             + self.bands.as_ref().map_or(0, |bands| size_of_val(&**bands))
     }
 }

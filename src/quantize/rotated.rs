@@ -10,17 +10,19 @@
 //!
 //! The scale that is stored is not `step`: a quantiser that errs least also shrinks, by about the share of its error, and
 //! attention averages the error of many tokens away but not what they all lack. With this scale `x' . x = x . x`.
-//! The paper's levels are Lloyd and Max's; a uniform grid errs 1 % (2 bits) to 20 % (4 bits) more. The paper's second stage
+//! The paper's levels are Lloyd and Max's, which here are an option: then `code = the nearest of them`, and they take the place
+//! of `code` and `m` the middle of theirs. A uniform grid errs 1 % (2 bits) to 20 % (4 bits) more. The paper's second stage
 //! (QJL) is left out: what it adds to the variance harms attention more than the bias that it removes.
 
 use half::f16;
 
+use super::levels::{TOP, Table, lloyd_max};
 use super::{levels, refuse, round};
-use crate::attend::codes::MOST_OUTER;
+use crate::attend::codes::{Levels, MOST_OUTER};
 use crate::error::Result;
 
 /// The parameters of rotated tokens.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Rotated {
     /// Bits of a code: 2, 3, 4 or 8.
     pub bits: u8,
@@ -32,6 +34,17 @@ pub struct Rotated {
     pub sinks: usize,
     /// Of the random signs.
     pub seed: u64,
+    /// Lloyd's and Max's levels; without them they are evenly spaced.
+    table: Option<Table>,
+}
+
+/// How the levels of a grid lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spacing {
+    /// Evenly.
+    Uniform,
+    /// So that normal numbers err least.
+    LloydMax,
 }
 
 impl Rotated {
@@ -39,18 +52,39 @@ impl Rotated {
     ///
     /// # Errors
     /// [`Error::Option`](crate::error::Error::Option) for the first that does not fit.
-    pub fn new(bits: u8, group: usize, window: usize, sinks: usize, seed: u64) -> Result<Self> {
+    pub fn new(bits: u8, spacing: Spacing, group: usize, window: usize, sinks: usize, seed: u64) -> Result<Self> {
         if !matches!(bits, 2 | 3 | 4 | 8) {
             return refuse("bits", bits, "2, 3, 4, 8");
         }
         if !group.is_multiple_of(MOST_OUTER) || group > 256 {
             return refuse("group", group, "0 for the whole head dim, or multiples of 16 up to 256");
         }
-        Ok(Self { bits, group, window, sinks, seed })
+        let table = match spacing {
+            Spacing::Uniform => None,
+            Spacing::LloydMax if bits == 8 => return refuse("bits", bits, "2, 3, 4 with Lloyd-Max levels"),
+            Spacing::LloydMax => {
+                let half = lloyd_max(bits);
+                Some(Table::new(&half.iter().rev().map(|l| -l).chain(half.iter().copied()).collect::<Vec<_>>()))
+            }
+        };
+        Ok(Self { bits, group, window, sinks, seed, table })
     }
 
-    /// The best step of a uniform grid for numbers with variance 1 (Max 1960).
+    /// What codes stand for, if not for themselves.
+    pub(super) fn levels(&self) -> Option<&Levels> {
+        self.table.as_ref().map(Table::levels)
+    }
+
+    /// What stands for 0.
+    pub(super) fn origin(&self) -> f32 {
+        if self.table.is_some() { TOP / 2.0 } else { levels(self.bits) / 2.0 }
+    }
+
+    /// The best step for numbers with variance 1 (Max 1960).
     fn best_step(&self) -> f32 {
+        if let Some(table) = &self.table {
+            return table.span / TOP;
+        }
         match self.bits {
             2 => 0.9957,
             3 => 0.5860,
@@ -61,7 +95,7 @@ impl Rotated {
 
     /// The codes of rotated numbers, and their scale.
     pub(super) fn encode(&self, y: &[f32], codes: &mut [u8]) -> f16 {
-        let middle = levels(self.bits) / 2.0;
+        let origin = self.origin();
         let square: f32 = y.iter().map(|y| y * y).sum();
         let rms = (square / y.len() as f32).sqrt();
         let largest = y.iter().fold(0.0f32, |largest, y| largest.max(y.abs()));
@@ -69,22 +103,29 @@ impl Rotated {
             codes.fill(0);
             return f16::ZERO;
         }
-        let [normal, whole] = [self.best_step() * rms, largest / middle];
+        let [normal, whole] = [self.best_step() * rms, largest / origin];
         let step = if self.error(y, whole) < self.error(y, normal) { whole } else { normal };
         let mut product = 0.0;
         for (code, &y) in codes.iter_mut().zip(y) {
             *code = self.code(y / step);
-            product += y * (f32::from(*code) - middle);
+            product += y * (self.stands_for(*code) - origin);
         }
         f16::from_f32(square / product)
     }
 
     fn code(&self, y: f32) -> u8 {
-        round(y + levels(self.bits) / 2.0, levels(self.bits))
+        match &self.table {
+            Some(table) => table.nearest(y + TOP / 2.0),
+            None => round(y + levels(self.bits) / 2.0, levels(self.bits)),
+        }
+    }
+
+    fn stands_for(&self, code: u8) -> f32 {
+        f32::from(self.levels().map_or(code, |levels| levels.of(code)))
     }
 
     fn error(&self, y: &[f32], step: f32) -> f32 {
-        let (inverse, middle) = (1.0 / step, levels(self.bits) / 2.0);
-        y.iter().map(|&y| (y - step * (f32::from(self.code(y * inverse)) - middle)).powi(2)).sum()
+        let (inverse, origin) = (1.0 / step, self.origin());
+        y.iter().map(|&y| (y - step * (self.stands_for(self.code(y * inverse)) - origin)).powi(2)).sum()
     }
 }

@@ -51,7 +51,7 @@ class Quantize(ABC):
         return _kvpack.Layer(self.keys_method(site), self.values_method(site))
 
 
-def _check_whole(method: Quantize, **least: int) -> None:
+def check_whole(method: Quantize, **least: int) -> None:
     """Raises OptionError for the first field that is no whole number from its least value on."""
     for field, low in least.items():
         value = getattr(method, field)
@@ -59,7 +59,8 @@ def _check_whole(method: Quantize, **least: int) -> None:
             raise OptionError(f"{field}={value!r} is not accepted; accepted: whole numbers from {low}")
 
 
-def _check_bits(method: Quantize, field: str, accepted: tuple[int, ...]) -> None:
+def check_bits(method: Quantize, field: str, accepted: tuple[int, ...]) -> None:
+    """Raises OptionError when a field is none of the accepted widths."""
     value = getattr(method, field)
     if isinstance(value, bool) or value not in accepted:
         raise OptionError(f"{field}={value!r} is not accepted; accepted: {', '.join(map(str, accepted))}")
@@ -107,8 +108,8 @@ class KIVI(Quantize):
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        _check_whole(self, bits=1, group=1, window=1, sinks=0)
-        _check_bits(self, "bits", (2, 3, 4, 8))
+        check_whole(self, bits=1, group=1, window=1, sinks=0)
+        check_bits(self, "bits", (2, 3, 4, 8))
         self.keys_method()  # Rust knows the rest of the rules
 
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
@@ -126,7 +127,7 @@ class _Block(Quantize):
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        _check_whole(self, window=0, sinks=0)
+        check_whole(self, window=0, sinks=0)
 
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """Per token."""
@@ -171,14 +172,16 @@ class Q4(_Block):
 class Rotated(Quantize):
     """A randomised Hadamard transform, then one scale a token and a uniform grid.
 
-    The rotation and the scale a token are TurboQuant-MSE's (Zandieh et al. 2025, arXiv 2504.19874). The grid is uniform
-    where the paper has Lloyd and Max's levels, and its second stage (QJL) is left out. The stored scale is such that
-    `x' . x = x . x`: attention averages errors away, but not what all tokens lack. `bits + 16 / group` bits a number.
+    The rotation and the scale a token are TurboQuant-MSE's (Zandieh et al. 2025, arXiv 2504.19874). The paper has Lloyd
+    and Max's levels, `levels="lloyd-max"`; a uniform grid, the default, is faster. The paper's second stage (QJL) is left
+    out. The stored scale is such that `x' . x = x . x`: attention averages errors away, but not what all tokens lack.
+    `bits + 16 / group` bits a number.
 
     Queries are rotated once a step and outputs once, tokens never.
 
     Attributes:
         bits: bits of a code: 2, 3, 4 or 8.
+        levels: "uniform", or "lloyd-max" (2, 3 or 4 bits): the levels of least square error for normal numbers.
         group: numbers that share a scale, after the rotation: a multiple of 16 up to 256, or 0 for the whole head dim.
         window: newest tokens that stay exact.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
@@ -186,22 +189,30 @@ class Rotated(Quantize):
     """
 
     name: ClassVar[str] = "rotated"
-    standard: ClassVar[tuple[str, ...]] = ("rotated:bits=4", "rotated:bits=3", "kivi:bits=4:group=128/rotated:bits=2")
+    standard: ClassVar[tuple[str, ...]] = (
+        "rotated:bits=4",
+        "rotated:bits=3",
+        "rotated:bits=3:levels=lloyd-max",
+        "kivi:bits=4:group=128/rotated:bits=2",
+    )
 
     bits: int = 4
+    levels: str = "uniform"
     group: int = 0
     window: int = 128
     sinks: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_whole(self, bits=1, group=0, window=0, sinks=0, seed=0)
-        _check_bits(self, "bits", (2, 3, 4, 8))
+        check_whole(self, bits=1, group=0, window=0, sinks=0, seed=0)
+        check_bits(self, "bits", (2, 3, 4, 8))
+        if self.levels not in ("uniform", "lloyd-max"):
+            raise OptionError(f"levels={self.levels!r} is not accepted; accepted: 'uniform', 'lloyd-max'")
         self.keys_method()
 
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """Per token."""
-        return _kvpack.Method.rotated(self.bits, self.group, self.window, self.sinks, self.seed)
+        return _kvpack.Method.rotated(self.bits, self.levels, self.group, self.window, self.sinks, self.seed)
 
     values_method = keys_method
 
@@ -248,8 +259,8 @@ class Graded(Quantize):
             raise OptionError(f"key_bits={self.key_bits!r} is not accepted; accepted: 1 to 8")
         if not 1 <= self.key_bits <= 8:
             raise OptionError(f"key_bits={self.key_bits!r} is not accepted; accepted: 1 to 8")
-        _check_whole(self, value_bits=1, group=1, window=1, sinks=0, seed=0)
-        _check_bits(self, "value_bits", (2, 3, 4, 8))
+        check_whole(self, value_bits=1, group=1, window=1, sinks=0, seed=0)
+        check_bits(self, "value_bits", (2, 3, 4, 8))
         self.make_store()
 
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
@@ -258,7 +269,7 @@ class Graded(Quantize):
 
     def values_method(self, site: Site | None = None) -> _kvpack.Method:
         """Rotated."""
-        return _kvpack.Method.rotated(self.value_bits, 0, self.window, self.sinks, self.seed)
+        return _kvpack.Method.rotated(self.value_bits, "uniform", 0, self.window, self.sinks, self.seed)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ impl TokenKeys {
     pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize) {
         let format = self.format.clone();
         let first = self.tokens;
-        format.encode(rows, n, |t, codes, grids| {
+        format.encode(rows, n, |t, codes, grids, _| {
             for (j, (codes, &(scale, _))) in codes.chunks(format.group()).zip(grids).enumerate() {
                 let (start, len) = (self.start(j), self.codes_len(j));
                 put_lane(format.bits(), PAGE, codes, first + t, &mut self.words[start..start + len]);
@@ -89,7 +89,7 @@ impl TokenKeys {
         Packed {
             words: &self.words[self.start(j)..],
             bits: self.format.bits(),
-            levels: None,
+            levels: self.format.levels(),
             outer: self.channels(j),
             lead: 0,
             parts: 1,

@@ -12,8 +12,11 @@ use half::f16;
 pub use keys::TokenKeys;
 pub use values::TokenValues;
 
-use super::{Block, Kivi, Method, Plan, Rotated, block, levels};
+use super::kvquant::{KvQuant, rest};
+use super::outliers::Outliers;
+use super::{Block, Kivi, Method, Plan, Rotated, block};
 use crate::attend::Basis;
+use crate::attend::codes::Levels;
 use crate::tensor::Rows;
 
 /// Tokens for which a page has room: whole blocks of codes, and few enough that their sums are exact.
@@ -25,6 +28,7 @@ enum Coding {
     Kivi(Kivi),
     Block(Block),
     Rotated(Rotated, Arc<Basis>),
+    KvQuant(Arc<KvQuant>),
 }
 
 /// A coding of vectors of `dim` numbers.
@@ -44,7 +48,8 @@ impl Format {
             Method::Rotated(rotated) => {
                 Coding::Rotated(rotated.clone(), plan.basis(|| Basis::hadamard(dim, rotated.seed)))
             }
-            _ => panic!("{method:?} has no pages with a grid a token"),
+            Method::KvQuant(kvquant) => Coding::KvQuant(Arc::clone(kvquant)),
+            Method::Exact | Method::Graded(_) => panic!("{method:?} has no pages with a grid a token"),
         };
         Self { coding, dim }
     }
@@ -54,20 +59,36 @@ impl Format {
             Coding::Kivi(kivi) => kivi.bits,
             Coding::Block(block) => block.bits,
             Coding::Rotated(rotated, _) => rotated.bits,
+            Coding::KvQuant(kvquant) => kvquant.bits,
         }
+    }
+
+    /// What codes stand for, if not for themselves.
+    fn levels(&self) -> Option<&Levels> {
+        match &self.coding {
+            Coding::Kivi(_) | Coding::Block(_) => None,
+            Coding::Rotated(rotated, _) => rotated.levels(),
+            Coding::KvQuant(kvquant) => Some(kvquant.table.levels()),
+        }
+    }
+
+    /// Where the outliers of a page lie.
+    fn outliers(&self) -> Outliers {
+        let each = if let Coding::KvQuant(kvquant) = &self.coding { kvquant.places(self.dim) } else { 0 };
+        Outliers { each, tokens: PAGE }
     }
 
     /// Numbers that are stored for a group: its scale, and perhaps its zero-point.
     fn grid_numbers(&self) -> usize {
-        if let Coding::Kivi(_) = self.coding { 2 } else { 1 }
+        if let Coding::Kivi(_) | Coding::KvQuant(_) = self.coding { 2 } else { 1 }
     }
 
     /// The code that stands for 0, where no zero-point is stored.
     fn origin(&self) -> f32 {
         match &self.coding {
-            Coding::Kivi(_) => 0.0,
+            Coding::Kivi(_) | Coding::KvQuant(_) => 0.0,
             Coding::Block(block) => block.origin(),
-            Coding::Rotated(rotated, _) => levels(rotated.bits) / 2.0,
+            Coding::Rotated(rotated, _) => rotated.origin(),
         }
     }
 
@@ -77,6 +98,7 @@ impl Format {
             Coding::Kivi(kivi) => kivi.group,
             Coding::Block(_) => block::SIZE,
             Coding::Rotated(rotated, _) => rotated.group,
+            Coding::KvQuant(_) => 0,
         };
         if group == 0 { self.dim } else { group.min(self.dim) }
     }
@@ -87,18 +109,24 @@ impl Format {
 
     fn basis(&self) -> Option<&Arc<Basis>> {
         match &self.coding {
-            Coding::Kivi(_) | Coding::Block(_) => None,
+            Coding::Kivi(_) | Coding::Block(_) | Coding::KvQuant(_) => None,
             Coding::Rotated(_, basis) => Some(basis),
         }
     }
 
-    /// Calls `put(token, codes, grids)` for the `n` oldest of `rows`, with the scale and the zero-point of every group.
-    fn encode(&self, rows: &Rows, n: usize, mut put: impl FnMut(usize, &[u8], &[(f16, f16)])) {
+    /// Calls `put(token, codes, grids, outliers)` for the `n` oldest of `rows`, with the scale and the zero-point of every group,
+    /// and the channels of outliers with what their codes lack.
+    fn encode(&self, rows: &Rows, n: usize, mut put: impl FnMut(usize, &[u8], &[(f16, f16)], &[(u8, f16)])) {
         let (mut codes, mut grids) = (vec![0; self.dim], vec![(f16::ZERO, f16::ZERO); self.groups()]);
         let mut x = rows.to_f32(0..n);
         for (t, x) in x.chunks_exact_mut(self.dim).enumerate() {
             if let Some(basis) = self.basis() {
                 basis.apply(x);
+            }
+            if let Coding::KvQuant(kvquant) = &self.coding {
+                let (grid, outliers) = encode_value(kvquant, x, &mut codes);
+                put(t, &codes, &[grid], &outliers);
+                continue;
             }
             let groups = x.chunks(self.group()).zip(codes.chunks_mut(self.group()));
             for ((x, codes), grid) in groups.zip(&mut grids) {
@@ -106,9 +134,23 @@ impl Format {
                     Coding::Kivi(kivi) => kivi.encode(x, codes),
                     Coding::Block(block) => (block.encode(x, codes), f16::ZERO),
                     Coding::Rotated(rotated, _) => (rotated.encode(x, codes), f16::ZERO),
+                    Coding::KvQuant(_) => unreachable!("it has no groups"),
                 };
             }
-            put(t, &codes, &grids);
+            put(t, &codes, &grids, &[]);
         }
     }
+}
+
+/// The grid of a value, and its outliers.
+fn encode_value(kvquant: &KvQuant, x: &[f32], codes: &mut [u8]) -> ((f16, f16), Vec<(u8, f16)>) {
+    let (range, outliers) = kvquant.value_range(x);
+    kvquant.encode(x, codes, |_| range);
+    let (scale, zero) = kvquant.grid(range.0, range.1);
+    let grid = (f16::from_f32(scale), f16::from_f32(zero));
+    let lacks = |channel: u8| {
+        let c = usize::from(channel);
+        rest(x[c], kvquant.decode(codes[c], (grid.0.to_f32(), grid.1.to_f32())))
+    };
+    (grid, outliers.into_iter().map(|channel| (channel, lacks(channel))).collect())
 }

@@ -25,7 +25,7 @@ impl TokenValues {
     /// An empty page.
     pub(in crate::quantize) fn new(method: &Method, plan: &mut Plan, dim: usize) -> Self {
         let mut page = Self { format: Format::new(method, plan, dim), tokens: 0, words: Box::default() };
-        page.words = vec![0; page.grid_at(page.format.groups())].into();
+        page.words = vec![0; page.outliers_at() + page.format.outliers().words()].into();
         page
     }
 
@@ -38,6 +38,16 @@ impl TokenValues {
         self.code_words() + j * self.format.grid_numbers() * PAGE
     }
 
+    /// Where the outliers begin.
+    fn outliers_at(&self) -> usize {
+        self.grid_at(self.format.groups())
+    }
+
+    /// The outliers of token `t`: channels, and what their codes lack.
+    pub fn outliers_of(&self, t: usize) -> impl Iterator<Item = (usize, f32)> + '_ {
+        self.format.outliers().of(&self.words[self.outliers_at()..], t)
+    }
+
     pub(in crate::quantize) fn room(&self) -> usize {
         PAGE - self.tokens
     }
@@ -45,9 +55,11 @@ impl TokenValues {
     pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize) {
         let (format, first, code_words) = (self.format.clone(), self.tokens, self.code_words());
         let mut padded_codes = vec![0; padded(format.dim)];
-        format.encode(rows, n, |t, codes, grids| {
+        let outliers_at = self.outliers_at();
+        format.encode(rows, n, |t, codes, grids, outliers| {
             padded_codes[..codes.len()].copy_from_slice(codes);
             put_row(format.bits(), &padded_codes, first + t, &mut self.words[..code_words]);
+            format.outliers().put(&mut self.words[outliers_at..], first + t, outliers);
             for (j, &(scale, zero)) in grids.iter().enumerate() {
                 let numbers = [scale, zero];
                 for (i, number) in numbers[..format.grid_numbers()].iter().enumerate() {
@@ -90,7 +102,7 @@ impl TokenValues {
         Packed {
             words: &self.words[skipped..],
             bits,
-            levels: None,
+            levels: self.format.levels(),
             outer: tokens.len(),
             lead: tokens.start % block(bits),
             parts: self.format.groups(),
@@ -129,10 +141,19 @@ impl ValueSegment for TokenValues {
         weights: Weights<'_>,
         first: usize,
         n: usize,
-        acc: MatMut<'_>,
+        mut acc: MatMut<'_>,
         scratch: &mut Scratch,
         ahead: &mut Ahead<'_>,
     ) {
+        if self.format.outliers().each > 0 {
+            for t in 0..n {
+                for (channel, rest) in self.outliers_of(first + t) {
+                    for g in 0..acc.rows {
+                        acc.row(g)[channel] += weights.of.row(g)[t] * rest;
+                    }
+                }
+            }
+        }
         let packed = self.groups_of(first..first + n, weights.tolerance());
         (scratch.kernels.add_packed)(weights.of, &packed, acc, &mut scratch.folded, ahead);
     }
@@ -148,6 +169,9 @@ impl ValueSegment for TokenValues {
             out.copy_from_slice(&scratch.buffer[(packed.lead + t) * lanes..][..dim]);
             for (j, out) in out.chunks_mut(group).enumerate() {
                 packed.grid(j).decode(t, out);
+            }
+            for (channel, rest) in self.outliers_of(first + t) {
+                out[channel] += rest;
             }
         }
     }

@@ -1,0 +1,112 @@
+"""What a model's rotary embedding does to its keys, found from the keys themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .forward import forward
+
+_TOKENS = 128
+# A pair counts as turned when a rotation explains all but this share of its change.
+_UNEXPLAINED = 1e-3
+# Positions by which keys are moved: each angle is known well enough to tell its whole turns at the next distance.
+_DISTANCES = (1, 8, 64, 512, 4096)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Pairs of channels that are turned with the position, and by what angle (radians) from one to the next."""
+
+    pairs: tuple[tuple[int, int], ...]
+    frequencies: tuple[float, ...]
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """Angles `[n, pairs]` at positions `[n]`, in float64."""
+        return positions[:, None].double() * torch.tensor(self.frequencies, dtype=torch.float64)
+
+    def undo(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys `[..., n, D]` at positions `[n]` as they were before the rotation."""
+        if not self.pairs:
+            return keys
+        first, second = (list(side) for side in zip(*self.pairs, strict=True))
+        angles = self.angles(positions)
+        cos, sin = angles.cos().to(keys.dtype), angles.sin().to(keys.dtype)
+        out = keys.clone()
+        out[..., first] = keys[..., first] * cos + keys[..., second] * sin
+        out[..., second] = keys[..., second] * cos - keys[..., first] * sin
+        return out
+
+
+def rotations(model: Any, ids: Tensor) -> list[Rotation]:
+    """Return the rotation of each layer's keys.
+
+    A rotary embedding is relative: the same tokens, all moved by some positions, have the same hidden states in every
+    layer, and keys that differ by the rotation of that distance alone. So the rotation is read off the keys of two
+    forwards, whatever the architecture: halves or neighbours as pairs, all channels or some, any scaling of the
+    frequencies. Keys without a rotary embedding show none.
+
+    Args:
+        model: the transformers model.
+        ids: tokens `[1, n]`; the first 128 are used.
+    """
+    ids = ids[:, :_TOKENS]
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
+    still = _keys(model, ids, 0)
+    moved = {n: _keys(model, ids, n) for n in _DISTANCES if n + ids.shape[1] <= longest}
+    return [
+        _rotation(keys, {n: layers[i] for n, layers in moved.items()}) if keys is not None else Rotation((), ())
+        for i, keys in enumerate(still)
+    ]
+
+
+def _keys(model: Any, ids: Tensor, distance: int) -> list[Tensor | None]:
+    """Keys `[samples, D]` of every layer, of tokens that begin at position `distance`."""
+    cache, _ = forward(model, ids, first=distance)
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    return [x.double().flatten(0, 2) if isinstance(x, Tensor) and x.dim() == 4 else None for x in keys]
+
+
+def _rotation(still: Tensor, moved: dict[int, Tensor]) -> Rotation:
+    """The pairing of channels, and how many of them, that explains most of how keys move."""
+    dim = still.shape[1]
+    if not moved or torch.allclose(still, moved[1], rtol=1e-4, atol=1e-5):
+        return Rotation((), ())
+    changed = _changed(still, moved)
+    best: tuple[int, Rotation] = (0, Rotation((), ()))
+    for width in range(2, dim + 1, 2):
+        halves = [(i, i + width // 2) for i in range(width // 2)]
+        neighbours = [(i, i + 1) for i in range(0, width, 2)]
+        for pairs in (halves, neighbours):
+            found = [(pair, angle) for pair in pairs if (angle := _angle(still, moved, pair)) is not None]
+            explained = sum(bool(changed[a]) + bool(changed[b]) for (a, b), _ in found)
+            if explained > best[0]:
+                best = explained, Rotation(tuple(pair for pair, _ in found), tuple(angle for _, angle in found))
+    return best[1]
+
+
+def _changed(still: Tensor, moved: dict[int, Tensor]) -> Tensor:
+    """Which channels a move changes."""
+    change = torch.stack([(keys - still).square().sum(0) for keys in moved.values()]).amax(0)
+    return change > 1e-8 * still.square().sum(0).clamp(min=1e-12)
+
+
+def _angle(still: Tensor, moved: dict[int, Tensor], pair: tuple[int, int]) -> float | None:
+    """The angle from one position to the next by which a pair is turned; None when it is not turned."""
+    frequency = 0.0
+    z = torch.complex(still[:, pair[0]], still[:, pair[1]])
+    energy = z.abs().square().sum()
+    if energy == 0:
+        return None
+    for distance, keys in sorted(moved.items()):
+        w = torch.complex(keys[:, pair[0]], keys[:, pair[1]])
+        factor = (z.conj() * w).sum() / energy
+        rest = (w - factor * z).abs().square().sum() / energy
+        if rest > _UNEXPLAINED or abs(factor.abs().item() - 1) > 0.01:
+            return None if distance == 1 else frequency
+        turns = (frequency * distance - factor.angle().item()) / (2 * torch.pi)
+        frequency = (factor.angle().item() + 2 * torch.pi * round(turns)) / distance
+    return frequency

@@ -1,0 +1,190 @@
+//! A page of keys as they were before RoPE, on static grids.
+
+use std::sync::Arc;
+
+use super::kvquant::{KvQuant, StaticKeys, rest};
+use super::outliers::Outliers;
+use super::{PageBytes, bytes_of};
+use crate::attend::codes::{Codes, blocks, packed_len, put_lane};
+use crate::attend::kernels::Ahead;
+use crate::attend::mat::{Mat, MatMut};
+use crate::attend::{Basis, KeySegment, SPAN, Scratch, padded, tile_rows};
+use crate::tensor::Rows;
+
+/// Tokens for which a page has room.
+const PAGE: usize = SPAN;
+
+/// Grids of a KV head's channels, and how they were found.
+#[derive(Debug)]
+pub(super) struct HeadGrids {
+    method: Arc<KvQuant>,
+    keys: Arc<StaticKeys>,
+    head: usize,
+    scale: Box<[f32]>,
+    zero: Box<[f32]>,
+}
+
+impl HeadGrids {
+    /// # Panics
+    /// When the method has no grids of keys, or none for that head.
+    pub(super) fn new(method: &Arc<KvQuant>, head: usize) -> Self {
+        let keys = Arc::clone(method.keys.as_ref().expect("a codec of keys has their grids"));
+        let dim = keys.low[head].len();
+        let (scale, zero): (Vec<f32>, Vec<f32>) =
+            (0..dim).map(|c| keys.range(head, c)).map(|(low, high)| method.grid(low, high)).unzip();
+        Self { method: Arc::clone(method), keys, head, scale: scale.into(), zero: zero.into() }
+    }
+
+    /// Bytes allocated.
+    pub(super) fn bytes(&self) -> usize {
+        size_of::<Self>() + 2 * size_of_val(&*self.scale)
+    }
+}
+
+/// The codes `[dim, PAGE]`, then the outliers of `PAGE` tokens.
+#[derive(Clone)]
+pub struct UnrotatedKeys {
+    grids: Arc<HeadGrids>,
+    /// The position of the first token, as coordinates.
+    basis: Arc<Basis>,
+    tokens: usize,
+    words: Box<[u16]>,
+}
+
+impl UnrotatedKeys {
+    /// An empty page, whose first token will be at position `start`.
+    pub(super) fn new(grids: Arc<HeadGrids>, start: usize) -> Self {
+        let basis = grids.keys.rope.basis(start);
+        let mut page = Self { grids, basis, tokens: 0, words: Box::default() };
+        page.words = vec![0; page.code_words() + page.outliers().words()].into();
+        page
+    }
+
+    /// Numbers of a key.
+    pub fn dim(&self) -> usize {
+        self.grids.scale.len()
+    }
+
+    fn method(&self) -> &KvQuant {
+        &self.grids.method
+    }
+
+    fn code_words(&self) -> usize {
+        packed_len(self.method().bits, self.dim(), PAGE)
+    }
+
+    fn outliers(&self) -> Outliers {
+        Outliers { each: self.method().places(self.dim()), tokens: PAGE }
+    }
+
+    pub(super) fn room(&self) -> usize {
+        PAGE - self.tokens
+    }
+
+    pub(super) fn extend(&mut self, rows: &Rows, n: usize) {
+        let (grids, dim, code_words, places) =
+            (Arc::clone(&self.grids), self.dim(), self.code_words(), self.outliers());
+        let HeadGrids { method, keys, head, scale, zero } = &*grids;
+        let (mut x, mut codes) = (rows.to_f32(0..n), vec![0; dim]);
+        let (code_place, outlier_place) = self.words.split_at_mut(code_words);
+        for (x, t) in x.chunks_exact_mut(dim).zip(self.tokens..) {
+            self.basis.apply(x);
+            keys.rope.undo(t, x);
+            method.encode(x, &mut codes, |c| keys.range(*head, c));
+            put_lane(method.bits, PAGE, &codes, t, code_place);
+            let found: Vec<_> = keys
+                .outliers(*head, x, places.each)
+                .into_iter()
+                .map(|channel| {
+                    let c = usize::from(channel);
+                    (channel, rest(x[c], method.decode(codes[c], (scale[c], zero[c]))))
+                })
+                .collect();
+            places.put(outlier_place, t, &found);
+        }
+        self.tokens += n;
+    }
+
+    pub(super) fn bytes(&self) -> PageBytes {
+        let codes = self.code_words() * size_of::<u16>();
+        PageBytes { codes, scales: size_of_val(&*self.words) - codes, exact: 0 }
+    }
+
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    fn codes(&self) -> Codes<'_> {
+        let bits = self.method().bits;
+        Codes::new(bits, PAGE, blocks(bits, self.dim()), &self.words).with_levels(Some(self.method().table.levels()))
+    }
+
+    /// The code of channel `c` of token `t`.
+    pub fn code(&self, t: usize, c: usize) -> u8 {
+        self.codes().get(c, t)
+    }
+
+    /// What an entry of the levels is worth in channel `c`, and what entry 0 stands for.
+    pub fn grid(&self, c: usize) -> (f32, f32) {
+        (self.grids.scale[c], self.grids.zero[c])
+    }
+
+    /// The outliers of token `t`: channels, and what their codes lack.
+    pub fn outliers_of(&self, t: usize) -> impl Iterator<Item = (usize, f32)> + '_ {
+        self.outliers().of(&self.words[self.code_words()..], t)
+    }
+
+    /// The keys `out[c, t]`, turned as if the page began at position 0, of `padded(n)` tokens.
+    fn open(&self, n: usize, out: &mut MatMut<'_>, scratch: &Scratch) {
+        let HeadGrids { keys, scale, zero, .. } = &*self.grids;
+        let codes = self.codes();
+        (scratch.kernels.unpack)(codes, out.part(0, codes.outer()));
+        (scratch.kernels.turn)(out.part(0, self.dim()), &keys.rope.turn(scale, zero), padded(n));
+        for t in 0..n {
+            for (channel, rest) in self.outliers_of(t) {
+                keys.rope.spread(channel, t, |c, share| out.row(c)[t] += share * rest);
+            }
+        }
+    }
+}
+
+impl KeySegment for UnrotatedKeys {
+    fn unit(&self) -> usize {
+        PAGE
+    }
+
+    fn basis(&self) -> Option<&Arc<Basis>> {
+        Some(&self.basis)
+    }
+
+    fn bytes(&self, _: usize, _: usize) -> &[u8] {
+        bytes_of(&self.words)
+    }
+
+    fn scores(
+        &self,
+        q: Mat<'_>,
+        first: usize,
+        n: usize,
+        mut out: MatMut<'_>,
+        scratch: &mut Scratch,
+        ahead: &mut Ahead<'_>,
+    ) {
+        assert_eq!(first, 0, "a page is read from its beginning");
+        let mut buffer = std::mem::take(&mut scratch.buffer);
+        buffer.resize(tile_rows(self.dim()) * PAGE, 0.0);
+        let mut tile = MatMut::new(&mut buffer, tile_rows(self.dim()), PAGE);
+        self.open(n, &mut tile, scratch);
+        ahead.fetch(usize::MAX);
+        for g in 0..q.rows {
+            out.row(g)[..padded(n)].fill(0.0);
+        }
+        (scratch.kernels.matmul)(q, Mat::new(&buffer, self.dim(), PAGE), padded(n), out);
+        scratch.buffer = buffer;
+    }
+
+    fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
+        assert_eq!(first, 0, "a page is read from its beginning");
+        self.open(n, &mut out, scratch);
+    }
+}
