@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import kvpack
 import pytest
 import torch
 from kvpack.attention import kvpack_attention
+from kvpack.methods import KVQuantTables
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+
+class Tabled(kvpack.KVQuant):
+    """KVQuant with made-up tables for any model: numbers of deviation 4 and more fit the ranges, with outliers."""
+
+    def _of(self, site: Any) -> KVQuantTables:
+        config = site.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        half = 2 ** (self.bits - 1)
+        levels = tuple((i + 0.5 + 0.1 * math.sin(3 * i)) / half for i in range(-half, half))
+        ends = torch.linspace(2, 9, dim)
+        return KVQuantTables(
+            low=tuple(tuple((-ends - h).tolist()) for h in range(heads)),
+            high=tuple(tuple((ends + 1).tolist()) for _ in range(heads)),
+            key_levels=levels,
+            value_levels=levels,
+            key_norm=(1.02, 0.01),
+            value_norm=(0.99, 0.0),
+            pairs=tuple((i, i + dim // 2) for i in range(dim // 2)),
+            frequencies=tuple(10_000.0 ** (-2 * i / dim) for i in range(dim // 2)),
+        )
+
 
 # Every test of what all methods promise runs over this list: a new method is one more row.
 CODECS = [
@@ -20,6 +45,8 @@ CODECS = [
     kvpack.KIVI(bits=8),
     kvpack.Q8(),
     kvpack.Rotated(bits=3, group=16, window=32),
+    kvpack.Rotated(bits=4, levels="lloyd-max"),
+    Tabled(bits=3, outliers=0.02, window=16),
     kvpack.Graded(key_bits=2.5, value_bits=2),
     kvpack.Apart(kvpack.KIVI(bits=4, group=64), kvpack.Rotated(bits=8)),
 ]
@@ -29,6 +56,8 @@ def codec_id(codec: Any) -> str:
     """The codec's name and numbers: `kivi2`, `graded2.5-2`."""
     if isinstance(codec, kvpack.Apart):
         return f"{codec_id(codec.keys)}/{codec_id(codec.values)}"
+    if getattr(codec, "levels", "uniform") != "uniform":
+        return f"{codec.levels}{codec.bits}"
     bits = [getattr(codec, name) for name in ("bits", "key_bits", "value_bits") if hasattr(codec, name)]
     return codec.name.rstrip("48") + "-".join(map(str, bits))
 
@@ -39,6 +68,8 @@ def stored_bits(codec: Any, head_dim: int) -> float:
         return 32
     if isinstance(codec, kvpack.Apart):
         return (side_bits(codec.keys, head_dim) + side_bits(codec.values, head_dim)) / 2
+    if isinstance(codec, kvpack.KVQuant):
+        return codec.bits + 24 * max(round(codec.outliers * head_dim), 1) / head_dim + 16 / head_dim
     if isinstance(codec, kvpack.Graded):
         values = kvpack.Rotated(bits=codec.value_bits)
         return (codec.key_bits + 32 / codec.group + side_bits(values, head_dim)) / 2
@@ -125,6 +156,17 @@ def forward(
     module = FakeAttention(query.shape[1] // key.shape[1], layer)
     handles = cache.update(key, value, layer)
     return kvpack_attention(module, query, *handles, mask, **options)[0]
+
+
+def filled_layer(
+    codec: Any, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None = None
+) -> kvpack.PackedCache:
+    """A cache of one layer after a prompt; without queries, random ones."""
+    batch, heads, tokens, dim = key.shape
+    config = tiny_config(layers=1, heads=2 * heads, kv_heads=heads, head_dim=dim)
+    cache = kvpack.PackedCache(config, quantize=codec)
+    forward(cache, key, value, torch.randn(batch, 2 * heads, tokens, dim) if query is None else query)
+    return cache
 
 
 def causal_mask(valid: torch.Tensor, queries: int) -> torch.Tensor:

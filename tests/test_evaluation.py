@@ -18,12 +18,13 @@ import pytest
 import torch
 from kvpack.evaluation import Evaluation, evaluate
 from kvpack.evaluation.bootstrap import interval, quantile
-from kvpack.evaluation.contenders import held_bytes, parse, parse_all
+from kvpack.evaluation.contenders import Quantized, held_bytes, parse, parse_all
 from kvpack.evaluation.greedy import equal_prefix
 from kvpack.evaluation.peak import PeakMemory
 from kvpack.evaluation.pictures import pareto_front
 from kvpack.evaluation.store import read
 from support import tiny_config, tiny_model
+from transformers import DynamicCache
 
 WORDS = "The harbour was quiet. A boat came in, and nobody spoke of it! " * 200
 METHODS = "exact,kivi:bits=8,kivi:bits=4,kivi:bits=2"
@@ -219,6 +220,48 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(folder: Path, tmp_p
     assert "leaderboard.md" in done.stdout
     for name in ("leaderboard.md", "kl-bytes.png", "kl-ms.png", "task-passkey.png", "layers.png"):
         assert (killed / name).stat().st_size > 100
+
+
+class Fragile(Quantized):
+    """transformers' cache with a backend that cannot read some prompts."""
+
+    backend, module, package, axis = "fragile", "torch", "torch", 0
+
+    def new_cache(self, model: Any) -> Any:
+        cache = DynamicCache(config=getattr(model, "config", model))
+        update = cache.update
+
+        def failing(keys: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if keys.shape[2] > 128:
+                raise RuntimeError("an odd number\nof tokens")
+            return update(keys, *args, **kwargs)
+
+        cache.update = failing  # type: ignore[method-assign]
+        return cache
+
+
+def test_a_reference_that_fails_does_not_end_the_run(tokenizer: Any) -> None:
+    sizes: dict[str, Any] = {
+        "context": 300,
+        "tokens": 300,
+        "chunk": 64,
+        "greedy": 4,
+        "greedy_prompts": 1,
+        "costs": False,
+    }
+    tasks: dict[str, Any] = {"tasks": ("passkey",), "task_contexts": (128, 256), "depths": (0.5,), "samples": 1}
+    contenders = [*parse_all("exact"), Fragile()]
+    result = evaluate(small_model(), tokenizer, WORDS, contenders, progress=False, **sizes, **tasks)
+    failed = [record for record in result.records if "failed" in record]
+    assert {(record["kind"], record["method"]) for record in failed} == {
+        ("greedy", "fragile:bits=4"),
+        ("task", "fragile:bits=4"),
+    }
+    assert failed[0]["failed"] == "RuntimeError: an odd number"
+    row = rows(result)["fragile:bits=4"]
+    assert (row["task_samples"], row["task_failed"]) == (1, 1)
+    assert "greedy" not in row
+    assert "fragile:bits=4: 1" in result.markdown()
 
 
 def test_reports_are_made_again_from_the_numbers(result: Evaluation, tmp_path: Path) -> None:

@@ -11,18 +11,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 from reference import quantise
-from support import CODECS, codec_id, contents, forward, left_padding, random_kv, stored_bits, tiny_config
+from support import CODECS, codec_id, contents, filled_layer, forward, left_padding, random_kv, stored_bits, tiny_config
 from torch import Tensor
-
-
-def filled(codec: object, key: Tensor, value: Tensor, query: Tensor | None = None) -> kvpack.PackedCache:
-    """A cache of one layer after a prompt; without queries, random ones."""
-    batch, heads, tokens, dim = key.shape
-    config = tiny_config(layers=1, heads=2 * heads, kv_heads=heads, head_dim=dim)
-    cache = kvpack.PackedCache(config, quantize=codec)
-    forward(cache, key, value, torch.randn(batch, 2 * heads, tokens, dim) if query is None else query)
-    return cache
-
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 
@@ -32,7 +22,7 @@ def filled(codec: object, key: Tensor, value: Tensor, query: Tensor | None = Non
 def test_blocks_are_those_of_gguf(bits: int, dim: int) -> None:
     """Codes and scales against the reference implementation of GGUF's own formats."""
     key, value = random_kv(1, 2, 140, dim)
-    cache = filled(kvpack.Q8() if bits == 8 else kvpack.Q4(), key, value)
+    cache = filled_layer(kvpack.Q8() if bits == 8 else kvpack.Q4(), key, value)
     kind = GGMLQuantizationType.Q8_0 if bits == 8 else GGMLQuantizationType.Q4_0
     for head, (name, x) in itertools.product(range(2), (("key", key), ("value", value))):
         stored = cache.layers[0].packed(0, head)
@@ -100,7 +90,7 @@ def rotated_reference(x: Tensor, bits: int, group: int, seed: int) -> tuple[Tens
 def test_rotated_tokens_are_the_equations(bits: int, dim: int, group: int) -> None:
     key, value = random_kv(1, 2, 300, dim)
     codec = kvpack.Rotated(bits=bits, group=group, window=32, sinks=4, seed=11)
-    cache = filled(codec, key, value)
+    cache = filled_layer(codec, key, value)
     for head, (name, x) in itertools.product(range(2), (("key", key), ("value", value))):
         stored = cache.layers[0].packed(0, head)
         codes, scales, read = rotated_reference(x[0, head, 4:-32], bits, group, seed=11)
@@ -117,7 +107,7 @@ def test_rotated_tokens_are_the_equations(bits: int, dim: int, group: int) -> No
 def test_rotated_tokens_keep_their_projection() -> None:
     """What is read of a token, projected on the token, is the token: attention's averages do not shrink."""
     key, value = random_kv(1, 1, 400, 64)
-    held = filled(kvpack.Rotated(bits=2, window=0, sinks=0), key, value).layers[0].values[0, 0]
+    held = filled_layer(kvpack.Rotated(bits=2, window=0, sinks=0), key, value).layers[0].values[0, 0]
     share = (held * value[0, 0]).sum(1) / value[0, 0].square().sum(1)
     torch.testing.assert_close(share, torch.ones(400), rtol=2e-3, atol=0)
     error = (held - value[0, 0]).square().sum(1) / value[0, 0].square().sum(1)
@@ -127,7 +117,7 @@ def test_rotated_tokens_keep_their_projection() -> None:
 def test_zeros_stay_zeros() -> None:
     key, value = (torch.zeros(1, 1, 300, 64) for _ in range(2))
     for codec in (kvpack.Q8(), kvpack.Q4(), kvpack.Rotated(bits=2), kvpack.Graded()):
-        for held in contents(filled(codec, key, value))[0]:
+        for held in contents(filled_layer(codec, key, value))[0]:
             assert torch.equal(held, key)
 
 
@@ -149,7 +139,7 @@ def test_graded_bits_are_the_best_within_their_budget() -> None:
     key, value = random_kv(1, 1, 132, 16)
     key = key * torch.linspace(0.1, 3, 16)
     query = torch.randn(1, 2, 132, 16) * torch.linspace(2, 0.5, 16)
-    cache = filled(kvpack.Graded(key_bits=3.0, value_bits=2), key, value, query)
+    cache = filled_layer(kvpack.Graded(key_bits=3.0, value_bits=2), key, value, query)
     bits = cache.layers[0].key_bits(0, 0)[0]
     weight = query[0].square().sum((0, 1))
     weight = weight + 1e-4 * weight.mean()
@@ -172,7 +162,7 @@ def test_graded_bits_are_the_best_within_their_budget() -> None:
 def test_graded_keys_are_kivis_with_other_bits(dim: int, key_bits: float, group: int) -> None:
     key, value = random_kv(1, 2, 4 + 256 + 9, dim)
     key = key * torch.logspace(-1, 1, dim)
-    cache = filled(kvpack.Graded(key_bits=key_bits, group=group, window=128), key, value)
+    cache = filled_layer(kvpack.Graded(key_bits=key_bits, group=group, window=128), key, value)
     for head in range(2):
         stored, bits = cache.layers[0].packed(0, head), cache.layers[0].key_bits(0, head)
         assert stored["key_codes"].shape == (256, dim)
@@ -198,7 +188,7 @@ def test_channels_that_queries_read_get_the_bits() -> None:
     key, value = random_kv(1, 1, 300, 64)
     query = torch.full((1, 2, 300, 64), 1e-3)
     query[..., 10:18] = 1.0
-    bits = filled(kvpack.Graded(key_bits=2), key, value, query).layers[0].key_bits(0, 0)
+    bits = filled_layer(kvpack.Graded(key_bits=2), key, value, query).layers[0].key_bits(0, 0)
     assert bits[0, 10:18].min() > bits[0].float().mean()
     assert bits[0, 10:18].float().mean() >= 4
     # Without queries a channel's range alone decides.
@@ -210,7 +200,7 @@ def test_channels_that_queries_read_get_the_bits() -> None:
 
 def test_queries_that_read_nothing_decide_nothing() -> None:
     key, value = random_kv(1, 1, 300, 64)
-    blind = filled(kvpack.Graded(key_bits=3), key, value, torch.zeros(1, 2, 300, 64)).layers[0].key_bits(0, 0)
+    blind = filled_layer(kvpack.Graded(key_bits=3), key, value, torch.zeros(1, 2, 300, 64)).layers[0].key_bits(0, 0)
     unseen = kvpack.PackedCache(tiny_config(layers=1, kv_heads=1, head_dim=64), quantize=kvpack.Graded(key_bits=3))
     unseen.update(key, value, 0)
     assert torch.equal(blind, unseen.layers[0].key_bits(0, 0))
@@ -266,7 +256,7 @@ def test_presets_are_what_they_promise() -> None:
 def test_the_bits_that_are_named_are_the_bits_that_are_held(codec: object, dim: int) -> None:
     tokens = 128 * 40
     key, value = random_kv(1, 2, tokens + 500, dim)
-    cache = filled(codec, key, value)
+    cache = filled_layer(codec, key, value)
     memory = cache.memory()
     stored = cache.layers[0].packed(0, 0)
     numbers = 2 * dim * (stored["key_codes"].shape[0] + stored["value_codes"].shape[0])

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import kvpack
 import pytest
 import torch
-from support import codec_id, every_codec, forward, random_kv, stored_bits, tiny_config
+from support import CODECS, codec_id, every_codec, forward, random_kv, stored_bits, tiny_config
 
 TOKENS = 16_384
 SHAPES = [(3, 64), (8, 128)]
 
-# Run in a process of its own: argv = codec, layers. Prints what memory() says and what the process grew by.
+# Run in a process of its own: argv = number of the codec, layers, this folder. Prints what memory() says and what the
+# process grew by.
 RSS = """
 import ctypes, gc, resource, sys
+sys.path.insert(0, sys.argv[3])
 import torch
+from support import CODECS
 import kvpack
 from transformers import LlamaConfig
 
@@ -30,7 +34,7 @@ def resident():
 def fill(layers, tokens):
     config = LlamaConfig(num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, head_dim=128,
                          hidden_size=1024, vocab_size=16, intermediate_size=16)
-    cache = kvpack.PackedCache(config, quantize=eval(sys.argv[1], vars(kvpack)))
+    cache = kvpack.PackedCache(config, quantize=CODECS[int(sys.argv[1])])
     for layer in range(layers):
         for first in range(0, tokens, 1024):
             part = torch.randn(2, 1, 8, 1024, 128).bfloat16()
@@ -49,7 +53,7 @@ with torch.no_grad():
 @every_codec
 def test_the_process_grows_by_what_memory_says(codec: Any, record_property: Any) -> None:
     layers = 3 if isinstance(codec, kvpack.Exact) else 8
-    command = [sys.executable, "-c", RSS, str(codec), str(layers)]
+    command = [sys.executable, "-c", RSS, str(CODECS.index(codec)), str(layers), str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     told, grown = map(int, done.stdout.split())
     record_property("growth of the process over memory().total", grown / told)

@@ -30,7 +30,7 @@ from .errors import (
 )
 from .evaluation import Evaluation, evaluate
 from .memory import Memory
-from .methods import KIVI, PRESETS, Q4, Q8, Apart, Exact, Graded, Rotated
+from .methods import KIVI, PRESETS, Q4, Q8, Apart, Exact, Graded, KVQuant, Rotated
 
 __all__ = [
     "KIVI",
@@ -47,6 +47,7 @@ __all__ = [
     "GradError",
     "Graded",
     "InternalError",
+    "KVQuant",
     "KvpackError",
     "Memory",
     "ModelMismatchError",

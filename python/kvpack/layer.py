@@ -302,6 +302,16 @@ class PackedLayer(CacheLayerMixin):
             out[f"{name}_zero"] = torch.tensor(zero).reshape(-1, columns)
         return out
 
+    def outliers(self, row: int, head: int) -> tuple[Tensor, Tensor]:
+        """What a KV head keeps beside the codes of its keys, and of its values.
+
+        Returns:
+            Two tensors `[n, 3]`: the packed token, the channel, and what the code there lacks (of keys before RoPE).
+        """
+        self.absorb()
+        keys, values = (torch.tensor(side).reshape(-1, 3) for side in self._store.outliers(row, head))
+        return keys, values
+
     def key_bits(self, row: int, head: int) -> Tensor:
         """Bits `[pages, Dk]` of the key channels in each page of a KV head whose method grades them."""
         self.absorb()

@@ -1,0 +1,1 @@
+"""Calibration: what some methods want to know of a model beforehand."""

@@ -32,8 +32,8 @@ def measure(
         model: the transformers model, on the CPU.
         documents: tokens `[1, n]`, one forward (and with gradients one backward pass) each.
         method: bits, outliers and sinks.
-        gradients: whether the k-means weighs errors with the squares of the loss' gradients (Fisher information), as the
-            paper does; otherwise all errors weigh the same.
+        gradients: whether the k-means weighs errors with the squares of the loss' gradients (Fisher information), as
+            the paper does; otherwise all errors weigh the same.
         progress: called with the tokens of each document that was read.
     """
     found = rotations(model, documents[0])
@@ -116,9 +116,9 @@ def levels(
 ) -> tuple[tuple[float, ...], tuple[float, float]]:
     """Return the levels of `x` normalised to its ranges, and factor and offset of Q-Norm.
 
-    The levels minimise `sum weight (x - x')^2` over the numbers that are no outliers: a k-means (Lloyd) on a histogram,
-    from the weighted quantiles on. Q-Norm's affine map gives what codes stand for the mean and the deviation of what they
-    were made of.
+    The levels minimise `sum weight (x - x')^2` over the numbers that are no outliers: a k-means (Lloyd) on a
+    histogram, from the weighted quantiles on. Q-Norm's affine map gives what codes stand for the mean and the
+    deviation of what they were made of.
     """
     half = (high - low) / 2
     normalised = ((x - (low + high) / 2) / half.clamp(min=torch.finfo(x.dtype).tiny)).flatten()

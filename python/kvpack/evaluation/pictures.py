@@ -78,7 +78,7 @@ def heat_map(records: Sequence[Record], task: str, identity: dict[str, Any]) -> 
     """Draw a task's scores for each method: context across, depth down."""
     found: dict[str, dict[tuple[int, float], list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        if record["kind"] == "task" and record["task"] == task:
+        if record["kind"] == "task" and record["task"] == task and "score" in record:
             found[record["method"]][record["context"], record["depth"] or 0.0].append(record["score"])
     labels = sorted(found, key=lambda label: label != FULL)
     contexts = sorted({context for cells in found.values() for context, _ in cells})

@@ -68,7 +68,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return the heads of the columns that have something in them, and the cells."""
     columns = dict(COLUMNS)
     for task in dict.fromkeys(name for row in rows for name in row if name.startswith("task_")):
-        if task != "task_samples":
+        if task not in ("task_samples", "task_failed"):
             columns[task.removeprefix("task_").replace("_", " ")] = _number(task, "{:.2f}")
     cells = {head: [form(row) for row in rows] for head, form in columns.items()}
     used = [head for head, column in cells.items() if any(column)]
@@ -104,6 +104,10 @@ def notes(rows: Sequence[Row], identity: dict[str, Any]) -> str:
             f"- Tasks: {full['task_samples']} samples a method; the share of the expected answers that were given. "
             "The text is packed before the question is read."
         )
+    failed = {row["method"]: row["task_failed"] for row in rows if row.get("task_failed")}
+    if failed:
+        counts = ", ".join(f"{method}: {count}" for method, count in failed.items())
+        lines.append(f"- Samples on which a cache failed with an error, and which are in no mean: {counts}.")
     if "cost_context" in full:
         lines.append(
             f"- Cost: one document of {full['cost_context']} tokens, {full['threads']} threads; all caches decode in "

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from . import costs
-from .contenders import FULL, Contender, Full, Packed
+from .contenders import FULL, Contender, Full, Packed, Quantized
 from .forward import evaluating
 from .greedy import continue_document
 from .layers import attention_errors
@@ -113,7 +113,9 @@ def _continuations(
                 continue
 
             def generate(tick: Tick, ids: Any = ids, contender: Contender = contender, i: int = i) -> list[Record]:
-                record = continue_document(model, contender, ids, settings.greedy, expected.get(i))
+                cell = {"kind": "greedy", "method": contender.label}
+                measure = partial(continue_document, model, contender, ids, settings.greedy, expected.get(i))
+                record = _attempt(contender, cell, measure)
                 if contender.label == FULL:
                     expected[i] = record["generated"]
                 tick()
@@ -138,11 +140,27 @@ def _tasks(
                 continue
 
             def ask(tick: Tick, cell: Record = cell, contender: Contender = contender) -> list[Record]:
-                record = answer(model, tokenizer, contender, settings.filler_of(text.words), cell, settings.seed)
+                words = settings.filler_of(text.words)
+                measure = partial(answer, model, tokenizer, contender, words, cell, settings.seed)
+                record = _attempt(contender, {"kind": "task", "method": contender.label, **cell}, measure)
                 tick()
                 return [record]
 
             yield Job(f"{cell['task']} {contender.label}", 1, cell["context"], ask)
+
+
+def _attempt(contender: Contender, cell: Record, measure: Callable[[], Record]) -> Record:
+    """Return what `measure` does, or the cell with `failed` when one of transformers' quantised caches cannot do it.
+
+    They have prompts on which they fail (with HQQ at 2 bits those whose length is no multiple of 4): that is a result,
+    and not the end of the evaluation.
+    """
+    try:
+        return measure()
+    except (RuntimeError, IndexError, ValueError) as error:
+        if not isinstance(contender, Quantized):
+            raise
+        return cell | {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def _costs(model: Any, text: Text, contenders: Sequence[Contender], settings: Settings, store: Store) -> Iterator[Job]:

@@ -23,7 +23,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> list[Row]:
     the past that was compressed on average). The change, KL and agreement have `_low` and `_high`: 95 %, paired
     bootstrap over documents.
     Continuations: `greedy` (mean tokens before the first difference), `greedy_of`. Tasks: `task_<name>` (mean score),
-    `task_samples`.
+    `task_samples`, `task_failed` (samples that the cache could not read: they are in no mean).
     Cost: `bytes_per_token`, `of_fp16`, `ms` (median) with `ms_p10` and `ms_p90`, `speedup` (over the full
     cache in the same run), `prefill_ms`, `pack_ms`, `peak_bytes`.
     """
@@ -100,10 +100,12 @@ def _greedy(own: list[Record]) -> Row:
 def _tasks(own: list[Record]) -> Row:
     scores: dict[str, list[float]] = defaultdict(list)
     for record in own:
-        scores[record["task"]].append(record["score"])
+        if "score" in record:
+            scores[record["task"]].append(record["score"])
     row: Row = {f"task_{task}": statistics.fmean(found) for task, found in scores.items()}
     if scores:
         row["task_samples"] = sum(map(len, scores.values()))
+        row["task_failed"] = len(own) - row["task_samples"]
     return row
 
 

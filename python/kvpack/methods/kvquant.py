@@ -48,8 +48,8 @@ class KVQuant(Quantize):
     The vector whose outliers are counted is that of a KV head, where the paper takes all heads' together, and their
     number is bounded as in its capped variant. Levels are held with 8 bits.
 
-    Bits a number: `bits + 24 outliers` for keys, `bits + 24 outliers + 32 / head_dim` for values, where the outliers of a
-    vector are at least one.
+    Bits a number: `bits + 24 outliers` for keys, `bits + 24 outliers + 32 / head_dim` for values, where the outliers of
+    a vector are at least one.
 
     It needs a calibration: `kvpack.calibrate(model, tokenizer, text, method="kvquant:bits=3")`.
 

@@ -173,9 +173,9 @@ class Rotated(Quantize):
     """A randomised Hadamard transform, then one scale a token and a uniform grid.
 
     The rotation and the scale a token are TurboQuant-MSE's (Zandieh et al. 2025, arXiv 2504.19874). The paper has Lloyd
-    and Max's levels, `levels="lloyd-max"`; a uniform grid, the default, is faster. The paper's second stage (QJL) is left
-    out. The stored scale is such that `x' . x = x . x`: attention averages errors away, but not what all tokens lack.
-    `bits + 16 / group` bits a number.
+    and Max's levels, `levels="lloyd-max"`; a uniform grid, the default, is faster. The paper's second stage (QJL) is
+    left out. The stored scale is such that `x' . x = x . x`: attention averages errors away, but not what all tokens
+    lack. `bits + 16 / group` bits a number.
 
     Queries are rotated once a step and outputs once, tokens never.
 
