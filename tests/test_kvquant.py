@@ -11,7 +11,7 @@ import torch
 from kvpack.calibration.kvquant import levels, measure, value_ranges
 from kvpack.calibration.rotation import rotations
 from kvpack.methods import KVQuant, KVQuantTables
-from support import Tabled, filled_layer, random_kv, tiny_config, tiny_model
+from support import Tabled, filled_layer, forward, random_kv, tiny_config, tiny_model
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -150,9 +150,10 @@ def test_angles_are_counted_once() -> None:
     key, value = random_kv(1, 2, 1000, 64)
     cache = kvpack.PackedCache(tiny_config(layers=3, heads=4, kv_heads=2, head_dim=64), quantize=Tabled(bits=3))
     for layer in range(3):
-        cache.update(key, value, layer)
+        forward(cache, key, value, layer=layer)
     memory = cache.memory()
-    shared = memory.total - sum(memory.layers)
+    shared = memory.layers[0] - memory.layers[1]
+    assert memory.layers[1] == memory.layers[2]
     assert 2 * 32 * 128 * 4 <= shared <= 2 * 32 * 128 * 4 + 20_000
 
 

@@ -217,13 +217,17 @@ class PackedCache(Cache):
         """Bytes held, measured from the allocations: by part, by layer, in total."""
         parts = dict.fromkeys(_PARTS, 0)
         layers = []
+        angles: set[int] = set()  # layers share them: they are counted with the first that has them
         for layer in self.layers:
-            held = layer.memory() if isinstance(layer, PackedLayer) else {"other layers": _tensor_bytes(layer)}
+            packed = isinstance(layer, PackedLayer)
+            held = layer.memory() if packed else {"other layers": _tensor_bytes(layer)}
+            table = layer.angles() if packed else None
+            if table and table[0] not in angles:
+                angles.add(table[0])
+                held["index"] += table[1]
             for part, n in held.items():
                 parts[part] += n
             layers.append(sum(held.values()))
-        # Tables of angles are shared by layers, and so in none of them.
-        parts["index"] += sum(dict(angles for layer in self._packed if (angles := layer.angles())).values())
         return Memory(parts, layers)
 
     def lossy_share(self, new: int = 0) -> float:

@@ -435,12 +435,13 @@ class PackedLayer(CacheLayerMixin):
         """Bytes allocated, by part."""
         self.absorb()
         held = dict(zip(("codes", "scales", "exact", "index"), self._store.memory(), strict=True))
-        held["scales"] += self._store.tables()[0]
+        if self._seen:  # what was calibrated is the codec's, and counted with the tokens that are held by it
+            held["scales"] += self._store.tables()[0]
         return held
 
     def angles(self) -> tuple[int, int] | None:
         """A number of the table of angles that layers share whose keys are held un-rotated, and its bytes."""
-        return self._store.tables()[1]
+        return self._store.tables()[1] if self._seen else None
 
     def lossy_share(self, new: int = 0) -> float:
         """Share of the numbers held that are not exactly what the model made; those of the `new` newest aside."""
