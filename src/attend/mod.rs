@@ -51,12 +51,14 @@ pub struct Scratch {
     pub folded: Folded,
     /// Codes as f32.
     pub buffer: Vec<f32>,
+    /// Numbers that are kept beside codes.
+    pub outliers: Vec<f32>,
 }
 
 impl Scratch {
     /// Empty buffers.
     pub fn new(kernels: &'static Kernels) -> Self {
-        Self { kernels, folded: Folded::default(), buffer: Vec::new() }
+        Self { kernels, folded: Folded::default(), buffer: Vec::new(), outliers: Vec::new() }
     }
 }
 

@@ -21,8 +21,8 @@ pub const SPAN: usize = 128;
 pub struct Rope {
     pairs: Arc<[(u16, u16)]>,
     frequencies: Box<[f32]>,
-    /// The pair of each channel that is in one, and whether it is its first.
-    places: Box<[Option<(u16, bool)>]>,
+    /// The largest channel in a pair, and one.
+    channels: usize,
     /// `[pairs, SPAN]`.
     cos: Box<[f32]>,
     sin: Box<[f32]>,
@@ -58,13 +58,8 @@ impl Rope {
     fn new(pairs: &[(u16, u16)], frequencies: &[f32]) -> Self {
         let angles = frequencies.iter().flat_map(|&f| (0..SPAN).map(move |j| f64::from(f) * j as f64));
         let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(sin_cos).unzip();
-        let channels = pairs.iter().map(|&(a, b)| usize::from(a.max(b)) + 1).max().unwrap_or(0);
-        let mut places = vec![None; channels];
-        for (i, &(a, b)) in (0..).zip(pairs) {
-            (places[usize::from(a)], places[usize::from(b)]) = (Some((i, true)), Some((i, false)));
-        }
         Self {
-            places: places.into(),
+            channels: pairs.iter().map(|&(a, b)| usize::from(a.max(b)) + 1).max().unwrap_or(0),
             pairs: pairs.into(),
             frequencies: frequencies.into(),
             cos: cos.into(),
@@ -75,7 +70,7 @@ impl Rope {
 
     /// The largest channel in a pair, and one.
     pub fn channels(&self) -> usize {
-        self.places.len()
+        self.channels
     }
 
     /// The coordinates of a page that begins at position `start`.
@@ -105,27 +100,11 @@ impl Rope {
         }
     }
 
-    /// Calls `add(channel, share)` for where a number in `channel` of token `j` goes when it is turned.
-    pub fn spread(&self, channel: usize, j: usize, mut add: impl FnMut(usize, f32)) {
-        let Some((i, is_first)) = self.places.get(channel).copied().flatten() else {
-            return add(channel, 1.0);
-        };
-        let i = usize::from(i);
-        let ((a, b), cos, sin) = (self.pairs[i], self.cos[i * SPAN + j], self.sin[i * SPAN + j]);
-        if is_first {
-            add(a.into(), cos);
-            add(b.into(), sin);
-        } else {
-            add(a.into(), -sin);
-            add(b.into(), cos);
-        }
-    }
-
     /// Bytes allocated.
     pub fn bytes(&self) -> usize {
         let starts = self.starts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let of_basis: usize = starts.values().map(|basis| basis.bytes()).sum();
-        size_of::<Self>() + 4 * (2 * self.cos.len() + 2 * self.frequencies.len() + self.places.len()) + of_basis
+        size_of::<Self>() + 4 * (2 * self.cos.len() + 2 * self.frequencies.len()) + of_basis
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::cache::KvHead;
+use crate::cache::{KvHead, Segment};
 use crate::quantize::{Codec, KeyPage, Method, StaticKeys, ValuePage};
 
 /// Exact tokens before the packed ones, codes `[tokens, dim]`, scales and zero-points in the order of their groups, and how
@@ -55,25 +55,38 @@ pub(super) type Outliers = Vec<(usize, usize, f32)>;
 /// What is kept beside the codes of keys, and of values.
 pub(super) fn outliers(head: &KvHead) -> (Outliers, Outliers) {
     let (mut keys, mut values) = (Vec::new(), Vec::new());
-    let mut packed = 0;
-    for segment in head.pages().0 {
+    for (first, segment) in packed_segments(head.pages().0, |page| matches!(page, KeyPage::Exact(_))) {
         if let KeyPage::Unrotated(page) = &*segment.page {
-            keys.extend((0..segment.len).flat_map(|t| page.outliers_of(t).map(move |(c, rest)| (packed + t, c, rest))));
+            add_outliers(&mut keys, first, segment.len, page.outliers_of(segment.len));
         }
-        packed += if let KeyPage::Exact(_) = &*segment.page { 0 } else { segment.len };
     }
-    packed = 0;
-    for segment in head.pages().1 {
+    for (first, segment) in packed_segments(head.pages().1, |page| matches!(page, ValuePage::Exact(_))) {
         if let ValuePage::Tokens(page) = &*segment.page {
-            values
-                .extend((0..segment.len).flat_map(|t| page.outliers_of(t).map(move |(c, rest)| (packed + t, c, rest))));
-            packed += segment.len;
+            add_outliers(&mut values, first, segment.len, page.outliers_of(segment.len));
         }
     }
     for outliers in [&mut keys, &mut values] {
         outliers.retain(|&(_, _, rest)| rest != 0.0);
     }
     (keys, values)
+}
+
+/// Segments that are not exact, each with how many packed tokens are before it.
+fn packed_segments<P>(
+    segments: &[Segment<P>],
+    exact: impl Fn(&P) -> bool,
+) -> impl Iterator<Item = (usize, &Segment<P>)> {
+    let packed = segments.iter().filter(move |segment| !exact(&segment.page));
+    packed.scan(0, |first, segment| {
+        let here = *first;
+        *first += segment.len;
+        Some((here, segment))
+    })
+}
+
+fn add_outliers(out: &mut Outliers, first: usize, tokens: usize, found: Vec<(usize, f32)>) {
+    let each = found.len() / tokens.max(1);
+    out.extend(found.into_iter().enumerate().map(|(i, (c, rest))| (first + i / each, c, rest)));
 }
 
 /// Bits of every channel in every page with a grid a channel.

@@ -3,6 +3,9 @@
 //! Each has a place of its own, used or not: the channel (a byte) and the difference to what the code stands for (f16).
 
 use half::f16;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+
+use super::bytes_of;
 
 /// Where the outliers of `tokens` vectors lie in a run of words: all differences, then all channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,16 +27,27 @@ impl Outliers {
         for (i, &(channel, rest)) in outliers.iter().enumerate() {
             let place = t * self.each + i;
             words[place] = rest.to_bits();
-            words[self.each * self.tokens + place / 2] |= u16::from(channel) << (8 * (place % 2));
+            words[self.each * self.tokens + place / 2] |= u16::from_ne_bytes(match place % 2 {
+                0 => [channel, 0],
+                _ => [0, channel],
+            });
         }
     }
 
-    /// The outliers of vector `t`; places that are not used are channel 0, difference 0.
-    pub(super) fn of(self, words: &[u16], t: usize) -> impl Iterator<Item = (usize, f32)> + '_ {
-        (t * self.each..(t + 1) * self.each).map(move |place| {
-            let channel = words[self.each * self.tokens + place / 2] >> (8 * (place % 2)) & 0xff;
-            (usize::from(channel), f16::from_bits(words[place]).to_f32())
-        })
+    /// The outliers of `n` vectors from vector `first` on: channels and differences, `each` a vector, by way of `buffer`; places
+    /// that are not used are channel 0, difference 0.
+    pub(super) fn of<'a>(
+        self,
+        words: &'a [u16],
+        first: usize,
+        n: usize,
+        buffer: &'a mut Vec<f32>,
+    ) -> (&'a [u8], &'a [f32]) {
+        let places = first * self.each..(first + n) * self.each;
+        let (rests, channels) = words.split_at(self.each * self.tokens);
+        buffer.resize(places.len(), 0.0);
+        rests[places.clone()].reinterpret_cast::<f16>().convert_to_f32_slice(buffer);
+        (&bytes_of(channels)[places], buffer)
     }
 }
 
@@ -52,10 +66,15 @@ mod tests {
         for t in 0..4 {
             outliers.put(&mut words, t, &of(t));
         }
-        for t in 0..4 {
-            let want = of(t).into_iter().map(|(c, x)| (usize::from(c), x.to_f32()));
-            let unused = std::iter::repeat_n((0, 0.0), 3 - t.min(3));
-            assert_eq!(outliers.of(&words, t).collect::<Vec<_>>(), want.chain(unused).collect::<Vec<_>>());
+        let mut buffer = vec![7.0; 2];
+        for (first, n) in [(0, 4), (1, 2), (3, 1), (2, 0)] {
+            let mut want: Vec<(u8, f32)> = Vec::new();
+            for t in first..first + n {
+                want.extend(of(t).into_iter().map(|(c, x)| (c, x.to_f32())));
+                want.extend(std::iter::repeat_n((0, 0.0), 3 - t.min(3)));
+            }
+            let (channels, rests) = outliers.of(&words, first, n, &mut buffer);
+            assert_eq!(channels.iter().copied().zip(rests.iter().copied()).collect::<Vec<_>>(), want);
         }
     }
 }

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
-use super::kvquant::{KvQuant, StaticKeys, rest};
+use half::f16;
+
+use super::kvquant::{KvQuant, StaticKeys};
 use super::outliers::Outliers;
 use super::{PageBytes, bytes_of};
 use crate::attend::codes::{Codes, blocks, packed_len, put_lane};
-use crate::attend::kernels::Ahead;
+use crate::attend::kernels::{Ahead, Kernels};
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::{Basis, KeySegment, SPAN, Scratch, padded, tile_rows};
 use crate::tensor::Rows;
@@ -41,7 +43,7 @@ impl HeadGrids {
     }
 }
 
-/// The codes `[dim, PAGE]`, then the outliers of `PAGE` tokens.
+/// The codes `[dim, PAGE]`, then the outliers of `PAGE` tokens, in units of their channels' levels.
 #[derive(Clone)]
 pub struct UnrotatedKeys {
     grids: Arc<HeadGrids>,
@@ -97,7 +99,9 @@ impl UnrotatedKeys {
                 .into_iter()
                 .map(|channel| {
                     let c = usize::from(channel);
-                    (channel, rest(x[c], method.decode(codes[c], (scale[c], zero[c]))))
+                    // In units of the levels: so it is added before the grid.
+                    let lacks = (x[c] - method.decode(codes[c], (scale[c], zero[c]))) / scale[c];
+                    (channel, f16::from_f32(lacks.clamp(-f16::MAX.to_f32(), f16::MAX.to_f32())))
                 })
                 .collect();
             places.put(outlier_place, t, &found);
@@ -129,22 +133,30 @@ impl UnrotatedKeys {
         (self.grids.scale[c], self.grids.zero[c])
     }
 
-    /// The outliers of token `t`: channels, and what their codes lack.
-    pub fn outliers_of(&self, t: usize) -> impl Iterator<Item = (usize, f32)> + '_ {
-        self.outliers().of(&self.words[self.code_words()..], t)
+    /// The outliers of the first `n` tokens, as many a token: channels, and what their codes lack.
+    pub fn outliers_of(&self, n: usize) -> Vec<(usize, f32)> {
+        let mut buffer = Vec::new();
+        let (channels, rests) = self.outliers().of(&self.words[self.code_words()..], 0, n, &mut buffer);
+        let of_channel = |(&c, rest): (&u8, &f32)| (usize::from(c), self.grids.scale[usize::from(c)] * rest);
+        channels.iter().zip(rests).map(of_channel).collect()
     }
 
     /// The keys `out[c, t]`, turned as if the page began at position 0, of `padded(n)` tokens.
-    fn open(&self, n: usize, out: &mut MatMut<'_>, scratch: &Scratch) {
+    fn open(&self, n: usize, out: &mut MatMut<'_>, kernels: &Kernels, rests: &mut Vec<f32>) {
         let HeadGrids { keys, scale, zero, .. } = &*self.grids;
-        let codes = self.codes();
-        (scratch.kernels.unpack)(codes, out.part(0, codes.outer()));
-        (scratch.kernels.turn)(out.part(0, self.dim()), &keys.rope.turn(scale, zero), padded(n));
-        for t in 0..n {
-            for (channel, rest) in self.outliers_of(t) {
-                keys.rope.spread(channel, t, |c, share| out.row(c)[t] += share * rest);
+        let (codes, outliers) = (self.codes(), self.outliers());
+        (kernels.unpack)(codes, out.part(0, codes.outer()));
+        if outliers.each > 0 {
+            let (channels, rests) = outliers.of(&self.words[self.code_words()..], 0, n, rests);
+            for (t, (channels, rests)) in
+                channels.chunks_exact(outliers.each).zip(rests.chunks_exact(outliers.each)).enumerate()
+            {
+                for (&channel, rest) in channels.iter().zip(rests) {
+                    out.data[usize::from(channel) * out.stride + t] += rest;
+                }
             }
         }
+        (kernels.turn)(out.part(0, self.dim()), &keys.rope.turn(scale, zero), padded(n));
     }
 }
 
@@ -174,7 +186,7 @@ impl KeySegment for UnrotatedKeys {
         let mut buffer = std::mem::take(&mut scratch.buffer);
         buffer.resize(tile_rows(self.dim()) * PAGE, 0.0);
         let mut tile = MatMut::new(&mut buffer, tile_rows(self.dim()), PAGE);
-        self.open(n, &mut tile, scratch);
+        self.open(n, &mut tile, scratch.kernels, &mut scratch.outliers);
         ahead.fetch(usize::MAX);
         for g in 0..q.rows {
             out.row(g)[..padded(n)].fill(0.0);
@@ -185,6 +197,6 @@ impl KeySegment for UnrotatedKeys {
 
     fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
         assert_eq!(first, 0, "a page is read from its beginning");
-        self.open(n, &mut out, scratch);
+        self.open(n, &mut out, scratch.kernels, &mut scratch.outliers);
     }
 }

@@ -1,8 +1,8 @@
 """Methods written as text, for command lines and files: `kivi:bits=2`, `kivi:bits=4:group=64`.
 
 A method is its registered name and, after colons, parameters of its dataclass; or the name of a preset. Keys by one
-codec and values by another are written with a slash (`kivi:bits=4/rotated:bits=2`), methods of several families are
-joined with `+`.
+codec and values by another are written with a slash (`kivi:bits=4/rotated:bits=2`), layers with a codec of their own
+after `@` (`kivi:bits=2@0=q8@-1=q8`), methods of several families are joined with `+`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from ..errors import OptionError
 from .presets import PRESETS
-from .quantize import QUANTIZE, Apart
+from .quantize import Apart, Layers
+from .registry import QUANTIZE
 
 FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE}
 """The registry: the methods of each family by name. A family is also the name of PackedCache's argument."""
@@ -50,6 +51,8 @@ def parse_spec(text: str) -> Spec:
 
 def _parse_part(text: str) -> tuple[str, Any]:
     """Return the family and the method that one part of a text stands for."""
+    if "@" in text:
+        return "quantize", _parse_layers(text)
     if "/" in text:
         sides = [_parse_part(side) for side in text.split("/")]
         if len(sides) != 2 or any(family != "quantize" for family, _ in sides):
@@ -65,6 +68,29 @@ def _parse_part(text: str) -> tuple[str, Any]:
     if family is None:
         raise OptionError(f"method {name!r} is unknown; accepted: {', '.join(names())}")
     return family, make(FAMILIES[family][name], name, parameters)
+
+
+def _parse_layers(text: str) -> Layers:
+    """Return what `default@layer=codec@...` stands for."""
+    default, *others = text.split("@")
+    codecs: dict[int, Any] = {}
+    for other in others:
+        layer, equals, codec = other.partition("=")
+        try:
+            number = int(layer)
+        except ValueError:
+            equals = ""
+        if not equals or number in codecs:
+            raise OptionError(f"method {text!r} is not accepted; after each @ stands the number of a layer, = and a codec")
+        codecs[number] = _codec(codec)
+    return Layers(_codec(default), codecs)
+
+
+def _codec(text: str) -> Any:
+    family, method = _parse_part(text)
+    if family != "quantize":
+        raise OptionError(f"method {text!r} is not accepted: it is no codec")
+    return method
 
 
 def names() -> list[str]:

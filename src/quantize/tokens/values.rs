@@ -43,9 +43,15 @@ impl TokenValues {
         self.grid_at(self.format.groups())
     }
 
-    /// The outliers of token `t`: channels, and what their codes lack.
-    pub fn outliers_of(&self, t: usize) -> impl Iterator<Item = (usize, f32)> + '_ {
-        self.format.outliers().of(&self.words[self.outliers_at()..], t)
+    /// The outliers of the first `n` tokens, as many a token: channels, and what their codes lack.
+    pub fn outliers_of(&self, n: usize) -> Vec<(usize, f32)> {
+        let mut buffer = Vec::new();
+        let (channels, rests) = self.outliers(0, n, &mut buffer);
+        channels.iter().zip(rests).map(|(&c, &rest)| (usize::from(c), rest)).collect()
+    }
+
+    fn outliers<'a>(&'a self, first: usize, n: usize, buffer: &'a mut Vec<f32>) -> (&'a [u8], &'a [f32]) {
+        self.format.outliers().of(&self.words[self.outliers_at()..], first, n, buffer)
     }
 
     pub(in crate::quantize) fn room(&self) -> usize {
@@ -145,11 +151,16 @@ impl ValueSegment for TokenValues {
         scratch: &mut Scratch,
         ahead: &mut Ahead<'_>,
     ) {
-        if self.format.outliers().each > 0 {
-            for t in 0..n {
-                for (channel, rest) in self.outliers_of(first + t) {
-                    for g in 0..acc.rows {
-                        acc.row(g)[channel] += weights.of.row(g)[t] * rest;
+        let each = self.format.outliers().each;
+        if each > 0 {
+            let (channels, rests) = self.outliers(first, n, &mut scratch.outliers);
+            for g in 0..acc.rows {
+                let (acc, weights) = (acc.row(g), weights.of.row(g));
+                for ((channels, rests), weight) in
+                    channels.chunks_exact(each).zip(rests.chunks_exact(each)).zip(weights)
+                {
+                    for (&channel, rest) in channels.iter().zip(rests) {
+                        acc[usize::from(channel)] += weight * rest;
                     }
                 }
             }
@@ -170,8 +181,9 @@ impl ValueSegment for TokenValues {
             for (j, out) in out.chunks_mut(group).enumerate() {
                 packed.grid(j).decode(t, out);
             }
-            for (channel, rest) in self.outliers_of(first + t) {
-                out[channel] += rest;
+            let (channels, rests) = self.outliers(first + t, 1, &mut scratch.outliers);
+            for (&channel, rest) in channels.iter().zip(rests) {
+                out[usize::from(channel)] += rest;
             }
         }
     }

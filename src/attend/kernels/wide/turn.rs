@@ -24,25 +24,24 @@ unsafe fn columns<V: Vector>(x: &mut MatMut<'_>, turn: &Turn<'_>, first: usize, 
     // SAFETY: by the caller's contract.
     unsafe {
         let data = x.data.as_mut_ptr();
-        let load = |row: usize, t: usize| {
-            let (scale, zero) = (V::splat(turn.scale[row]), V::splat(turn.zero[row]));
-            V::fma(V::load(data.add(row * x.stride + t)), scale, zero)
-        };
+        let row = |row: usize| (data.add(row * x.stride), V::splat(turn.scale[row]), V::splat(turn.zero[row]));
         let mut paired = [false; MOST_ROWS];
         for (i, &(a, b)) in turn.pairs.iter().enumerate() {
             let (a, b) = (usize::from(a), usize::from(b));
             (paired[a], paired[b]) = (true, true);
+            let ((a, scale_a, zero_a), (b, scale_b, zero_b)) = (row(a), row(b));
             let (cos, sin) = (turn.cos.row(i).as_ptr(), turn.sin.row(i).as_ptr());
             for t in (first..end).step_by(V::LANES) {
-                let (xa, xb) = (load(a, t), load(b, t));
+                let xa = V::fma(V::load(a.add(t)), scale_a, zero_a);
+                let xb = V::fma(V::load(b.add(t)), scale_b, zero_b);
                 let (cos, sin) = (V::load(cos.add(t)), V::load(sin.add(t)));
-                V::store(data.add(a * x.stride + t), V::sub(V::mul(xa, cos), V::mul(xb, sin)));
-                V::store(data.add(b * x.stride + t), V::fma(xa, sin, V::mul(xb, cos)));
+                V::store(a.add(t), V::sub(V::mul(xa, cos), V::mul(xb, sin)));
+                V::store(b.add(t), V::fma(xa, sin, V::mul(xb, cos)));
             }
         }
-        for row in (0..turn.scale.len()).filter(|&row| !paired[row]) {
+        for (x, scale, zero) in (0..turn.scale.len()).filter(|&i| !paired[i]).map(row) {
             for t in (first..end).step_by(V::LANES) {
-                V::store(data.add(row * x.stride + t), load(row, t));
+                V::store(x.add(t), V::fma(V::load(x.add(t)), scale, zero));
             }
         }
     }
