@@ -14,6 +14,7 @@ from . import _kvpack, _requirements, attention  # noqa: F401  # the requirement
 from ._threads import threads
 from .attach import Attachment, attach
 from .cache import PackedCache
+from .calibration import calibrate, load_calibration
 from .errors import (
     ConcurrencyError,
     CropError,
@@ -30,7 +31,7 @@ from .errors import (
 )
 from .evaluation import Evaluation, evaluate
 from .memory import Memory
-from .methods import KIVI, PRESETS, Q4, Q8, Apart, Exact, Graded, KVQuant, Rotated
+from .methods import KIVI, PRESETS, Q4, Q8, Apart, Exact, Graded, KVQuant, Layers, Rotated
 
 __all__ = [
     "KIVI",
@@ -49,6 +50,7 @@ __all__ = [
     "InternalError",
     "KVQuant",
     "KvpackError",
+    "Layers",
     "Memory",
     "ModelMismatchError",
     "NonFiniteError",
@@ -58,8 +60,10 @@ __all__ = [
     "ShapeError",
     "StaleHandleError",
     "attach",
+    "calibrate",
     "evaluate",
     "info",
+    "load_calibration",
     "presets",
 ]
 __version__ = _kvpack.__version__

@@ -1,4 +1,4 @@
-"""The command line: `kvpack eval`, `kvpack report`, `kvpack inspect`, `kvpack info`."""
+"""The command line: `kvpack eval`, `kvpack calibrate`, `kvpack report`, `kvpack inspect`, `kvpack info`."""
 
 from __future__ import annotations
 
@@ -100,6 +100,53 @@ def evaluate(
     typer.echo(str(result))
     for path in result.save(out):
         typer.echo(f"wrote {path}")
+
+
+@app.command()
+@_plain
+def calibrate(
+    model: Model,
+    text: TextFile,
+    out: Annotated[Path, typer.Option(help="the file to write")],
+    method: Annotated[
+        str, typer.Option(help="kvquant:bits=3; or a codec without its bits: graded, kivi, rotated, kivi/rotated")
+    ] = "graded",
+    budget: Annotated[float | None, typer.Option(help="mean bits a number, scales included; not for kvquant")] = None,
+    bytes_per_token: Annotated[
+        float | None, typer.Option(help="the same as bytes of a packed token, in all layers together")
+    ] = None,
+    gradients: Annotated[bool, typer.Option(help="weigh KVQuant's errors with the loss' gradients")] = True,
+    context: Annotated[int | None, typer.Option(help="tokens of a document")] = None,
+    documents: Annotated[int | None, typer.Option(help="how many are read")] = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Find out what a method wants to know of a model, or which layers need how many bits: one file.
+
+    Use it as `PackedCache(model, quantize=kvpack.load_calibration(FILE))`, or in `kvpack eval` as
+    `calibrated:path=FILE`.
+    """
+    from .calibration.plan import prepare
+
+    chosen, words = _dtype(dtype), _read(text)
+    config, tokenizer = _describe(model)
+    if bytes_per_token is not None:
+        if budget is not None:
+            raise OptionError("bytes-per-token is not accepted together with budget; accepted: one of them")
+        budget = _bits_of(bytes_per_token, config)
+    options = {"budget": budget, "gradients": gradients, "context": context, "documents": documents}
+    plan = prepare(config, tokenizer, words, method, out, options)
+    found = plan.run(_load(model, chosen), progress=True)
+    typer.echo(found.words())
+    typer.echo(f"wrote {out}")
+
+
+def _bits_of(bytes_per_token: float, config: Any) -> float:
+    """Bits a number when a token has so many bytes."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    numbers: int = 2 * text.num_hidden_layers * heads * dim
+    return 8 * bytes_per_token / numbers
 
 
 @app.command()

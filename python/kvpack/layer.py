@@ -166,6 +166,12 @@ class PackedLayer(CacheLayerMixin):
             self.version += 1
         return True
 
+    @property
+    def kv_heads(self) -> int:
+        """KV heads, once the first tokens came; 0 before."""
+        shape = self._store.shape()
+        return shape[1] if shape else 0
+
     def load(self, keys: Tensor, values: Tensor, attention_mask: Tensor | None) -> None:
         """Stores another cache's keys and values in this empty layer; the mask `[B, tokens]` is 0 for pads."""
         valid = None

@@ -24,7 +24,7 @@ def measure(
     method: KVQuant,
     *,
     gradients: bool = True,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> dict[int, KVQuantTables]:
     """Return KVQuant's tables of every full-attention layer.
 

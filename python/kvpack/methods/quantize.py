@@ -54,10 +54,10 @@ class Quantize(ABC):
 
 def check_whole(method: Quantize, **least: int) -> None:
     """Raises OptionError for the first field that is no whole number from its least value on."""
-    for field, low in least.items():
-        value = getattr(method, field)
+    for name, low in least.items():
+        value = getattr(method, name)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
-            raise OptionError(f"{field}={value!r} is not accepted; accepted: whole numbers from {low}")
+            raise OptionError(f"{name}={value!r} is not accepted; accepted: whole numbers from {low}")
 
 
 def check_bits(method: Quantize, field: str, accepted: tuple[int, ...]) -> None:
@@ -291,10 +291,10 @@ class Apart(Quantize):
     values: Quantize
 
     def __post_init__(self) -> None:
-        for field in ("keys", "values"):
-            given = getattr(self, field)
+        for side in ("keys", "values"):
+            given = getattr(self, side)
             if not isinstance(given, Quantize):
-                raise OptionError(f"{field}={given!r} is not accepted; accepted: methods such as kvpack.KIVI(bits=4)")
+                raise OptionError(f"{side}={given!r} is not accepted; accepted: methods such as kvpack.KIVI(bits=4)")
 
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """That of `keys`."""
@@ -342,7 +342,9 @@ class Layers(Quantize):
         if site is None:
             return self.default
         if beyond := [layer for layer in self.others if not -site.layers <= layer < site.layers]:
-            raise OptionError(f"others: layers {beyond} are not accepted; accepted: -{site.layers} to {site.layers - 1}")
+            raise OptionError(
+                f"others: layers {beyond} are not accepted; accepted: -{site.layers} to {site.layers - 1}"
+            )
         by_number = {layer % site.layers: codec for layer, codec in self.others.items()}
         if len(by_number) < len(self.others):
             raise OptionError(f"others: {list(self.others)} name a layer twice in a model of {site.layers} layers")

@@ -81,7 +81,9 @@ def _parse_layers(text: str) -> Layers:
         except ValueError:
             equals = ""
         if not equals or number in codecs:
-            raise OptionError(f"method {text!r} is not accepted; after each @ stands the number of a layer, = and a codec")
+            raise OptionError(
+                f"method {text!r} is not accepted; after each @ stands the number of a layer, = and a codec"
+            )
         codecs[number] = _codec(codec)
     return Layers(_codec(default), codecs)
 

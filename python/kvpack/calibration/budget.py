@@ -1,0 +1,143 @@
+"""Bits as a budget: at which widths keys and values can be packed, and how a budget is spent on layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import OptionError
+from ..methods import KIVI, Graded, Quantize, Rotated
+from ..methods.spec import parse_spec
+
+CHUNK = 128
+"""Tokens of each document that are predicted from a packed past."""
+
+_WIDTHS = (2, 3, 4, 8)
+_KEY_WIDTHS = (2.0, 2.5, 3.0, 4.0, 5.0)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Keys, or values: a codec, and the widths that it is tried at.
+
+    Attributes:
+        codec: with any bits.
+        field: the name of its bits.
+        widths: what is tried, ascending.
+    """
+
+    codec: Quantize
+    field: str
+    widths: tuple[float, ...]
+
+    def at(self, width: float) -> Quantize:
+        """The codec with that width."""
+        bits = width if self.field == "key_bits" else int(width)
+        return dataclasses.replace(self.codec, **{self.field: bits})  # type: ignore[type-var]
+
+    def text(self, width: float) -> str:
+        """The same as text."""
+        codec = self.at(width)
+        given = [
+            (field.name, getattr(codec, field.name))
+            for field in dataclasses.fields(codec)  # type: ignore[arg-type]
+            if field.name == self.field or getattr(codec, field.name) != field.default
+        ]
+        return codec.name + "".join(f":{name}={value}" for name, value in given)
+
+
+def sides(method: str) -> tuple[Side, Side]:
+    """Return keys and values of a method.
+
+    Raises:
+        OptionError: it is unknown, or has no bits to choose.
+    """
+    texts = method.split("/")
+    codecs = [parse_spec(text).options.get("quantize") for text in texts]
+    if len(codecs) > 2:
+        raise OptionError(
+            f"method {method!r} is not accepted; a slash stands between a codec of keys and one of values"
+        )
+    keys, values = codecs[0], codecs[-1]
+    if isinstance(values, Graded):
+        if len(codecs) == 2:
+            raise OptionError(f"method {method!r} is not accepted: graded is a codec of keys, whose values are rotated")
+        values = Rotated(window=values.window, sinks=values.sinks, seed=values.seed)
+    return _side(method, keys), _side(method, values)
+
+
+def _side(method: str, codec: Quantize | None) -> Side:
+    if isinstance(codec, Graded):
+        return Side(codec, "key_bits", _KEY_WIDTHS)
+    if isinstance(codec, Rotated) and codec.levels != "uniform":
+        return Side(codec, "bits", _WIDTHS[:-1])
+    if isinstance(codec, KIVI | Rotated):
+        return Side(codec, "bits", _WIDTHS)
+    raise OptionError(f"method {method!r} has no bits to choose; accepted: graded, kivi, rotated, or two with a slash")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One width of one layer's keys or values.
+
+    Attributes:
+        width: bits of a code.
+        bits: bits a number that are held, scales included.
+        loss: what it costs.
+    """
+
+    width: float
+    bits: float
+    loss: float
+
+
+Choices = Mapping[tuple[int, int], Sequence[Option]]
+"""By layer and side (0: keys, 1: values), narrowest first."""
+
+
+def allocate(choices: Choices, budget: float) -> dict[tuple[int, int], Option]:
+    """Spend `budget` bits a number, on average, where each bit saves most.
+
+    From the narrowest widths on, the step that saves the most loss a bit is taken as long as it fits; steps are along
+    the lower convex hull of a place's options, so that this is the least sum of losses for the bits that are spent, but
+    for what is left over at the end.
+
+    Raises:
+        OptionError: not even the narrowest widths fit.
+    """
+    hulls = {place: _hull(options) for place, options in choices.items()}
+    at = dict.fromkeys(hulls, 0)
+    left = budget * len(hulls) - sum(hull[0].bits for hull in hulls.values())
+    if left < -1e-9:
+        least = sum(hull[0].bits for hull in hulls.values()) / len(hulls)
+        raise OptionError(
+            f"budget={budget!r} is not accepted; accepted: from {least:.3f}, which the narrowest widths take"
+        )
+    while True:
+        steps = [
+            ((hull[i].loss - hull[i + 1].loss) / (hull[i + 1].bits - hull[i].bits), place)
+            for place, hull in hulls.items()
+            if (i := at[place]) + 1 < len(hull) and hull[i + 1].bits - hull[i].bits <= left + 1e-9
+        ]
+        if not steps:
+            return {place: hull[at[place]] for place, hull in hulls.items()}
+        _, place = max(steps)
+        left -= hulls[place][at[place] + 1].bits - hulls[place][at[place]].bits
+        at[place] += 1
+
+
+def _hull(options: Sequence[Option]) -> list[Option]:
+    """The options on the lower convex hull of loss over bits."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda option: option.bits):
+        if hull and option.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) > _slope(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _slope(a: Option, b: Option) -> float:
+    return (b.loss - a.loss) / (b.bits - a.bits)
