@@ -13,10 +13,12 @@ from .. import attention
 from ..attach import CACHE_ARGUMENT
 from ..cache import PackedCache
 from ..layer import PackedLayer
-from ..methods import Apart, Exact, Layers, Quantize
+from ..methods import KIVI, Apart, Exact, Graded, Layers, Quantize
 from .budget import CHUNK, Choices, Option, Side, allocate
 
 Progress = Callable[[int], object]
+# Tokens for which a page has room that is packed token by token.
+_PAGE = 128
 
 
 @dataclass
@@ -122,7 +124,7 @@ def measure_losses(model: Any, documents: Tensor, both: tuple[Side, Side], progr
                 trial.layers[i] = layer.fork()
                 place = (i, side, float(width))
                 losses.kl[place] = losses.kl.get(place, 0.0) + _kl(full, _predict(model, trial, ids))
-                losses.bits[place] = _bits(layer, side)
+                losses.bits[place] = _bits(layer, side, codec)
                 progress(CHUNK)
     return losses
 
@@ -136,12 +138,15 @@ def _codec(both: tuple[Side, Side], widths: tuple[float, float]) -> Apart:
     return Apart(both[0].at(widths[0]), both[1].at(widths[1]))
 
 
-def _bits(layer: PackedLayer, side: int) -> float:
-    """Bits a number that is packed, scales included."""
+def _bits(layer: PackedLayer, side: int, codec: Quantize) -> float:
+    """Bits a number that is packed, scales included, in pages that are full."""
     memory = layer.memory()
     codes = layer.packed(0, 0)["key_codes" if side == 0 else "value_codes"]
     assert isinstance(codes, Tensor)
-    numbers = int(codes.numel() * layer.kv_heads)
+    tokens, dim = codes.shape
+    if side == 1 or not isinstance(codec, KIVI | Graded):
+        tokens = -(-tokens // _PAGE) * _PAGE
+    numbers = tokens * dim * layer.kv_heads
     return float(8 * (memory["codes"] + memory["scales"]) / max(numbers, 1))
 
 

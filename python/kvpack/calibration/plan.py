@@ -67,7 +67,7 @@ class Plan:
         widths = sum(len(side.widths) for side in sides(self.method))
         trials = 1 + widths * layers + 2
         count = int(self.documents.shape[0])
-        return count * (widths * (self.documents.shape[1] - CHUNK) + trials * CHUNK)
+        return count * (widths * (int(self.documents.shape[1]) - CHUNK) + trials * CHUNK)
 
     def _tables(self, model: Any, progress: Callable[[int], object]) -> tuple[Header, dict[str, Tensor]]:
         codec = _kvquant(self.method)
@@ -132,8 +132,9 @@ def prepare(config: Any, tokenizer: Any, text: str, method: str, out: Path, opti
 def _sizes(config: Any, is_kvquant: bool, options: dict[str, Any]) -> tuple[int, int]:
     text_config = config.get_text_config(decoder=True)
     longest = getattr(text_config, "max_position_embeddings", None) or 2048
-    context = options["context"] or (min(2048, longest) if is_kvquant else _PAGES + CHUNK)
-    documents = options["documents"] or (8 if is_kvquant else 2)
+    usual = (min(2048, longest), 8) if is_kvquant else (_PAGES + CHUNK, 2)
+    given = (options["context"], options["documents"])
+    context, documents = (standard if x is None else x for x, standard in zip(given, usual, strict=True))
     least = 64 if is_kvquant else CHUNK + 256
     for name, value, low in (("context", context, least), ("documents", documents, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import OptionError
+from .calibrated import Calibrated
 from .presets import PRESETS
 from .quantize import Apart, Layers
 from .registry import QUANTIZE
 
 FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE}
 """The registry: the methods of each family by name. A family is also the name of PackedCache's argument."""
+_PATH = f"{Calibrated.name}:path="
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def parse_spec(text: str) -> Spec:
 
 def _parse_part(text: str) -> tuple[str, Any]:
     """Return the family and the method that one part of a text stands for."""
+    if text.strip().startswith(_PATH):  # it may have any of the signs that mean something elsewhere
+        return "quantize", Calibrated(text.strip().removeprefix(_PATH))
     if "@" in text:
         return "quantize", _parse_layers(text)
     if "/" in text:
