@@ -188,6 +188,8 @@ def test_kvquant_goes_through_a_file(gradients: bool, tokenizer: Any, tmp_path: 
         ({"budget": "3"}, "budget='3'"),
         ({"budget": 1.5}, "budget=1.5"),
         ({"method": "kvquant:bits=3"}, "kvquant"),
+        ({"method": "kvquant:bits=3/kivi", "budget": None}, "kvquant"),
+        ({"method": "kvquant:bits=7", "budget": None}, "bits=7"),
         ({"context": 100}, "context=100"),
         ({"documents": 0}, "documents=0"),
         ({"context": 8192}, "4096"),

@@ -178,7 +178,7 @@ impl<'a> Packed<'a> {
         assert_eq!(self.lead, 0, "a part is opened from its beginning");
         let (codes, lanes) = self.codes(i);
         assert_eq!(lanes.start, 0, "the part has rows of its own");
-        (kernels.unpack)(codes, out.part(0, codes.outer()));
+        (kernels.unpack)(codes, lanes.clone(), out.part(0, codes.outer()));
         let (grid, lane_scales) = (self.grid(i), self.lane_scales(i, lanes.len()));
         for o in 0..self.outer {
             let row = &mut out.row(o)[..lanes.len()];

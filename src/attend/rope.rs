@@ -85,9 +85,11 @@ impl Rope {
         Arc::clone(basis)
     }
 
-    /// How `SPAN` un-rotated keys are opened that have these grids.
-    pub fn turn<'a>(&'a self, scale: &'a [f32], zero: &'a [f32]) -> Turn<'a> {
-        let mat = |angles: &'a [f32]| Mat::new(angles, self.pairs.len(), SPAN);
+    /// How un-rotated keys with these grids are opened from token `first` of a page on.
+    pub fn turn<'a>(&'a self, scale: &'a [f32], zero: &'a [f32], first: usize) -> Turn<'a> {
+        // Without pairs there is nothing behind the first column.
+        let first = first.min(self.cos.len());
+        let mat = |angles: &'a [f32]| Mat::new(&angles[first..], self.pairs.len(), SPAN);
         Turn { scale, zero, pairs: &self.pairs, cos: mat(&self.cos), sin: mat(&self.sin) }
     }
 

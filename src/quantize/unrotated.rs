@@ -16,6 +16,9 @@ use crate::tensor::Rows;
 /// Tokens for which a page has room.
 const PAGE: usize = SPAN;
 
+/// Tokens that are opened at once: their keys stay in the first level of the cache until they have met the queries.
+const STEP: usize = 32;
+
 /// Grids of a KV head's channels, and how they were found.
 #[derive(Debug)]
 pub(super) struct HeadGrids {
@@ -141,22 +144,21 @@ impl UnrotatedKeys {
         channels.iter().zip(rests).map(of_channel).collect()
     }
 
-    /// The keys `out[c, t]`, turned as if the page began at position 0, of `padded(n)` tokens.
-    fn open(&self, n: usize, out: &mut MatMut<'_>, kernels: &Kernels, rests: &mut Vec<f32>) {
+    /// The keys `out[c, t]` of the tokens from `first` on, turned as if the page began at position 0; `n` is a multiple of 8.
+    fn open(&self, first: usize, n: usize, out: &mut MatMut<'_>, kernels: &Kernels, rests: &mut Vec<f32>) {
         let HeadGrids { keys, scale, zero, .. } = &*self.grids;
         let (codes, outliers) = (self.codes(), self.outliers());
-        (kernels.unpack)(codes, out.part(0, codes.outer()));
+        (kernels.unpack)(codes, first..first + n, out.part(0, codes.outer()));
         if outliers.each > 0 {
-            let (channels, rests) = outliers.of(&self.words[self.code_words()..], 0, n, rests);
-            for (t, (channels, rests)) in
-                channels.chunks_exact(outliers.each).zip(rests.chunks_exact(outliers.each)).enumerate()
-            {
+            let (channels, rests) = outliers.of(&self.words[self.code_words()..], first, n, rests);
+            let tokens = channels.chunks_exact(outliers.each).zip(rests.chunks_exact(outliers.each));
+            for (t, (channels, rests)) in tokens.enumerate() {
                 for (&channel, rest) in channels.iter().zip(rests) {
                     out.data[usize::from(channel) * out.stride + t] += rest;
                 }
             }
         }
-        (kernels.turn)(out.part(0, self.dim()), &keys.rope.turn(scale, zero), padded(n));
+        (kernels.turn)(out.part(0, self.dim()), &keys.rope.turn(scale, zero, first), n);
     }
 }
 
@@ -183,20 +185,22 @@ impl KeySegment for UnrotatedKeys {
         ahead: &mut Ahead<'_>,
     ) {
         assert_eq!(first, 0, "a page is read from its beginning");
-        let mut buffer = std::mem::take(&mut scratch.buffer);
-        buffer.resize(tile_rows(self.dim()) * PAGE, 0.0);
-        let mut tile = MatMut::new(&mut buffer, tile_rows(self.dim()), PAGE);
-        self.open(n, &mut tile, scratch.kernels, &mut scratch.outliers);
-        ahead.fetch(usize::MAX);
-        for g in 0..q.rows {
-            out.row(g)[..padded(n)].fill(0.0);
+        let Scratch { kernels, buffer, outliers, .. } = scratch;
+        buffer.resize(tile_rows(self.dim()) * STEP, 0.0);
+        let lines = ahead.left().div_ceil(padded(n).div_ceil(STEP).max(1));
+        for first in (0..padded(n)).step_by(STEP) {
+            let n = STEP.min(padded(n) - first);
+            ahead.fetch(lines);
+            self.open(first, n, &mut MatMut::new(buffer, tile_rows(self.dim()), STEP), kernels, outliers);
+            for g in 0..q.rows {
+                out.row(g)[first..first + n].fill(0.0);
+            }
+            (kernels.matmul)(q, Mat::new(buffer, self.dim(), STEP), n, out.from_column(first));
         }
-        (scratch.kernels.matmul)(q, Mat::new(&buffer, self.dim(), PAGE), padded(n), out);
-        scratch.buffer = buffer;
     }
 
     fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
         assert_eq!(first, 0, "a page is read from its beginning");
-        self.open(n, &mut out, scratch.kernels, &mut scratch.outliers);
+        self.open(0, padded(n), &mut out, scratch.kernels, &mut scratch.outliers);
     }
 }

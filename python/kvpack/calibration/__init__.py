@@ -44,7 +44,7 @@ def calibrate(
         budget: mean bits a number of what is packed, scales included; not for KVQuant.
         gradients: for KVQuant, whether errors weigh by the squares of the loss' gradients.
         context: tokens of a document (default: what the model reads, up to 2048 for KVQuant, else 1156).
-        documents: how many are read (default: 8 for KVQuant, else 2).
+        documents: how many are read (default: 6 for KVQuant, else 2).
         progress: whether a bar is shown.
 
     Returns:

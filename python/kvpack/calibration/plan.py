@@ -110,9 +110,9 @@ def prepare(config: Any, tokenizer: Any, text: str, method: str, out: Path, opti
         OptionError: something is.
     """
     budget = options["budget"]
-    is_kvquant = isinstance(method, str) and method.split(":")[0].strip() == KVQuant.name
     if not isinstance(method, str):
         raise OptionError(f"method={method!r} is not accepted; accepted: a codec as text, such as 'graded'")
+    is_kvquant = method.strip().startswith(KVQuant.name)
     if is_kvquant:
         _kvquant(method)
         if budget is not None:
@@ -132,7 +132,7 @@ def prepare(config: Any, tokenizer: Any, text: str, method: str, out: Path, opti
 def _sizes(config: Any, is_kvquant: bool, options: dict[str, Any]) -> tuple[int, int]:
     text_config = config.get_text_config(decoder=True)
     longest = getattr(text_config, "max_position_embeddings", None) or 2048
-    usual = (min(2048, longest), 8) if is_kvquant else (_PAGES + CHUNK, 2)
+    usual = (min(2048, longest), 6) if is_kvquant else (_PAGES + CHUNK, 2)
     given = (options["context"], options["documents"])
     context, documents = (standard if x is None else x for x, standard in zip(given, usual, strict=True))
     least = 64 if is_kvquant else CHUNK + 256
@@ -143,8 +143,9 @@ def _sizes(config: Any, is_kvquant: bool, options: dict[str, Any]) -> tuple[int,
 
 
 def _kvquant(method: str) -> KVQuant:
-    codec = parse_spec(method).options["quantize"]
-    assert isinstance(codec, KVQuant)
+    codec = parse_spec(method).options.get("quantize")
+    if not isinstance(codec, KVQuant):
+        raise OptionError(f"method {method!r} is not accepted; accepted: kvquant with its parameters alone")
     return codec
 
 

@@ -16,6 +16,7 @@ mod vector;
 #[cfg(target_arch = "x86_64")]
 mod wide;
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 pub use ahead::Ahead;
@@ -39,8 +40,8 @@ pub struct Kernels {
     /// `acc[g, i width + l] += sum_o w[g, o] (scale_i[o] code_i[o, l] + zero_i[o])` for the parts `i` and their lanes `l`;
     /// `w scale` is rounded as [`super::folded`] says.
     pub add_packed: fn(w: Mat<'_>, packed: &Packed<'_>, acc: MatMut<'_>, folded: &mut Folded, ahead: &mut Ahead<'_>),
-    /// `out[o, l] = codes[o, l]`, or what they stand for.
-    pub unpack: fn(codes: Codes<'_>, out: MatMut<'_>),
+    /// `out[o, l] = codes[o, first + l]`, or what they stand for, for a range of lanes.
+    pub unpack: fn(codes: Codes<'_>, lanes: Range<usize>, out: MatMut<'_>),
     /// `x[c, t] <- scale_c x[c, t] + zero_c`, and every pair of rows turned by its angle at column `t`, for `t < n`, a multiple
     /// of [`LANES`](super::codes::LANES).
     pub turn: fn(x: MatMut<'_>, turn: &Turn<'_>, n: usize),

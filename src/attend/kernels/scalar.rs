@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use super::{Ahead, Folded, Kernels, Turn, Weighed, shift};
 use crate::attend::codes::Codes;
 use crate::attend::folded::{largest_word, rounding_error, step_of};
@@ -80,10 +82,10 @@ fn add_packed(w: Mat<'_>, packed: &Packed<'_>, mut acc: MatMut<'_>, folded: &mut
     }
 }
 
-fn unpack(codes: Codes<'_>, mut out: MatMut<'_>) {
+fn unpack(codes: Codes<'_>, lanes: Range<usize>, mut out: MatMut<'_>) {
     for o in 0..codes.outer() {
-        for l in 0..codes.lanes() {
-            out.row(o)[l] = f32::from(codes.level(o, l));
+        for l in lanes.clone() {
+            out.row(o)[l - lanes.start] = f32::from(codes.level(o, l));
         }
     }
 }

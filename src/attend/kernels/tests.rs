@@ -159,18 +159,19 @@ proptest! {
     }
 
     #[test]
-    fn unpack(bits in prop::sample::select(vec![2u8, 3, 4, 8]), blocks in 1usize..9, lanes in 1usize..12, seed: u64) {
-        let (outer, lanes) = (blocks * block(bits), lanes * LANES);
+    fn unpack(bits in prop::sample::select(vec![2u8, 3, 4, 8]), blocks in 1usize..9, lanes in 1usize..12, skip in 0usize..12, seed: u64) {
+        let (outer, first, lanes) = (blocks * block(bits), skip.min(lanes - 1) * LANES, lanes * LANES);
+        let n = lanes - first;
         let words = random_codes(bits, outer, lanes, seed);
         let levels = random_levels(bits.min(4), seed);
         for levels in [None, (bits <= 4).then_some(&levels)] {
             let codes = Codes::new(bits, lanes, blocks, &words).with_levels(levels);
             each_isa(|k| {
-                let stride = lanes + 8;
+                let stride = n + 8;
                 let mut out = vec![0.0; outer * stride];
-                (k.unpack)(codes, MatMut::new(&mut out, outer, stride));
-                let level = |i: usize| f32::from(codes.level(i / lanes, i % lanes));
-                assert!((0..outer * lanes).all(|i| out[i / lanes * stride + i % lanes] == level(i)));
+                (k.unpack)(codes, first..lanes, MatMut::new(&mut out, outer, stride));
+                let level = |i: usize| f32::from(codes.level(i / n, first + i % n));
+                assert!((0..outer * n).all(|i| out[i / n * stride + i % n] == level(i)));
             });
         }
     }

@@ -174,7 +174,7 @@ impl ValueSegment for TokenValues {
         let (codes, dim, group) = (packed.codes(0).0, self.format.dim, self.format.group());
         let lanes = codes.lanes();
         scratch.buffer.resize(codes.outer() * lanes, 0.0);
-        (scratch.kernels.unpack)(codes, MatMut::new(&mut scratch.buffer, codes.outer(), lanes));
+        (scratch.kernels.unpack)(codes, 0..lanes, MatMut::new(&mut scratch.buffer, codes.outer(), lanes));
         for t in 0..n {
             let out = &mut out.row(t)[..dim];
             out.copy_from_slice(&scratch.buffer[(packed.lead + t) * lanes..][..dim]);

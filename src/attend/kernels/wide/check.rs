@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use super::super::{Turn, Weighed};
 use super::turn::MOST_ROWS;
 use crate::attend::codes::{Codes, LANES};
@@ -26,8 +28,9 @@ pub(in super::super) fn softmax(x: &MatMut<'_>, n: usize, weighed: &[Weighed]) {
     assert!(x.has_columns(n) && x.rows == weighed.len());
 }
 
-pub(in super::super) fn unpack(codes: Codes<'_>, out: &MatMut<'_>) {
-    assert!(out.rows == codes.outer() && out.has_columns(codes.lanes()));
+pub(in super::super) fn unpack(codes: Codes<'_>, lanes: &Range<usize>, out: &MatMut<'_>) {
+    assert!(lanes.start <= lanes.end && lanes.end <= codes.lanes() && lanes.len().is_multiple_of(LANES));
+    assert!(out.rows == codes.outer() && out.has_columns(lanes.len()));
 }
 
 pub(in super::super) fn turn(x: &MatMut<'_>, turn: &Turn<'_>, n: usize) {

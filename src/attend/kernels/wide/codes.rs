@@ -190,35 +190,39 @@ unsafe fn add_tile<V: Vector, const BITS: u8, const TABLE: bool, const G: usize,
     }
 }
 
-/// `out[o, l] = codes[o, l]`, or what they stand for.
+/// As `Kernels::unpack` says.
 #[inline(always)]
-pub(in super::super) unsafe fn unpack<V: Vector>(codes: Codes<'_>, mut out: MatMut<'_>) {
+pub(in super::super) unsafe fn unpack<V: Vector>(codes: Codes<'_>, lanes: Range<usize>, mut out: MatMut<'_>) {
     // SAFETY: by the caller's contract.
     unsafe {
         match (codes.bits(), codes.levels().is_some()) {
-            (8, _) => unpack_of::<V, 8, false>(codes, &mut out),
-            (4, false) => unpack_of::<V, 4, false>(codes, &mut out),
-            (3, false) => unpack_of::<V, 3, false>(codes, &mut out),
-            (_, false) => unpack_of::<V, 2, false>(codes, &mut out),
-            (4, true) => unpack_of::<V, 4, true>(codes, &mut out),
-            (3, true) => unpack_of::<V, 3, true>(codes, &mut out),
-            (_, true) => unpack_of::<V, 2, true>(codes, &mut out),
+            (8, _) => unpack_of::<V, 8, false>(codes, lanes, &mut out),
+            (4, false) => unpack_of::<V, 4, false>(codes, lanes, &mut out),
+            (3, false) => unpack_of::<V, 3, false>(codes, lanes, &mut out),
+            (_, false) => unpack_of::<V, 2, false>(codes, lanes, &mut out),
+            (4, true) => unpack_of::<V, 4, true>(codes, lanes, &mut out),
+            (3, true) => unpack_of::<V, 3, true>(codes, lanes, &mut out),
+            (_, true) => unpack_of::<V, 2, true>(codes, lanes, &mut out),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn unpack_of<V: Vector, const BITS: u8, const TABLE: bool>(codes: Codes<'_>, out: &mut MatMut<'_>) {
+unsafe fn unpack_of<V: Vector, const BITS: u8, const TABLE: bool>(
+    codes: Codes<'_>,
+    lanes: Range<usize>,
+    out: &mut MatMut<'_>,
+) {
     for b in 0..codes.outer() / block(BITS) {
-        let mut lane = 0;
+        let mut lane = lanes.start;
         // SAFETY: by the caller's contract.
         unsafe {
-            while lane + V::LANES <= codes.lanes() {
-                unpack_vector::<V, BITS, TABLE>(codes, b, lane, out);
+            while lane + V::LANES <= lanes.end {
+                unpack_vector::<V, BITS, TABLE>(codes, b, lane, out.from_column(lane - lanes.start));
                 lane += V::LANES;
             }
-            if lane < codes.lanes() {
-                unpack_vector::<V::Half, BITS, TABLE>(codes, b, lane, out);
+            if lane < lanes.end {
+                unpack_vector::<V::Half, BITS, TABLE>(codes, b, lane, out.from_column(lane - lanes.start));
             }
         }
     }
@@ -229,14 +233,14 @@ unsafe fn unpack_vector<V: Vector, const BITS: u8, const TABLE: bool>(
     codes: Codes<'_>,
     b: usize,
     lane: usize,
-    out: &mut MatMut<'_>,
+    out: MatMut<'_>,
 ) {
     // SAFETY: block and lanes are within `codes` and `out`, by the caller's contract.
     unsafe {
         let words = codes.words().as_ptr().add(b * block_words(BITS, codes.lanes()) + 2 * lane);
         let table = table::<V>(codes);
         let opened = Block::<V>::load::<BITS>(words, codes.lanes(), lane);
-        let out_row = |o: usize| (b * block(BITS) + o) * out.stride + lane;
+        let out_row = |o: usize| (b * block(BITS) + o) * out.stride;
         each_pair!(BITS, J => {
             let [even, odd] = V::pairs_to_float(opened.levels::<BITS, TABLE>(J, table));
             V::store(out.data.as_mut_ptr().add(out_row(2 * J as usize)), even);

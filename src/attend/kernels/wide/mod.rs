@@ -71,10 +71,10 @@ macro_rules! kernels {
                 // SAFETY: as above.
                 unsafe { compiled::add_packed(w, packed, acc, folded, ahead) }
             },
-            unpack: |codes, out| {
-                wide::check::unpack(codes, &out);
+            unpack: |codes, lanes, out| {
+                wide::check::unpack(codes, &lanes, &out);
                 // SAFETY: as above.
-                unsafe { compiled::unpack(codes, out) }
+                unsafe { compiled::unpack(codes, lanes, out) }
             },
             turn: |x, turn, n| {
                 wide::check::turn(&x, turn, n);
@@ -94,6 +94,8 @@ macro_rules! kernels {
         };
 
         mod compiled {
+            use std::ops::Range;
+
             use super::super::{Ahead, Folded, Turn, Weighed, wide};
             use crate::attend::codes::Codes;
             use crate::attend::mat::{Mat, MatMut};
@@ -134,8 +136,8 @@ macro_rules! kernels {
                 unsafe { wide::packed::add_packed::<V>(w, packed, acc, folded, ahead) }
             }
             #[target_feature(enable = $features)]
-            pub(super) unsafe fn unpack(codes: Codes<'_>, out: MatMut<'_>) {
-                unsafe { wide::codes::unpack::<V>(codes, out) }
+            pub(super) unsafe fn unpack(codes: Codes<'_>, lanes: Range<usize>, out: MatMut<'_>) {
+                unsafe { wide::codes::unpack::<V>(codes, lanes, out) }
             }
             #[target_feature(enable = $features)]
             pub(super) unsafe fn turn(x: MatMut<'_>, turn: &Turn<'_>, n: usize) {
