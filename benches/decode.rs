@@ -3,6 +3,8 @@
 //! `cargo bench --bench decode -- "kivi4/9-3-64"` runs a part of it. Several layers take turns, so that a layer's bytes
 //! come from memory as they do in a model.
 
+use std::cell::LazyCell;
+
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kvpack::attend::Softmax;
 use kvpack::attend::kernels;
@@ -72,15 +74,18 @@ fn decode(c: &mut Criterion) {
         for (query_heads, heads, dim) in shapes {
             let mut group = c.benchmark_group(format!("{name}/{query_heads}-{heads}-{dim}"));
             for tokens in [2048, 8192, 32768] {
-                let layer = filled(&codec, heads, dim, tokens);
-                let copies = (WORKING_SET / layer.memory().total()).clamp(1, 64);
-                let layers: Vec<Layer> =
-                    (0..copies).map(|_| filled(&codec, heads, dim, tokens)).chain([layer]).collect();
+                // Made when the filter of the command line lets them through.
+                let layers = LazyCell::new(|| {
+                    let layer = filled(&codec, heads, dim, tokens);
+                    let copies = (WORKING_SET / layer.memory().total()).clamp(1, 64);
+                    (0..copies).map(|_| filled(&codec, heads, dim, tokens)).chain([layer]).collect::<Vec<_>>()
+                });
                 let q = numbers(query_heads * dim);
                 let mut out = vec![0.0; query_heads * dim];
                 let mut turn = 0;
                 group.throughput(Throughput::Elements(tokens as u64));
                 group.bench_function(BenchmarkId::from_parameter(tokens), |b| {
+                    let layers: &[Layer] = &layers;
                     b.iter(|| {
                         turn = (turn + 1) % layers.len();
                         let request = Request {
