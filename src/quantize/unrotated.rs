@@ -17,7 +17,7 @@ use crate::tensor::Rows;
 const PAGE: usize = SPAN;
 
 /// Tokens that are opened at once: their keys stay in the first level of the cache until they have met the queries.
-const STEP: usize = 32;
+const STEP: usize = 64;
 
 /// Grids of a KV head's channels, and how they were found.
 #[derive(Debug)]
