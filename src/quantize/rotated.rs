@@ -14,6 +14,8 @@
 //! of `code` and `m` the middle of theirs. A uniform grid errs 1 % (2 bits) to 20 % (4 bits) more. The paper's second stage
 //! (QJL) is left out: what it adds to the variance harms attention more than the bias that it removes.
 
+use std::sync::Arc;
+
 use half::f16;
 
 use super::levels::{TOP, Table, lloyd_max};
@@ -35,7 +37,7 @@ pub struct Rotated {
     /// Of the random signs.
     pub seed: u64,
     /// Lloyd's and Max's levels; without them they are evenly spaced.
-    table: Option<Table>,
+    table: Option<Arc<Table>>,
 }
 
 /// How the levels of a grid lie.
@@ -64,7 +66,8 @@ impl Rotated {
             Spacing::LloydMax if bits == 8 => return refuse("bits", bits, "2, 3, 4 with Lloyd-Max levels"),
             Spacing::LloydMax => {
                 let half = lloyd_max(bits);
-                Some(Table::new(&half.iter().rev().map(|l| -l).chain(half.iter().copied()).collect::<Vec<_>>()))
+                let levels: Vec<f32> = half.iter().rev().map(|l| -l).chain(half.iter().copied()).collect();
+                Some(Arc::new(Table::new(&levels)))
             }
         };
         Ok(Self { bits, group, window, sinks, seed, table })
@@ -72,7 +75,7 @@ impl Rotated {
 
     /// What codes stand for, if not for themselves.
     pub(super) fn levels(&self) -> Option<&Levels> {
-        self.table.as_ref().map(Table::levels)
+        self.table.as_deref().map(Table::levels)
     }
 
     /// What stands for 0.

@@ -47,9 +47,10 @@ fn check_packed(heads: usize, seed: u64, packed: &Packed<'_>) {
     }
 }
 
-/// How much larger sums of codes are than sums of numbers near 1: about the root of the largest.
+/// How much larger the terms of sums of codes are than numbers near 1: codes may all be far from the middle that they are
+/// counted from.
 fn spread(packed: &Packed<'_>) -> f64 {
-    f64::from(packed.largest()).sqrt().round().max(2.0)
+    2.0 * f64::from(packed.largest())
 }
 
 fn random_levels(bits: u8, seed: u64) -> Levels {
@@ -90,7 +91,7 @@ fn check_packed_with(heads: usize, seed: u64, packed: &Packed<'_>) {
                 let bound = if packed.tolerance > 0.0 { 0.505 } else { 0.0 }
                     * (step * factor).abs()
                     * (0..n).map(|o| (code(o) - center).abs()).sum::<f64>()
-                    + 1e-5 * (n as f64 * spread(packed)).max(want.abs());
+                    + 2e-6 * (n as f64 * spread(packed)).max(want.abs());
                 assert!((f64::from(*got) - want).abs() <= bound, "{got} is not {want}, bound {bound}");
             }
         }
