@@ -36,7 +36,7 @@ fn filled(codec: &Codec, heads: usize, dim: usize, tokens: usize) -> Layer {
     let x = numbers(heads * step * dim);
     for _ in 0..tokens / step {
         let view = View::of_slice(Slice::F32(&x), [1, heads, step, dim]);
-        layer.append(&New { k: &view, v: &view, valid: None, query: None, settle: true }).expect("tokens fit");
+        layer.append(&New { k: &view, v: &view, valid: None, readers: None, settle: true }).expect("tokens fit");
     }
     layer
 }

@@ -10,6 +10,7 @@
 //! | [`pool`] | threads: torch's own team, or ours |
 //! | [`attend`] | reading: segments, online softmax, one query and many; `kernels` has one file an instruction set, and the loops once for all |
 //! | [`quantize`] | writing with fewer bits: one file a method |
+//! | [`evict`] | writing fewer tokens: one file a method |
 //! | [`cache`] | the manager: layers, sequences, KV heads, pages, tails, memory |
 //! | `binding` | `PyO3` only: extract, validate, release the GIL, call, map the error |
 //!
@@ -22,6 +23,7 @@ pub mod attend;
 mod binding;
 pub mod cache;
 pub mod error;
+pub mod evict;
 pub mod pool;
 pub mod quantize;
 #[cfg(target_os = "linux")]

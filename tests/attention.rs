@@ -39,7 +39,7 @@ fn append(layer: &mut Layer, case: &Case, n: usize, valid: Option<&[bool]>, seed
     let k = View::of_slice(Slice::F32(&k), [case.batch, case.heads, n, case.key_dim]);
     let v = View::of_slice(Slice::F32(&v), [case.batch, case.heads, n, case.value_dim]);
     layer.check(&k, &v).unwrap();
-    layer.append(&New { k: &k, v: &v, valid, query: None, settle: false }).unwrap();
+    layer.append(&New { k: &k, v: &v, valid, readers: None, settle: false }).unwrap();
 }
 
 /// All keys and values, at their positions.
@@ -109,7 +109,7 @@ fn attend(
     let query = View::of_slice(Slice::F32(q), [case.batch, query_heads, queries, case.key_dim]);
     let shape = [case.batch, queries, query_heads, case.value_dim];
     let mut out = vec![f32::NAN; shape.iter().product()];
-    let request = Request { query, mask, softmax, sinks };
+    let request = Request { query, mask, softmax, sinks, received: false };
     layer.attend(&request, &mut ViewMut::of_slice(&mut out, shape), kernels).unwrap();
     out
 }
@@ -239,7 +239,7 @@ fn masks_decide_and_pads_are_not_stored() {
     let mut layer = Layer::new(case.codec.clone());
     append(&mut layer, &case, n, Some(&valid), 3);
     layer.settle();
-    assert_eq!(layer.head(0, 0).unwrap().positions().runs(), &[(7, 43)]);
+    assert_eq!(layer.head(0, 0).unwrap().positions().runs().collect::<Vec<_>>(), [(7, 43)]);
     assert_eq!(layer.head(1, 1).unwrap().positions().len(), 50);
     let softmax = Softmax { scaling: 0.25, softcap: None };
     for queries in [1, 3] {

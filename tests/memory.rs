@@ -44,7 +44,7 @@ fn numbers(n: usize) -> Vec<f32> {
 
 fn append(layer: &mut Layer, [batch, heads, n, d]: [usize; 4], x: &[f32]) {
     let view = View::of_slice(Slice::F32(&x[..batch * heads * n * d]), [batch, heads, n, d]);
-    layer.append(&New { k: &view, v: &view, valid: None, query: None, settle: true }).unwrap();
+    layer.append(&New { k: &view, v: &view, valid: None, readers: None, settle: true }).unwrap();
 }
 
 fn codecs() -> Vec<Codec> {

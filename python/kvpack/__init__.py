@@ -31,9 +31,42 @@ from .errors import (
 )
 from .evaluation import Evaluation, evaluate
 from .memory import Memory
-from .methods import KIVI, PRESETS, Q4, Q8, Apart, Exact, Graded, KVQuant, Layers, Rotated
+from .methods import (
+    A2SF,
+    H2O,
+    KIVI,
+    PRESETS,
+    Q4,
+    Q8,
+    TOVA,
+    AdaKV,
+    Apart,
+    Exact,
+    Graded,
+    KeyDiff,
+    KVQuant,
+    L2Norm,
+    Layers,
+    Longformer,
+    PyramidKV,
+    Random,
+    Rotated,
+    SnapKV,
+    StreamingLLM,
+)
 
 __all__ = [
+    "A2SF",
+    "H2O",
+    "TOVA",
+    "AdaKV",
+    "KeyDiff",
+    "L2Norm",
+    "Longformer",
+    "PyramidKV",
+    "Random",
+    "SnapKV",
+    "StreamingLLM",
     "KIVI",
     "Q4",
     "Q8",

@@ -5,9 +5,29 @@ from typing import TypeAlias, final
 
 _Tensor: TypeAlias = tuple[int, str, tuple[int, int, int, int], tuple[int, int, int, int]]
 _New: TypeAlias = tuple[_Tensor, _Tensor, _Tensor | None, bool, bool]
+_Readers: TypeAlias = tuple[_Tensor, float, float | None, list[float] | None]
+_Common: TypeAlias = tuple[
+    int | float,
+    int,
+    int | float,
+    int | None,
+    float | None,
+    list[tuple[int, int]],
+    tuple[int, int, int, int] | None,
+]
 _Packed: TypeAlias = tuple[int, bytes, list[float], list[float], int]
 
-__all__ = ["Layer", "Method", "__version__", "isa", "isa_available", "openmp_library", "set_threads", "use_openmp"]
+__all__ = [
+    "Eviction",
+    "Layer",
+    "Method",
+    "__version__",
+    "isa",
+    "isa_available",
+    "openmp_library",
+    "set_threads",
+    "use_openmp",
+]
 
 __version__: str
 
@@ -42,14 +62,32 @@ class Method:
     def graded(bits: float, group: int, window: int, sinks: int) -> Method: ...
 
 @final
+class Eviction:
+    @staticmethod
+    def snapkv(common: _Common, window: int, kernel: int, pool: str) -> Eviction: ...
+    @staticmethod
+    def attention(common: _Common, alpha: float, shared: bool) -> Eviction: ...
+    @staticmethod
+    def norm(common: _Common) -> Eviction: ...
+    @staticmethod
+    def keydiff(common: _Common) -> Eviction: ...
+    @staticmethod
+    def newest(common: _Common) -> Eviction: ...
+    @staticmethod
+    def dilated(common: _Common, dilation: int) -> Eviction: ...
+    @staticmethod
+    def random(common: _Common, seed: int) -> Eviction: ...
+
+@final
 class Layer:
-    def __new__(cls, keys: Method, values: Method) -> Layer: ...
+    def __new__(cls, keys: Method, values: Method, eviction: Eviction | None = None) -> Layer: ...
     def check_dims(self, key_dim: int, value_dim: int) -> None: ...
     def window(self) -> int: ...
     def wants_queries(self) -> bool: ...
     def fork(self) -> Layer: ...
     def check(self, k: _Tensor, v: _Tensor) -> None: ...
-    def append(self, new: _New, q: _Tensor | None, threads: int) -> None: ...
+    def append(self, new: _New, readers: _Readers | None, threads: int) -> None: ...
+    def evicts(self) -> bool: ...
     def settle(self) -> None: ...
     def attend(
         self,

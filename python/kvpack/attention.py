@@ -81,7 +81,8 @@ def kvpack_attention(
     )
     if layer is not None:
         del key._kvpack_prefill
-        layer.commit(version, _PADS.valid(attention_mask, new), query)
+        sinks = None if s_aux is None else s_aux.detach().float().tolist()
+        layer.commit(version, _PADS.valid(attention_mask, new), (query, scaling, softcap, sinks))
     return out, None
 
 

@@ -14,10 +14,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from . import _kvpack
 from ._threads import threads
-from .errors import ConcurrencyError, DeviceError, KvpackError, ModelMismatchError, OptionError
+from .errors import ConcurrencyError, DeviceError, KvpackError, ModelMismatchError, OptionError, ShapeError
 from .layer import PackedLayer
 from .memory import Memory, readable_bytes
-from .methods import QUANTIZE, Exact, Quantize, Site
+from .methods import EVICT, QUANTIZE, Evict, Exact, Quantize, Site
 
 _PARTS = ("codes", "scales", "exact", "index", "other layers")
 
@@ -30,11 +30,12 @@ class PackedCache(Cache):
     are packed; sliding, linear and other layers keep transformers' own objects (`repr(cache)` says which).
     """
 
-    def __init__(self, model_or_config: Any, *, quantize: Quantize | None = None) -> None:
+    def __init__(self, model_or_config: Any, *, evict: Evict | None = None, quantize: Quantize | None = None) -> None:
         """An empty cache for one model.
 
         Args:
             model_or_config: the transformers model on the CPU, or its configuration.
+            evict: which tokens stay; without it all.
             quantize: how tokens are stored; without it `Exact()`: nothing is lossy unless asked for.
 
         Raises:
@@ -43,6 +44,7 @@ class PackedCache(Cache):
         """
         config = _text_config(model_or_config)
         self.quantize = _checked(quantize)
+        self.evict = _checked_eviction(evict, self.quantize)
         self.config = config
         # transformers decides the structure (sliding, linear, layers that share keys and values ...);
         # exactly the plain full-attention layers are replaced.
@@ -51,7 +53,7 @@ class PackedCache(Cache):
         layers: list[Any] = DynamicCache(config=config).layers
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                layers[i] = PackedLayer(self.quantize, Site(i, len(layers), config, model), shared=shared)
+                layers[i] = PackedLayer(self.quantize, Site(i, len(layers), config, model), evict=evict, shared=shared)
                 layers[i].check_dims(_head_dim(config))
         if not any(isinstance(layer, PackedLayer) for layer in layers):
             kinds = sorted({type(layer).__name__ for layer in layers})
@@ -71,16 +73,18 @@ class PackedCache(Cache):
         cache: Cache,
         model_or_config: Any,
         *,
+        evict: Evict | None = None,
         quantize: Quantize | None = None,
         attention_mask: Tensor | None = None,
     ) -> PackedCache:
         """Packs what a DynamicCache holds; that one stays as it is.
 
-        Methods that look at queries (`Graded`) see none here, and judge by the keys alone.
+        `Graded` sees no queries here, and judges by the keys alone; evictions that need them are refused.
 
         Args:
             cache: the cache of a forward of this model.
             model_or_config: the model, or its configuration.
+            evict: as in the constructor; its first tokens are chosen here.
             quantize: as in the constructor.
             attention_mask: `[B, tokens]`, 0 where a token is a pad; without it all tokens are real.
 
@@ -91,7 +95,7 @@ class PackedCache(Cache):
         """
         if not isinstance(cache, DynamicCache):
             raise OptionError(f"cache: given a {type(cache).__name__}, expected a transformers DynamicCache")
-        packed = cls(model_or_config, quantize=quantize)
+        packed = cls(model_or_config, evict=evict, quantize=quantize)
         if len(cache.layers) > len(packed.layers):
             raise ModelMismatchError(
                 f"cache: given one of {len(cache.layers)} layers, expected at most the model's {len(packed.layers)}"
@@ -240,6 +244,18 @@ class PackedCache(Cache):
         shares = [layer.lossy_share(new) for layer in self._packed]
         return sum(shares) / len(shares) if shares else 0.0
 
+    def kept(self, layer: int, head: int, row: int = 0) -> list[int]:
+        """Positions of the tokens that a KV head of a sequence holds, pads not among them.
+
+        Raises:
+            ShapeError: there is no such layer, head or sequence, or the layer is none of kvpack's.
+        """
+        if not 0 <= layer < len(self.layers) or not isinstance(self.layers[layer], PackedLayer):
+            packed = [i for i, own in enumerate(self.layers) if isinstance(own, PackedLayer)]
+            raise ShapeError(f"layer: given {layer}, expected one of the packed layers {packed}")
+        positions: list[int] = self.layers[layer].positions(row, head)
+        return positions
+
     def info(self) -> dict[str, Any]:
         """What really runs: version, instruction set, threads, codec, layers, and attention calls by path."""
         packed = list(self._packed)
@@ -247,6 +263,7 @@ class PackedCache(Cache):
             "version": _kvpack.__version__,
             "isa": _kvpack.isa(),
             **threads(),
+            "evict": repr(self.evict),
             "quantize": repr(self.quantize),
             "layers": [type(layer).__name__ for layer in self.layers],
             "tokens": self.get_seq_length(),
@@ -259,7 +276,7 @@ class PackedCache(Cache):
             kinds[type(layer).__name__] = kinds.get(type(layer).__name__, 0) + 1
         layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         return (
-            f"PackedCache({self.quantize}, {self.get_seq_length()} tokens, "
+            f"PackedCache({'' if self.evict is None else f'{self.evict}, '}{self.quantize}, {self.get_seq_length()} tokens, "
             f"{readable_bytes(self.memory().total)}, layers: {layers})"
         )
 
@@ -285,6 +302,14 @@ def _checked(quantize: Quantize | None) -> Quantize:
         accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in QUANTIZE.values())
         raise OptionError(f"quantize={quantize!r} is not accepted; accepted: {accepted}, or None for Exact()")
     return quantize
+
+
+def _checked_eviction(evict: Evict | None, quantize: Quantize) -> Evict | None:
+    """The eviction, if it goes with the codec."""
+    if evict is not None and not isinstance(evict, Evict):
+        accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in EVICT.values())
+        raise OptionError(f"evict={evict!r} is not accepted; accepted: {accepted}, or None to keep all tokens")
+    return evict
 
 
 def _head_dim(config: Any) -> int | None:

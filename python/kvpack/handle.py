@@ -58,7 +58,7 @@ class LazyKV(Tensor):
             StaleHandleError: the layer has changed since the handle was made.
         """
         if self._full is None:
-            self._full = self.packed_layer.materialize(self._which)
+            self._full = self.packed_layer.for_model(self._which)
         return self._full
 
     def __repr__(self, *, tensor_contents: object = None) -> str:

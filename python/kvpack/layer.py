@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,9 +11,12 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from ._tensors import DTYPES, New, describe, plain, readable
-from .errors import CropError, KvpackError, ShapeError, StaleHandleError
+from .errors import CropError, KvpackError, OptionError, ShapeError, StaleHandleError
 from .handle import LazyKV
-from .methods import Quantize, Site
+from .methods import AdaKV, Evict, Longformer, PyramidKV, Quantize, Site
+
+Readers: TypeAlias = tuple[Tensor, float, float | None, list[float] | None]
+"""Queries, and scaling, cap and learned sinks of their logits."""
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 # Releases before past recording let assisted decoding crop without announcing it.
@@ -32,27 +35,38 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, quantize: Quantize, site: Site | None = None, *, shared: bool = False) -> None:
+    def __init__(
+        self,
+        quantize: Quantize,
+        site: Site | None = None,
+        *,
+        evict: Evict | None = None,
+        shared: bool = False,
+    ) -> None:
         """An empty layer.
 
         Args:
             quantize: the codec.
             site: where in which model it is.
+            evict: what chooses the tokens that stay.
             shared: whether other layers of the model read this layer's keys and values, so that packing waits
                 until the forward is over.
         """
         self.quantize = quantize
+        self.evict = evict
         self.config = None if site is None else site.config
         self.shared = shared
         self.record_past = False
         self.is_initialized = False
         self.version = 0
         self.counts = {"prefill": 0, "fused": 0, "materialised": 0}
-        self._store = quantize.make_store(site)
+        self._store = quantize.make_store(site, None if evict is None else evict.make(site))
         # Chunks up to this length wait for the next forward to be packed, so that they can be cropped.
         self._patience = self._store.window()
         self._wants_queries = self._store.wants_queries()
         self._seen = 0
+        # Whether the model's own attention reads this layer, which then sees what is held and not what was seen.
+        self._outside = False
         self._pending: tuple[Tensor, Tensor] | None = None
 
     def check_dims(self, head_dim: int | None) -> None:
@@ -61,7 +75,8 @@ class PackedLayer(CacheLayerMixin):
             self._store.check_dims(head_dim, head_dim)
 
     def __repr__(self) -> str:
-        return f"PackedLayer({self.quantize}, {self.get_seq_length()} tokens)"
+        methods = ", ".join(repr(method) for method in (self.evict, self.quantize) if method is not None)
+        return f"PackedLayer({methods}, {self.get_seq_length()} tokens)"
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
@@ -84,6 +99,7 @@ class PackedLayer(CacheLayerMixin):
         """
         keys, values = plain("keys", key_states), plain("values", value_states)
         if self._pending is not None:
+            self._outside |= not self._seen
             self.absorb()
         self._store.check(describe(keys), describe(values))
         if not self.is_initialized:
@@ -94,20 +110,45 @@ class PackedLayer(CacheLayerMixin):
             key_states._kvpack_prefill = (weakref.ref(self), self.version)
             return key_states, value_states
         batch, heads, new, key_dim = keys.shape
-        seen, dtype = self._seen + new, keys.dtype
+        gone = self._seen - len(self._store.positions(0, 0)) if self._outside and self.evict is not None else 0
+        length, dtype = self._seen + new - gone, keys.dtype
         return (
-            LazyKV(self, "keys", (batch, heads, seen, key_dim), dtype),
-            LazyKV(self, "values", (batch, heads, seen, values.shape[3]), dtype),
+            LazyKV(self, "keys", (batch, heads, length, key_dim), dtype),
+            LazyKV(self, "values", (batch, heads, length, values.shape[3]), dtype),
         )
 
-    def absorb(self, valid: Tensor | None = None, query: Tensor | None = None) -> None:
-        """Stores what is pending; `valid` `[B, q]` says which tokens are not pads, `query` is what attended to them."""
+    def absorb(self, valid: Tensor | None = None, readers: Readers | None = None) -> None:
+        """Stores what is pending; `valid` `[B, q]` says which tokens are not pads, `readers` is what attended to them."""
         valid = self._valid(valid)
         new = self._new(valid)
-        if new is not None:
-            seen = None if query is None or not self._wants_queries else plain("queries", query)
-            self._store.append(new, None if seen is None else describe(seen), torch.get_num_threads())
-            self._absorbed()
+        if new is None:
+            return
+        if not self._seen and self.evict is not None and readers is None:
+            self._check_outside()
+        described = None
+        if readers is not None and self._wants_queries:
+            query, scaling, softcap, sinks = readers
+            query = plain("queries", query)  # held until it was read
+            described = describe(query), scaling, softcap, sinks
+        self._store.append(new, described, torch.get_num_threads())
+        self._absorbed()
+
+    def _check_outside(self) -> None:
+        """Raises OptionError when tokens of this prompt cannot be chosen, as the model's attention reads them, not kvpack's."""
+        assert self._pending is not None
+        keys = self._pending[0]
+        if isinstance(self.evict, AdaKV | Longformer | PyramidKV):
+            raise OptionError(
+                f"evict={self.evict!r} is not accepted: its heads or layers hold different numbers of tokens, which only "
+                "kvpack's own attention can read; accepted here: KeyDiff, L2Norm, StreamingLLM, Random, or a model that was "
+                "loaded with attn_implementation='kvpack'"
+            )
+        if not all(torch.equal(keys[0], row) for row in keys[1:]):
+            raise OptionError(
+                f"evict={self.evict!r} is not accepted for a batch of {keys.shape[0]} different sequences: this layer's "
+                "attention does not run in kvpack, and which tokens are pads is not known; accepted here: one sequence at a "
+                "time, or a model that was loaded with attn_implementation='kvpack'"
+            )
 
     def _valid(self, valid: Tensor | None) -> Tensor | None:
         """`valid` as Rust reads it."""
@@ -183,8 +224,8 @@ class PackedLayer(CacheLayerMixin):
         self.update(keys.detach(), values.detach())
         self.absorb(valid)
 
-    def commit(self, version: int, valid: Tensor | None, query: Tensor) -> None:
-        """Ends a prefill on an empty cache, after the attention of `query`.
+    def commit(self, version: int, valid: Tensor | None, readers: Readers) -> None:
+        """Ends a prefill on an empty cache, after the attention of `readers`.
 
         Raises:
             StaleHandleError: the layer was updated again since `version`.
@@ -195,7 +236,7 @@ class PackedLayer(CacheLayerMixin):
                 "the cache was given: is another thread using it?"
             )
         self.counts["prefill"] += 1
-        self.absorb(valid, query)
+        self.absorb(valid, readers)
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -271,6 +312,29 @@ class PackedLayer(CacheLayerMixin):
         self.counts["materialised"] += which == "keys"
         return out
 
+    def for_model(self, which: Literal["keys", "values"]) -> Tensor:
+        """All keys or values as a model's own attention reads them: only tokens that are held, in their order.
+
+        Raises:
+            OptionError: tokens were let go, and the model's attention was not known to be its own when they were, or its
+                heads hold different numbers of tokens.
+        """
+        full = self.materialize(which)
+        if self.evict is None:
+            return full
+        batch, heads, seen, dim = full.shape
+        held = [self._store.positions(row, head) for row in range(batch) for head in range(heads)]
+        counts = {len(positions) for positions in held}
+        if counts == {seen}:
+            return full
+        if not self._outside or len(counts) > 1:
+            raise OptionError(
+                f"evict={self.evict!r}: this layer is read by another attention than kvpack's, after tokens of which it "
+                "cannot know were let go; accepted: attn_implementation='kvpack' from the first token on"
+            )
+        places = torch.tensor(held).reshape(batch, heads, -1, 1).expand(-1, -1, -1, dim)
+        return full.gather(2, places)
+
     @property
     def keys(self) -> Tensor | None:
         """All keys, materialised; None before the first."""
@@ -281,7 +345,7 @@ class PackedLayer(CacheLayerMixin):
         """All values, materialised; None before the first."""
         return self.materialize("values") if self.is_initialized else None
 
-    def positions(self, row: int, head: int) -> list[int]:
+    def positions(self, row: int = 0, head: int = 0) -> list[int]:
         """Logical positions of the tokens that a KV head of a sequence holds."""
         self.absorb()
         return self._store.positions(row, head)
@@ -331,7 +395,23 @@ class PackedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Mask columns for `query_length` new tokens, and the position of the first column."""
-        return self.get_seq_length() + query_length, 0
+        length = self.get_seq_length()
+        gone = self._gone()
+        return length - gone + query_length, gone
+
+    def _gone(self) -> int:
+        """Tokens that were let go, where the model's own attention counts those that are held."""
+        if self.evict is None or not self._seen and self._pending is None:
+            return 0
+        if self._pending is not None and not self._seen:
+            self._outside = True  # kvpack's attention would have taken them by now
+        if not self._outside:
+            return 0
+        # What is due goes now: this is asked before the forward's own tokens come.
+        self.absorb()
+        if not self.record_past:
+            self._store.settle()
+        return self._seen - len(self._store.positions(0, 0))
 
     def get_max_length(self) -> int:
         """-1: no maximum."""
@@ -424,6 +504,7 @@ class PackedLayer(CacheLayerMixin):
         self._store.reset()
         self._seen = 0
         self.version += 1
+        self._outside = False
         if self.is_initialized:
             self.is_initialized = False
             del self.batch_size

@@ -42,6 +42,9 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
             partial.take(g, weighed);
             largest_share = largest_share.max(weighed.heaviest / partial.sum[g]);
         }
+        if queries.received {
+            partial.received.take(at, n, &partial.max, Mat::new(&scores, heads, CHUNK));
+        }
         let mut ahead = Ahead::new(chunks.get(i + 1).map_or(&[], |next| next.segment.bytes(next.first, next.tokens)));
         let weights = Mat::new(&scores, heads, CHUNK);
         cursor.read(at, n, |values, first, n, offset| {

@@ -15,16 +15,20 @@ pub mod mat;
 pub mod packed;
 mod partial;
 mod positions;
+mod received;
 mod rope;
 mod visibility;
+mod votes;
 
 pub use basis::Basis;
 pub use decode::attend_one;
 pub use many::attend_many;
 pub use partial::Partial;
 pub use positions::Positions;
+pub use received::Received;
 pub use rope::{Rope, SPAN};
 pub use visibility::{BoolView, Mask, MaskData, Visibility};
+pub use votes::{Voters, add_votes};
 
 use std::sync::Arc;
 
@@ -161,6 +165,8 @@ pub struct Queries<'a> {
     pub softmax: Softmax,
     /// Which positions they see.
     pub visible: Visibility<'a>,
+    /// Whether one query's attention is wanted token by token too.
+    pub received: bool,
 }
 
 /// How logits become weights.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::kernels::{Kernels, Weighed};
 use super::mat::MatMut;
-use super::{Basis, padded};
+use super::{Basis, Received, padded};
 
 /// Attention of some rows (queries) over some tokens, not yet divided by the weights' sum.
 #[derive(Clone, Debug)]
@@ -17,6 +17,8 @@ pub struct Partial {
     pub sum: Vec<f32>,
     /// Weighted sums of values, `stride` apart.
     pub acc: Vec<f32>,
+    /// What every token received, if that is wanted.
+    pub received: Received,
     /// Those of values in other coordinates, not yet in `acc`.
     turned: Option<(Arc<Basis>, Vec<f32>)>,
     /// The value dim, rounded up to whole vectors.
@@ -32,6 +34,7 @@ impl Partial {
             max: vec![f32::NEG_INFINITY; rows],
             sum: vec![0.0; rows],
             acc: vec![0.0; rows * stride],
+            received: Received::default(),
             turned: None,
             stride,
             value_dim,

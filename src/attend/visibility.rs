@@ -64,7 +64,7 @@ impl Mask<'_> {
             return false;
         }
         let row = m.row(b.min(m.shape[0] - 1), 0, 0);
-        held.runs().iter().all(|&(start, len)| row[start as usize..][..len as usize].iter().all(|&x| x != 0))
+        held.runs().all(|(start, len)| row[start as usize..][..len as usize].iter().all(|&x| x != 0))
     }
 }
 

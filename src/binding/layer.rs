@@ -1,20 +1,20 @@
 //! The Python class around [`cache::Layer`].
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use pyo3::prelude::*;
 
 use super::errors::to_python;
+use super::eviction::Eviction;
 use super::method::Method;
 use super::tensors::Tensor;
 use crate::attend::Softmax;
 use crate::attend::kernels::{self, Kernels};
-use crate::cache::{self, Request};
+use crate::cache::{self, Readers, Request};
 use crate::error::{Error, Result};
 use crate::pool;
 use crate::quantize::Codec;
-use crate::tensor::View;
 
 /// Keys and values of one attention layer. Tensors are `(pointer, dtype, shape, strides)`.
 #[pyclass(frozen, module = "kvpack._kvpack")]
@@ -73,7 +73,7 @@ struct New(Tensor, Tensor, Option<Tensor>, bool, bool);
 impl New {
     /// # Safety
     /// The tensors are alive and nobody writes to them meanwhile.
-    unsafe fn append_to(&self, layer: &mut cache::Layer, query: Option<&View<'_>>) -> Result<()> {
+    unsafe fn append_to(&self, layer: &mut cache::Layer, readers: Option<Readers<'_>>) -> Result<()> {
         let Self(k, v, valid, before, after) = self;
         if *before {
             layer.settle();
@@ -82,10 +82,14 @@ impl New {
         unsafe {
             let valid = valid.as_ref().map(|valid| valid.flags("valid")).transpose()?;
             let (k, v) = (k.view("keys")?, v.view("values")?);
-            layer.append(&cache::New { k: &k, v: &v, valid: valid.as_deref(), query, settle: *after })
+            layer.append(&cache::New { k: &k, v: &v, valid: valid.as_deref(), readers, settle: *after })
         }
     }
 }
+
+/// Queries `[B, Hq, n, Dk]`, scaling and cap of the logits, and learned logits, one a query head, that take weight.
+#[derive(FromPyObject)]
+struct AsksFor(Tensor, f32, Option<f32>, Option<Vec<f32>>);
 
 /// Batch, KV heads, key dim, value dim, dtype.
 type Sizes = (usize, usize, usize, usize, &'static str);
@@ -96,11 +100,13 @@ fn kernels() -> Result<&'static Kernels> {
 
 #[pymethods]
 impl Layer {
-    /// A layer that packs keys and values so.
+    /// A layer that packs keys and values so, and keeps the tokens that an eviction chooses.
     #[new]
-    fn new(py: Python<'_>, keys: &Method, values: &Method) -> PyResult<Self> {
-        let codec = Codec::new(keys.0.clone(), values.0.clone()).map_err(|e| to_python(py, &e))?;
-        Ok(Self::holding(cache::Layer::new(codec)))
+    #[pyo3(signature = (keys, values, eviction=None))]
+    fn new(py: Python<'_>, keys: &Method, values: &Method, eviction: Option<&Eviction>) -> PyResult<Self> {
+        let codec = Codec::new(keys.0.clone(), values.0.clone()).and_then(|codec| kernels().map(|_| codec));
+        let layer = cache::Layer::new(codec.map_err(|e| to_python(py, &e))?);
+        Ok(Self::holding(layer.with_eviction(eviction.map(|eviction| Arc::clone(&eviction.0)))))
     }
 
     /// Raises `OptionError` when the methods do not fit keys and values of such head dims.
@@ -115,7 +121,12 @@ impl Layer {
 
     /// Whether `append` wants to see the queries.
     fn wants_queries(&self, py: Python<'_>) -> PyResult<bool> {
-        self.look(py, |layer| Ok(layer.codec().keys.wants_queries()))
+        self.look(py, |layer| Ok(layer.wants_queries()))
+    }
+
+    /// Whether tokens are chosen: the cache may hold fewer than it saw.
+    fn evicts(&self, py: Python<'_>) -> PyResult<bool> {
+        self.look(py, |layer| Ok(layer.eviction().is_some()))
     }
 
     /// A copy that shares all pages.
@@ -129,13 +140,15 @@ impl Layer {
         self.look(py, |layer| unsafe { layer.check(&k.view("keys")?, &v.view("values")?) })
     }
 
-    /// Appends checked tokens, with up to `threads` threads; methods that want to know it see their queries `q`.
-    fn append(&self, py: Python<'_>, new: New, q: Option<Tensor>, threads: usize) -> PyResult<()> {
+    /// Appends checked tokens, with up to `threads` threads; methods that want to know it see what attends to them: queries,
+    /// scaling, cap and sinks of the logits.
+    fn append(&self, py: Python<'_>, new: New, readers: Option<AsksFor>, threads: usize) -> PyResult<()> {
         pool::set_threads(threads);
         // SAFETY: as in `check`.
         self.change(py, |layer| unsafe {
-            let query = q.map(|q| q.view("query")).transpose()?;
-            new.append_to(layer, query.as_ref())
+            let Some(AsksFor(q, scaling, softcap, sinks)) = readers else { return new.append_to(layer, None) };
+            let (query, softmax) = (q.view("query")?, Softmax { scaling, softcap });
+            new.append_to(layer, Some(Readers { query: &query, softmax, sinks: sinks.as_deref() }))
         })
     }
 
@@ -165,17 +178,18 @@ impl Layer {
         pool::set_threads(threads);
         // SAFETY: as in `check`; `out` was made for this call.
         self.change(py, |layer| unsafe {
-            let query = q.view("query")?;
+            let (query, softmax, sinks) = (q.view("query")?, Softmax { scaling, softcap }, sinks.as_deref());
             if let Some(new) = new {
-                new.append_to(layer, Some(&query))?;
+                new.append_to(layer, Some(Readers { query: &query, softmax, sinks }))?;
             }
-            let request = Request {
-                query,
-                mask: mask.map(|m| m.mask()).transpose()?,
-                softmax: Softmax { scaling, softcap },
-                sinks: sinks.as_deref(),
-            };
-            layer.attend(&request, &mut out.view_mut("out")?, kernels()?)
+            let mask = mask.map(|m| m.mask()).transpose()?;
+            let received = query.shape()[2] == 1 && layer.wants_attention();
+            let request = Request { query, mask, softmax, sinks, received };
+            let received = layer.attend(&request, &mut out.view_mut("out")?, kernels()?)?;
+            if !received.is_empty() {
+                layer.receive(received);
+            }
+            Ok(())
         })
     }
 

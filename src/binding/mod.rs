@@ -6,6 +6,7 @@
 #![allow(clippy::needless_pass_by_value)]
 
 mod errors;
+mod eviction;
 mod inspect;
 mod layer;
 mod method;
@@ -23,6 +24,8 @@ static ALLOCATOR: crate::slabs::Slabs = crate::slabs::Slabs;
 /// The compiled half of kvpack.
 #[pymodule(gil_used = false)]
 mod _kvpack {
+    #[pymodule_export]
+    use super::eviction::Eviction;
     #[pymodule_export]
     use super::layer::Layer;
     #[pymodule_export]

@@ -130,6 +130,39 @@ impl<P: Page> Column<P> {
         }
     }
 
+    /// Lengths of the runs of tokens that stay or go together.
+    pub(super) fn units(&self) -> Vec<usize> {
+        let mut units = Vec::new();
+        for Segment { page, len } in &self.segments {
+            let unit = page.unit();
+            units.extend((0..*len).step_by(unit).map(|first| unit.min(len - first)));
+        }
+        units.extend(std::iter::repeat_n(1, self.tail.len()));
+        units
+    }
+
+    /// Keeps the tokens for which `keep` says so, in whole units. Pages before the first that loses one stay shared.
+    pub(super) fn retain(&mut self, keep: &[bool]) {
+        let sealed = self.sealed();
+        let kept: Vec<usize> = (0..self.tail.len()).filter(|&t| keep[sealed + t]).collect();
+        if kept.len() < self.tail.len() {
+            self.tail = self.tail.take(&kept);
+        }
+        let (mut at, mut made) = (0, Vec::new());
+        for segment in std::mem::take(&mut self.segments) {
+            let keep = &keep[at..at + segment.len];
+            at += segment.len;
+            let kept: Vec<usize> = (0..segment.len).filter(|&t| keep[t]).collect();
+            if made.is_empty() && kept.len() == segment.len {
+                self.segments.push(segment);
+            } else {
+                add_part(&mut made, &*segment.page, &kept);
+            }
+        }
+        self.segments.extend(made.into_iter().map(|(page, len)| Segment { page: Arc::new(page), len }));
+        self.segments.shrink_to_fit();
+    }
+
     /// Segments and tail as the reading side sees them.
     pub(super) fn parts(&self) -> Vec<Part<'_, P::Segment>> {
         let sealed = self.segments.iter().map(|s| Part { segment: s.page.segment(), tokens: s.len });
@@ -140,5 +173,17 @@ impl<P: Page> Column<P> {
     /// Bytes of the list of segments.
     pub(super) fn index_bytes(&self) -> usize {
         self.segments.capacity() * size_of::<Segment<P>>()
+    }
+}
+
+/// Adds some tokens of a page to the pages made so far, in the last one as far as it has room and was not cut short.
+fn add_part<P: Page>(made: &mut Vec<(P, usize)>, page: &P, tokens: &[usize]) {
+    let mut joined = 0;
+    if let Some((last, len)) = made.last_mut().filter(|(last, len)| last.tokens() == *len) {
+        joined = last.join(page, tokens);
+        *len += joined;
+    }
+    if joined < tokens.len() {
+        made.push((page.part(&tokens[joined..]), tokens.len() - joined));
     }
 }

@@ -3,6 +3,7 @@
 use super::column::Column;
 use crate::attend::mat::MatMut;
 use crate::attend::{CHUNK, Head, KeyChunk, Positions, Scratch, key_chunks, padded, tile_rows};
+use crate::evict::Observed;
 use crate::quantize::{Codec, KeyPage, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
 
@@ -15,6 +16,8 @@ pub struct KvHead {
     pub(super) keys: Column<KeyPage>,
     pub(super) values: Column<ValuePage>,
     pub(super) positions: Positions,
+    /// What an eviction remembers.
+    pub(super) observed: Observed,
 }
 
 impl KvHead {
@@ -24,6 +27,7 @@ impl KvHead {
             keys: Column::new(head, Rows::new(dtype, key_dim)),
             values: Column::new(head, Rows::new(dtype, value_dim)),
             positions: Positions::default(),
+            observed: Observed::default(),
         }
     }
 
@@ -97,6 +101,7 @@ impl KvHead {
         self.keys.truncate(kept);
         self.values.truncate(kept);
         self.positions.truncate(end);
+        self.observed.truncate(end, kept);
     }
 
     /// The head as the reading side sees it.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::head::KvHead;
 use super::memory::{ARC_HEADER, Counter, Memory};
+use crate::attend::Softmax;
 use crate::error::{Error, Result};
+use crate::evict::Eviction;
 use crate::pool;
 use crate::quantize::Codec;
 use crate::tensor::{Dtype, View};
@@ -40,29 +42,64 @@ pub struct New<'a> {
     pub v: &'a View<'a>,
     /// Which are not pads `[B, n]`; pads are not stored. Without it none is one.
     pub valid: Option<&'a [bool]>,
-    /// Their queries `[B, Hq, n, Dk]`, for methods that want to know them.
-    pub query: Option<&'a View<'a>>,
+    /// What attends to them, for methods that want to know it.
+    pub readers: Option<Readers<'a>>,
     /// Whether what is due is packed too, as [`Layer::settle`] does.
     pub settle: bool,
 }
 
+/// The queries that come with new tokens.
+#[derive(Clone, Copy)]
+pub struct Readers<'a> {
+    /// `[B, Hq, n, Dk]`, rotated.
+    pub query: &'a View<'a>,
+    /// Scaling and cap of the logits.
+    pub softmax: Softmax,
+    /// Learned logits, one a query head, that take weight and add nothing.
+    pub sinks: Option<&'a [f32]>,
+}
+
 /// The KV heads of one sequence.
-type Sequence = Vec<KvHead>;
+pub(super) type Sequence = Vec<KvHead>;
 
 /// Keys and values of one layer for a batch of sequences. A clone shares everything and copies what changes.
 #[derive(Clone)]
 pub struct Layer {
     codec: Codec,
+    pub(super) eviction: Option<Arc<Eviction>>,
     shape: Option<Shape>,
     pub(super) rows: Vec<Arc<Sequence>>,
     /// Positions seen, pads included: the logical length.
     seen: usize,
+    /// Positions up to which tokens were chosen: what went does not come back.
+    pub(super) final_to: usize,
 }
 
 impl Layer {
-    /// An empty layer.
+    /// An empty layer that keeps all tokens.
     pub fn new(codec: Codec) -> Self {
-        Self { codec, shape: None, rows: Vec::new(), seen: 0 }
+        Self { codec, eviction: None, shape: None, rows: Vec::new(), seen: 0, final_to: 0 }
+    }
+
+    /// The layer, with an eviction that chooses tokens.
+    #[must_use]
+    pub fn with_eviction(self, eviction: Option<Arc<Eviction>>) -> Self {
+        Self { eviction, ..self }
+    }
+
+    /// What chooses tokens, if anything does.
+    pub fn eviction(&self) -> Option<&Eviction> {
+        self.eviction.as_deref()
+    }
+
+    /// Whether `append` wants to see the readers of new tokens.
+    pub fn wants_queries(&self) -> bool {
+        self.codec.keys.wants_queries() || self.eviction().is_some_and(Eviction::wants_queries)
+    }
+
+    /// Whether what tokens receive from each query of decoding is wanted.
+    pub fn wants_attention(&self) -> bool {
+        self.eviction().is_some_and(Eviction::wants_attention)
     }
 
     /// How tokens are stored.
@@ -159,11 +196,12 @@ impl Layer {
     ///
     /// # Errors
     /// As `check`, apart from the numbers' magnitude, which is not looked at again; [`Error::Shape`] when the queries'
-    /// shape does not fit.
+    /// shape does not fit; [`Error::Option`] when an eviction wants to see queries and there are none.
     pub fn append(&mut self, new: &New<'_>) -> Result<()> {
-        let New { k, v, valid, query, settle } = *new;
+        let New { k, v, valid, readers, settle } = *new;
         let shape = self.shape_of(k, v)?;
-        let query = query.filter(|_| self.codec.keys.wants_queries());
+        self.check_seen(readers)?;
+        let query = readers.map(|readers| readers.query).filter(|_| self.wants_queries());
         if let Some(query) = query {
             let [batch, heads, n, dim] = query.shape();
             expect("query: batch size", batch, k.shape()[0])?;
@@ -188,17 +226,23 @@ impl Layer {
             let empty = |h| KvHead::new(h, shape.dtype, shape.key_dim, shape.value_dim);
             self.rows = (0..batch).map(|_| Arc::new((0..heads).map(empty).collect())).collect();
         }
-        let (seen, codec) = (self.seen, settle.then_some(&self.codec));
+        // With an eviction nothing is packed before it was chosen.
+        let (seen, eviction) = (self.seen, self.eviction.clone());
+        let codec = (settle && eviction.is_none()).then_some(&self.codec);
+        let graded = query.filter(|_| self.codec.keys.wants_queries());
         let mut work = Vec::with_capacity(batch * heads);
         for (b, row) in self.rows.iter_mut().enumerate().filter(|&(b, _)| source[b] == b) {
             work.extend(Arc::make_mut(row).iter_mut().enumerate().map(|(h, head)| (b, h, head)));
         }
         let numbers = batch * heads * n * (shape.key_dim + shape.value_dim);
         pool::map(numbers * codec.map_or(COPYING, packing), work, |(b, h, head)| {
-            if let Some(query) = query {
+            if let Some(query) = graded {
                 head.observe(query, [b, h], shape.heads, row_valid(b));
             }
             head.append(k, v, [b, h], row_valid(b), seen, codec);
+            if let Some(eviction) = &eviction {
+                head.witness(eviction, new, [b, h], row_valid(b), seen);
+            }
         });
         for (b, &source) in source.iter().enumerate() {
             if source != b {
@@ -206,24 +250,45 @@ impl Layer {
             }
         }
         self.seen += n;
+        if settle && eviction.is_some() {
+            self.settle();
+        }
         Ok(())
     }
 
-    /// Packs what the codec's rule says is due.
+    fn check_seen(&self, readers: Option<Readers<'_>>) -> Result<()> {
+        match &self.eviction {
+            Some(eviction) if eviction.wants_queries() && readers.is_none() => Err(Error::Option {
+                name: "evict",
+                given: "a method that scores tokens by the queries that attend to them".into(),
+                accepted: "methods that look at keys or positions alone (KeyDiff, L2Norm, StreamingLLM, Longformer, Random), as                            this layer's attention does not run in kvpack: load the model with attn_implementation='kvpack', if                            its kind supports that"
+                    .into(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets tokens go and packs others, as far as eviction and codec say that it is due.
     pub fn settle(&mut self) {
+        self.evict();
         let codec = self.codec.clone();
         self.each_unique(
             |row| row.iter().any(|head| head.numbers_due(&codec) > 0),
-            |heads| {
+            |rows| {
+                let heads: Vec<_> = rows.into_iter().flatten().collect();
                 let due: usize = heads.iter().map(|head| head.numbers_due(&codec)).sum();
                 pool::map(due * packing(&codec), heads, |head| head.settle(&codec));
             },
         );
     }
 
-    /// Calls `change` with the heads of all sequences for which `wanted` says true; rows that share a sequence still
+    /// Calls `change` with all sequences for which `wanted` says true; rows that share a sequence still
     /// share it afterwards.
-    fn each_unique(&mut self, wanted: impl Fn(&Sequence) -> bool, change: impl FnOnce(Vec<&mut KvHead>)) {
+    pub(super) fn each_unique(
+        &mut self,
+        wanted: impl Fn(&Sequence) -> bool,
+        change: impl FnOnce(Vec<&mut Sequence>),
+    ) {
         let mut unique: Vec<Arc<Sequence>> = Vec::new();
         let mut which = Vec::with_capacity(self.rows.len());
         for row in self.rows.drain(..) {
@@ -233,8 +298,7 @@ impl Layer {
                 unique.push(row);
             }
         }
-        let heads = unique.iter_mut().filter(|row| wanted(row)).flat_map(|row| Arc::make_mut(row).iter_mut());
-        change(heads.collect());
+        change(unique.iter_mut().filter(|row| wanted(row)).map(Arc::make_mut).collect());
         self.rows.extend(which.into_iter().map(|i| Arc::clone(&unique[i])));
     }
 
@@ -251,6 +315,7 @@ impl Layer {
         } else {
             heads().map(|head| head.exactly_removable(n, self.seen)).min().unwrap_or(n)
         };
+        let reachable = reachable.min(self.seen - self.final_to);
         if reachable < n { Err(Error::Crop { asked: n, reachable }) } else { Ok(()) }
     }
 
@@ -264,7 +329,7 @@ impl Layer {
         if n > 0 {
             self.seen -= n;
             let seen = self.seen;
-            self.each_unique(|_| true, |heads| heads.into_iter().for_each(|head| head.truncate(seen)));
+            self.each_unique(|_| true, |rows| rows.into_iter().flatten().for_each(|head| head.truncate(seen)));
         }
         Ok(())
     }
@@ -293,7 +358,7 @@ impl Layer {
 
     /// Forgets everything but the codec.
     pub fn reset(&mut self) {
-        *self = Self::new(self.codec.clone());
+        *self = Self::new(self.codec.clone()).with_eviction(self.eviction.clone());
     }
 
     /// The share of the numbers held, those of the newest `new` positions aside, that are not what the model made.

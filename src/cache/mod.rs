@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod column;
+mod evicting;
 mod head;
 mod layer;
 mod memory;
@@ -14,6 +15,6 @@ mod read;
 
 pub use column::Segment;
 pub use head::KvHead;
-pub use layer::{Layer, New, Shape};
+pub use layer::{Layer, New, Readers, Shape};
 pub use memory::Memory;
 pub use read::Request;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::head::KvHead;
 use super::layer::{COPYING, Layer, Shape, expect};
 use crate::attend::kernels::Kernels;
-use crate::attend::{CHUNK, Mask, Partial, Queries, Scratch, Softmax, Visibility, attend_many, attend_one};
+use crate::attend::{CHUNK, Mask, Partial, Queries, Received, Scratch, Softmax, Visibility, attend_many, attend_one};
 use crate::error::{Error, Result};
 use crate::pool;
 use crate::tensor::{View, ViewMut};
@@ -27,6 +27,8 @@ pub struct Request<'a> {
     pub softmax: Softmax,
     /// Learned logits, one a query head, that take weight and add nothing.
     pub sinks: Option<&'a [f32]>,
+    /// Whether the attention that every token received from one query is wanted too.
+    pub received: bool,
 }
 
 /// One KV head of one sequence, and a part of its tokens or of the queries.
@@ -38,33 +40,47 @@ struct Task {
 }
 
 impl Layer {
-    /// Attention over all tokens held, written to `out` `[B, Q, Hq, Dv]`.
+    /// Attention over all tokens held, written to `out` `[B, Q, Hq, Dv]`. Returns, if it is wanted, what each KV head's tokens
+    /// received from its readers, row by row and head by head.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Dtype`] when something of the request, or `out`, does not fit.
-    pub fn attend(&self, request: &Request<'_>, out: &mut ViewMut<'_>, kernels: &'static Kernels) -> Result<()> {
+    pub fn attend(&self, request: &Request<'_>, out: &mut ViewMut<'_>, kernels: &'static Kernels) -> Result<Vec<Vec<f32>>> {
         let shape = self.check_request(request, out)?;
-        let [batch, query_heads, queries, _] = request.query.shape();
-        let tokens = self.rows.iter().map(|row| row[0].positions.len()).max().unwrap_or(0);
-        let work = batch * query_heads * queries * tokens * (shape.key_dim + shape.value_dim);
-        let tasks = self.tasks(tokens, queries, shape.heads, pool::threads_for(work));
+        let [_, query_heads, queries, _] = request.query.shape();
+        let tokens: usize = self.rows.iter().flat_map(|row| row.iter()).map(|head| head.positions.len()).sum();
+        let group = query_heads / shape.heads;
+        let work = group * queries * tokens * (shape.key_dim + shape.value_dim);
+        let tasks = self.tasks(queries, shape.heads, pool::threads_for(work));
         let places: Vec<_> = tasks.iter().map(|task| (task.row, task.head, task.queries.start)).collect();
-        let partials = pool::map(work, tasks, |task| self.run(request, &task, query_heads / shape.heads, kernels));
-        write_out(places, partials, request.sinks, query_heads / shape.heads, shape.value_dim, out);
-        Ok(())
+        let partials = pool::map(work, tasks, |task| self.run(request, &task, group, kernels));
+        let mut received = self.nothing_received(request.received);
+        let merged = merged(places, partials, request.sinks, group);
+        for (i, (_, whole, parts)) in merged.iter().enumerate().filter(|_| request.received) {
+            parts.iter().for_each(|part| part.add_to(whole, kernels, &mut received[i]));
+        }
+        write_out(merged, group, shape.value_dim, out);
+        Ok(received)
+    }
+
+    /// 0 for every token of every head, where one query's attention is wanted.
+    fn nothing_received(&self, wanted: bool) -> Vec<Vec<f32>> {
+        let heads = self.rows.iter().flat_map(|row| row.iter()).filter(|_| wanted);
+        heads.map(|head| vec![0.0; head.positions.len()]).collect()
     }
 
     /// Every KV head of every sequence; few heads are split further, so that all threads have the same share.
-    fn tasks(&self, tokens: usize, queries: usize, heads: usize, threads: usize) -> Vec<Task> {
+    fn tasks(&self, queries: usize, heads: usize, threads: usize) -> Vec<Task> {
         let wanted = parts(self.batch() * heads, threads);
         let cut = |n: usize, least: usize| {
             let parts = wanted.min(n / least).max(1);
             let len = n.div_ceil(parts).max(1);
-            (0..n).step_by(len).map(move |start| start..(start + len).min(n))
+            (0..n.max(1)).step_by(len).map(move |start| start..(start + len).min(n))
         };
         let mut tasks = Vec::new();
         for row in 0..self.batch() {
             for head in 0..heads {
+                let tokens = self.rows[row][head].positions.len();
                 if queries < 2 * QUERIES_A_TASK {
                     let all = 0..queries;
                     let task = |tokens| Task { row, head, tokens, queries: all.clone() };
@@ -87,6 +103,7 @@ impl Layer {
             first_head: task.head * group,
             softmax: request.softmax,
             visible: Visibility::new(request.mask, task.row, self.seen(), request.query.shape()[2], &head.positions),
+            received: request.received,
         };
         let mut scratch = Scratch::new(kernels);
         if request.query.shape()[2] == 1 {
@@ -197,32 +214,46 @@ fn gather(request: &Request<'_>, task: &Task, group: usize) -> Vec<f32> {
     q
 }
 
-/// Merges partials of the same queries, which follow each other, and writes them out.
-fn write_out(
+/// A head's queries, which task they began with, and what was found.
+type Merged = ((usize, usize, usize), Partial, Vec<Received>);
+
+/// Merges partials of the same queries, which follow each other, and adds the sinks.
+fn merged(
     places: Vec<(usize, usize, usize)>,
     partials: Vec<Partial>,
     sinks: Option<&[f32]>,
     group: usize,
-    value_dim: usize,
-    out: &mut ViewMut<'_>,
-) {
-    let mut merged: Vec<((usize, usize, usize), Partial)> = Vec::with_capacity(places.len());
-    for (place, partial) in places.into_iter().zip(partials) {
+) -> Vec<Merged> {
+    let mut merged: Vec<Merged> = Vec::with_capacity(places.len());
+    for (place, mut partial) in places.into_iter().zip(partials) {
+        let received = std::mem::take(&mut partial.received);
         match merged.last_mut() {
-            Some((last, all)) if *last == place => all.merge(&partial),
-            _ => merged.push((place, partial)),
+            Some((last, all, parts)) if *last == place => {
+                all.merge(&partial);
+                parts.push(received);
+            }
+            _ => merged.push((place, partial, vec![received])),
         }
     }
-    let mut row_out = vec![0.0; value_dim];
-    for ((row, head, first), mut partial) in merged {
+    for ((_, head, _), partial, _) in &mut merged {
         let queries = partial.rows() / group;
         for i in 0..partial.rows() {
-            let query_head = head * group + i / queries;
             if let Some(sinks) = sinks {
-                partial.add_sink(i, sinks[query_head]);
+                partial.add_sink(i, sinks[*head * group + i / queries]);
             }
+        }
+    }
+    merged
+}
+
+/// Writes what was found.
+fn write_out(merged: Vec<Merged>, group: usize, value_dim: usize, out: &mut ViewMut<'_>) {
+    let mut row_out = vec![0.0; value_dim];
+    for ((row, head, first), partial, _) in merged {
+        let queries = partial.rows() / group;
+        for i in 0..partial.rows() {
             partial.output(i, &mut row_out);
-            out.write_row([row, first + i % queries, query_head], &row_out);
+            out.write_row([row, first + i % queries, head * group + i / queries], &row_out);
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::attend::codes::{packed_len, put_lane};
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::{Grids, Packed};
-use crate::attend::{Basis, KEY_TOLERANCE, KeySegment, Scratch};
+use crate::attend::{Basis, CHUNK, KEY_TOLERANCE, KeySegment, Scratch};
 use crate::tensor::Rows;
 
 /// Channels of equal width.
@@ -145,6 +145,33 @@ impl ChannelKeys {
 
     fn groups_of(&self, first: usize, n: usize) -> Range<usize> {
         first / self.group..(first + n).div_ceil(self.group)
+    }
+
+    /// A page of some groups' tokens.
+    #[must_use]
+    pub(super) fn part(&self, tokens: &[usize]) -> Self {
+        let mut part = Self { words: Box::default(), tokens: 0, ..self.clone() };
+        part.add(self, tokens);
+        part
+    }
+
+    /// Takes the first of some groups' tokens of `other`, if it has the same format, as far as there is room.
+    pub(super) fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
+        let same = self.group == other.group && self.bands == other.bands && self.order == other.order;
+        let room = if same { CHUNK.saturating_sub(self.tokens) / self.group * self.group } else { 0 };
+        let taken = &tokens[..tokens.len().min(room)];
+        self.add(other, taken);
+        taken.len()
+    }
+
+    fn add(&mut self, other: &Self, tokens: &[usize]) {
+        let size = self.group_words();
+        let mut words = std::mem::take(&mut self.words).into_vec();
+        let groups = tokens.chunks(self.group).map(|tokens| tokens[0] / self.group);
+        words.reserve_exact(groups.len() * size);
+        groups.clone().for_each(|group| words.extend_from_slice(&other.words[group * size..][..size]));
+        self.tokens += groups.len() * self.group;
+        self.words = words.into();
     }
 
     /// Bits of every channel.

@@ -21,6 +21,15 @@ pub(super) fn seal(rows: &Rows, n: usize) -> (Rows, usize) {
     (rows.copy_front(n), n)
 }
 
+/// Takes the first of some tokens of `other`, up to a whole page.
+pub(super) fn join(rows: &mut Rows, other: &Rows, tokens: &[usize]) -> usize {
+    let taken = &tokens[..tokens.len().min(PAGE.saturating_sub(rows.len()))];
+    if !taken.is_empty() {
+        *rows = Rows::joined(rows, &other.take(taken));
+    }
+    taken.len()
+}
+
 impl KeySegment for Rows {
     fn unit(&self) -> usize {
         1

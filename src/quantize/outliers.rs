@@ -34,6 +34,15 @@ impl Outliers {
         }
     }
 
+    /// Writes the outliers of vector `from` of `others` as those of vector `t`; their place must still be 0.
+    pub(super) fn copy(self, words: &mut [u16], t: usize, others: &[u16], from: usize) {
+        let mut buffer = Vec::new();
+        let (channels, _) = self.of(others, from, 1, &mut buffer);
+        let rests = others[from * self.each..(from + 1) * self.each].reinterpret_cast::<f16>();
+        let outliers: Vec<_> = channels.iter().copied().zip(rests.iter().copied()).collect();
+        self.put(words, t, &outliers);
+    }
+
     /// The outliers of `n` vectors from vector `first` on: channels and differences, `each` a vector, by way of `buffer`; places
     /// that are not used are channel 0, difference 0.
     pub(super) fn of<'a>(

@@ -49,6 +49,16 @@ pub trait Page: Clone + Send + Sync {
 
     /// Bytes allocated behind this page.
     fn bytes(&self) -> PageBytes;
+
+    /// Tokens, from the first on, that stay or go together.
+    fn unit(&self) -> usize;
+
+    /// A page of some tokens, in whole units.
+    #[must_use]
+    fn part(&self, tokens: &[usize]) -> Self;
+
+    /// Takes the first of some tokens of `other`, in whole units, as far as they fit in here; returns how many.
+    fn join(&mut self, other: &Self, tokens: &[usize]) -> usize;
 }
 
 /// Sealed keys.
@@ -166,6 +176,33 @@ impl Page for KeyPage {
             Self::Unrotated(page) => page.bytes(),
         }
     }
+
+    fn unit(&self) -> usize {
+        match self {
+            Self::Exact(_) | Self::Tokens(_) => 1,
+            Self::Channels(page) => page.group(),
+            // Its tokens are at consecutive positions.
+            Self::Unrotated(page) => page.tokens(),
+        }
+    }
+
+    fn part(&self, tokens: &[usize]) -> Self {
+        match self {
+            Self::Exact(rows) => Self::Exact(rows.take(tokens)),
+            Self::Channels(page) => Self::Channels(page.part(tokens)),
+            Self::Tokens(page) => Self::Tokens(page.part(tokens)),
+            Self::Unrotated(page) => Self::Unrotated(page.clone()),
+        }
+    }
+
+    fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
+        match (self, other) {
+            (Self::Exact(rows), Self::Exact(other)) => exact::join(rows, other, tokens),
+            (Self::Channels(page), Self::Channels(other)) => page.join(other, tokens),
+            (Self::Tokens(page), Self::Tokens(other)) => page.join(other, tokens),
+            _ => 0,
+        }
+    }
 }
 
 impl Page for ValuePage {
@@ -237,6 +274,25 @@ impl Page for ValuePage {
         match self {
             Self::Exact(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
             Self::Tokens(page) => page.bytes(),
+        }
+    }
+
+    fn unit(&self) -> usize {
+        1
+    }
+
+    fn part(&self, tokens: &[usize]) -> Self {
+        match self {
+            Self::Exact(rows) => Self::Exact(rows.take(tokens)),
+            Self::Tokens(page) => Self::Tokens(page.part(tokens)),
+        }
+    }
+
+    fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
+        match (self, other) {
+            (Self::Exact(rows), Self::Exact(other)) => exact::join(rows, other, tokens),
+            (Self::Tokens(page), Self::Tokens(other)) => page.join(other, tokens),
+            _ => 0,
         }
     }
 }

@@ -139,6 +139,23 @@ impl Rows {
         rows
     }
 
+    /// Some rows as a matrix of their own, without spare room.
+    #[must_use]
+    pub fn take(&self, rows: &[usize]) -> Self {
+        let mut taken = Self { data: self.empty_buffer(rows.len()), dim: self.dim, dropped: 0 };
+        rows.iter().for_each(|&row| taken.extend(self.slice(row..row + 1)));
+        taken
+    }
+
+    /// Two matrices of a dtype, one after the other, without spare room.
+    #[must_use]
+    pub fn joined(first: &Self, second: &Self) -> Self {
+        let rows = first.len() + second.len();
+        let mut all = Self { data: first.empty_buffer(rows), dim: first.dim, dropped: 0 };
+        [first, second].into_iter().for_each(|rows| all.extend(rows.slice(0..rows.len())));
+        all
+    }
+
     fn empty_buffer(&self, rows: usize) -> Buffer {
         match &self.data {
             Buffer::F32(_) => Buffer::F32(Vec::with_capacity(rows * self.dim)),

@@ -239,7 +239,7 @@ def parse(text: str) -> Contender:
     Raises:
         OptionError: it is unknown, or a parameter is not accepted.
     """
-    if "+" in text or "/" in text:
+    if any(sign in text for sign in "+/("):
         return Packed(parse_spec(text))
     name, parameters = split_parameters(text)
     if name in REFERENCES:

@@ -1,12 +1,26 @@
 """The methods, one dataclass each with the paper's defaults, and a registry by name."""
 
 from .calibrated import Calibrated
+from .evict import A2SF, H2O, TOVA, AdaKV, Evict, KeyDiff, L2Norm, Longformer, PyramidKV, Random, SnapKV, StreamingLLM
 from .kvquant import KVQuant, KVQuantTables
 from .presets import PRESETS
 from .quantize import KIVI, Q4, Q8, Apart, Exact, Graded, Layers, Quantize, Rotated, Site
-from .registry import QUANTIZE
+from .registry import EVICT, QUANTIZE
 
 __all__ = [
+    "A2SF",
+    "EVICT",
+    "H2O",
+    "TOVA",
+    "AdaKV",
+    "Evict",
+    "KeyDiff",
+    "L2Norm",
+    "Longformer",
+    "PyramidKV",
+    "Random",
+    "SnapKV",
+    "StreamingLLM",
     "KIVI",
     "PRESETS",
     "Q4",

@@ -47,9 +47,9 @@ class Quantize(ABC):
     def values_method(self, site: Site | None = None) -> _kvpack.Method:
         """How values are stored in a layer; without a site what is the same in all layers."""
 
-    def make_store(self, site: Site | None = None) -> _kvpack.Layer:
-        """An empty store of one layer."""
-        return _kvpack.Layer(self.keys_method(site), self.values_method(site))
+    def make_store(self, site: Site | None = None, eviction: _kvpack.Eviction | None = None) -> _kvpack.Layer:
+        """An empty store of one layer, which keeps the tokens that an eviction chooses."""
+        return _kvpack.Layer(self.keys_method(site), self.values_method(site), eviction)
 
 
 def check_whole(method: Quantize, **least: int) -> None:

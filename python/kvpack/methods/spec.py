@@ -2,7 +2,8 @@
 
 A method is its registered name and, after colons, parameters of its dataclass; or the name of a preset. Keys by one
 codec and values by another are written with a slash (`kivi:bits=4/rotated:bits=2`), layers with a codec of their own
-after `@` (`kivi:bits=2@0=q8@-1=q8`), methods of several families are joined with `+`.
+after `@` (`kivi:bits=2@0=q8@-1=q8`), what AdaKV shares out in brackets (`adakv(snapkv:budget=0.25)`), methods of several
+families are joined with `+` (`snapkv:budget=0.25+kivi:bits=4`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from ..errors import OptionError
 from .calibrated import Calibrated
 from .presets import PRESETS
 from .quantize import Apart, Layers
-from .registry import QUANTIZE
+from .evict import AdaKV
+from .registry import EVICT, QUANTIZE
 
-FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE}
+FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE, "evict": EVICT}
 """The registry: the methods of each family by name. A family is also the name of PackedCache's argument."""
 _PATH = f"{Calibrated.name}:path="
 
@@ -55,6 +57,8 @@ def _parse_part(text: str) -> tuple[str, Any]:
     """Return the family and the method that one part of a text stands for."""
     if text.strip().startswith(_PATH):  # it may have any of the signs that mean something elsewhere
         return "quantize", Calibrated(text.strip().removeprefix(_PATH))
+    if "(" in text:
+        return "evict", _parse_adakv(text)
     if "@" in text:
         return "quantize", _parse_layers(text)
     if "/" in text:
@@ -72,6 +76,19 @@ def _parse_part(text: str) -> tuple[str, Any]:
     if family is None:
         raise OptionError(f"method {name!r} is unknown; accepted: {', '.join(names())}")
     return family, make(FAMILIES[family][name], name, parameters)
+
+
+def _parse_adakv(text: str) -> AdaKV:
+    """Return what `adakv(method)` or `adakv:floor=0.1(method)` stands for."""
+    head, _, inner = text.strip().partition("(")
+    name, parameters = split_parameters(head)
+    if name != AdaKV.name or not inner.endswith(")"):
+        raise OptionError(f"method {text!r} is not accepted; brackets stand around the method of adakv(...)")
+    family, method = _parse_part(inner[:-1])
+    if family != "evict" or "method" in parameters:
+        raise OptionError(f"method {text!r} is not accepted; in the brackets of adakv stands a method that scores tokens")
+    adakv: AdaKV = make(AdaKV, name, {"method": method, **parameters})
+    return adakv
 
 
 def _parse_layers(text: str) -> Layers:

@@ -65,6 +65,32 @@ impl TokenKeys {
         self.tokens += n;
     }
 
+    /// A page of some tokens.
+    #[must_use]
+    pub(in crate::quantize) fn part(&self, tokens: &[usize]) -> Self {
+        let mut part = Self { tokens: 0, largest: 0.0, words: vec![0; self.words.len()].into(), ..self.clone() };
+        part.join(self, tokens);
+        part
+    }
+
+    /// Takes the first of some tokens of `other`, a page of the same format, as far as there is room.
+    pub(in crate::quantize) fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
+        let taken = &tokens[..tokens.len().min(self.room())];
+        let size = self.format.group();
+        let mut codes = vec![0; self.format.dim];
+        for &token in taken {
+            codes.iter_mut().enumerate().for_each(|(c, code)| *code = other.code(token, c));
+            for (j, codes) in codes.chunks(size).enumerate() {
+                let (start, len, bits) = (self.start(j), self.codes_len(j), self.format.bits());
+                put_lane(bits, PAGE, codes, self.tokens, &mut self.words[start..start + len]);
+                self.words[start + len + self.tokens] = other.words[start + len + token];
+            }
+            self.tokens += 1;
+        }
+        self.largest = self.largest.max(other.largest);
+        taken.len()
+    }
+
     pub(in crate::quantize) fn bytes(&self) -> PageBytes {
         let scales = self.format.groups() * PAGE * size_of::<f16>();
         PageBytes { codes: size_of_val(&*self.words) - scales, scales, exact: 0 }

@@ -76,6 +76,34 @@ impl TokenValues {
         self.tokens += n;
     }
 
+    /// A page of some tokens.
+    #[must_use]
+    pub(in crate::quantize) fn part(&self, tokens: &[usize]) -> Self {
+        let mut part = Self { tokens: 0, words: vec![0; self.words.len()].into(), ..self.clone() };
+        part.join(self, tokens);
+        part
+    }
+
+    /// Takes the first of some tokens of `other`, a page of the same format, as far as there is room.
+    pub(in crate::quantize) fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
+        let taken = &tokens[..tokens.len().min(self.room())];
+        let (bits, code_words, outliers) = (self.format.bits(), self.code_words(), self.format.outliers());
+        let mut codes = vec![0; padded(self.format.dim)];
+        for &token in taken {
+            let row = other.groups_of(token..token + 1, 0.0);
+            codes.iter_mut().enumerate().for_each(|(c, code)| *code = row.codes(0).0.get(row.lead, c));
+            put_row(bits, &codes, self.tokens, &mut self.words[..code_words]);
+            let (numbers, all) = self.words[code_words..].split_at_mut(self.format.groups() * self.format.grid_numbers() * PAGE);
+            let theirs = &other.words[code_words..];
+            for (own, their) in numbers.chunks_exact_mut(PAGE).zip(theirs.chunks_exact(PAGE)) {
+                own[self.tokens] = their[token];
+            }
+            outliers.copy(all, self.tokens, &theirs[numbers.len()..], token);
+            self.tokens += 1;
+        }
+        taken.len()
+    }
+
     pub(in crate::quantize) fn bytes(&self) -> PageBytes {
         let codes = self.code_words() * size_of::<u16>();
         PageBytes { codes, scales: size_of_val(&*self.words) - codes, exact: 0 }

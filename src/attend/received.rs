@@ -1,0 +1,42 @@
+//! The attention that every token received, from the weights that an online softmax left behind.
+
+#![forbid(unsafe_code)]
+
+use super::Partial;
+use super::mat::{Mat, MatMut};
+use super::kernels::Kernels;
+
+/// Weights of some chunks of tokens, each relative to the largest logit when it was read.
+#[derive(Clone, Debug, Default)]
+pub struct Received {
+    /// First token and tokens of each chunk.
+    chunks: Vec<(usize, usize)>,
+    /// The largest logit of every row so far, chunk by chunk.
+    max: Vec<f32>,
+    /// `[rows, tokens]`, chunk by chunk.
+    weights: Vec<f32>,
+}
+
+impl Received {
+    /// Takes the weights `[rows, n]` of the `n` tokens from `at` on, relative to `max`.
+    pub(super) fn take(&mut self, at: usize, n: usize, max: &[f32], weights: Mat<'_>) {
+        self.chunks.push((at, n));
+        self.max.extend_from_slice(max);
+        (0..weights.rows).for_each(|row| self.weights.extend_from_slice(&weights.row(row)[..n]));
+    }
+
+    /// Adds to `out[token]` the attention of all rows, whose softmax over all tokens is `whole`.
+    pub fn add_to(&self, whole: &Partial, kernels: &Kernels, out: &mut [f32]) {
+        let rows = whole.rows();
+        let mut weights = &self.weights[..];
+        for (&(at, n), max) in self.chunks.iter().zip(self.max.chunks_exact(rows)) {
+            let (own, rest) = weights.split_at(rows * n);
+            weights = rest;
+            let share = |(row, &max): (usize, &f32)| {
+                if whole.sum[row] > 0.0 { (max - whole.max[row]).exp() / whole.sum[row] } else { 0.0 }
+            };
+            let shares: Vec<f32> = max.iter().enumerate().map(share).collect();
+            (kernels.matmul)(Mat::new(&shares, 1, rows), Mat::new(own, rows, n), n, MatMut::new(&mut out[at..], 1, n));
+        }
+    }
+}
