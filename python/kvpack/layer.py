@@ -101,6 +101,7 @@ class PackedLayer(CacheLayerMixin):
         if self._pending is not None:
             self._outside |= not self._seen
             self.absorb()
+        gone = self._gone()
         self._store.check(describe(keys), describe(values))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -110,7 +111,6 @@ class PackedLayer(CacheLayerMixin):
             key_states._kvpack_prefill = (weakref.ref(self), self.version)
             return key_states, value_states
         batch, heads, new, key_dim = keys.shape
-        gone = self._seen - len(self._store.positions(0, 0)) if self._outside and self.evict is not None else 0
         length, dtype = self._seen + new - gone, keys.dtype
         return (
             LazyKV(self, "keys", (batch, heads, length, key_dim), dtype),

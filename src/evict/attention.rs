@@ -9,8 +9,8 @@
 use super::{Queries, refuse};
 use crate::error::Result;
 
-/// Weights of queries that are smaller are as good as 0.
-const FORGOTTEN: f32 = 1e-3;
+/// Queries of less weight change no choice.
+const FORGOTTEN: f32 = 1e-6;
 
 /// The parameters.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,7 +47,7 @@ mod tests {
     fn forgetting_bounds_the_queries() {
         let queries = |alpha| Attention { alpha, shared: false }.queries();
         assert_eq!(queries(0.0), Queries::Newest(1));
-        assert_eq!(queries(0.95), Queries::Newest(135));
+        assert_eq!(queries(0.95), Queries::Newest(270));
         assert_eq!(queries(1.0), Queries::All);
     }
 }

@@ -51,8 +51,6 @@ pub fn select(heads: &[Candidates], units: &[Vec<usize>], floor: Option<f32>) ->
         rest.sort_by(Unit::better);
         fill(rest, budget.saturating_sub(kept), &mut keep);
     }
-    // The newest token is what the next one continues.
-    keep.iter_mut().filter_map(|keep| keep.last_mut()).for_each(|newest| *newest = true);
     keep
 }
 
@@ -110,7 +108,7 @@ mod tests {
         let head = candidates(&[9.0, 9.0, 9.0, 0.0, 0.0, 0.0], 0, 4, 2);
         assert_eq!(kept(&[head], &[vec![1; 6]], None), [[4, 5]]);
         let head = candidates(&[0.0, 0.0, 0.0, 0.0, 5.0, 1.0], 3, 0, 2);
-        assert_eq!(kept(&[head], &[vec![1; 6]], None), [[0, 1, 2, 5]]);
+        assert_eq!(kept(&[head], &[vec![1; 6]], None), [[0, 1, 2]]);
     }
 
     #[test]

@@ -217,7 +217,7 @@ class A2SF(_Attention):
     """Accumulated attention that is forgotten again (Jo and Shin 2024, arXiv 2407.20485).
 
     `A <- alpha A + S` with the attention `S` of each query, summed over the query heads that read a KV head: first tokens
-    gain nothing from having been seen by more queries. Of a prompt only queries whose weight is above 0.001 are looked at.
+    gain nothing from having been seen by more queries. Of a prompt only queries whose weight is above 1e-6 are looked at.
 
     Attributes:
         budget: tokens that stay a KV head, or a share of the prompt; or one for each layer.
