@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::Mutex;
+
 use super::Partial;
 use super::mat::{Mat, MatMut};
 use super::kernels::Kernels;
@@ -17,9 +19,30 @@ pub struct Received {
     weights: Vec<f32>,
 }
 
+/// Memory for weights that was used before: fresh memory would cost more than what is written to it.
+static SPARE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
+
+/// Pieces of memory that are kept: as many as a step needs, heads times parts of their tokens.
+const MOST_SPARE: usize = 64;
+
+impl Drop for Received {
+    fn drop(&mut self) {
+        if self.weights.capacity() > 0
+            && let Ok(mut spare) = SPARE.lock()
+            && spare.len() < MOST_SPARE
+        {
+            self.weights.clear();
+            spare.push(std::mem::take(&mut self.weights));
+        }
+    }
+}
+
 impl Received {
     /// Takes the weights `[rows, n]` of the `n` tokens from `at` on, relative to `max`.
     pub(super) fn take(&mut self, at: usize, n: usize, max: &[f32], weights: Mat<'_>) {
+        if self.chunks.is_empty() {
+            self.weights = SPARE.lock().ok().and_then(|mut spare| spare.pop()).unwrap_or_default();
+        }
         self.chunks.push((at, n));
         self.max.extend_from_slice(max);
         (0..weights.rows).for_each(|row| self.weights.extend_from_slice(&weights.row(row)[..n]));
