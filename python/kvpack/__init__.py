@@ -33,6 +33,7 @@ from .evaluation import Evaluation, evaluate
 from .memory import Memory
 from .methods import (
     A2SF,
+    GPTQ,
     H2O,
     KIVI,
     PRESETS,
@@ -57,6 +58,7 @@ from .methods import (
 
 __all__ = [
     "A2SF",
+    "GPTQ",
     "H2O",
     "TOVA",
     "AdaKV",

@@ -267,6 +267,7 @@ class PackedCache(Cache):
             "quantize": repr(self.quantize),
             "layers": [type(layer).__name__ for layer in self.layers],
             "tokens": self.get_seq_length(),
+            **_feedback(packed),
             **{path: sum(layer.counts[path] for layer in packed) for path in ("prefill", "fused", "materialised")},
         }
 
@@ -279,6 +280,18 @@ class PackedCache(Cache):
             f"PackedCache({'' if self.evict is None else f'{self.evict}, '}{self.quantize}, {self.get_seq_length()} tokens, "
             f"{readable_bytes(self.memory().total)}, layers: {layers})"
         )
+
+
+def _feedback(layers: list[PackedLayer]) -> dict[str, Any]:
+    """Where feedback is used: heads that have it, of all with a metric, and the range of what it could gain."""
+    heads = [layer.feedback_gains(0, head) for layer in layers for head in range(layer.kv_heads if layer._seen else 0)]
+    told = {}
+    for side, name in enumerate(("feedback of keys", "feedback of values")):
+        gains = [gain for head in heads if (gain := head[side]) is not None]
+        if gains:
+            least, most = min(gains)[0], max(gains)[0]
+            told[name] = f"{sum(used for _, used in gains)} of {len(gains)} heads, gains {least:.2f} to {most:.2f}"
+    return told
 
 
 def _text_config(model_or_config: Any) -> Any:

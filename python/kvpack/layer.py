@@ -382,6 +382,15 @@ class PackedLayer(CacheLayerMixin):
         keys, values = (torch.tensor(side).reshape(-1, 3) for side in self._store.outliers(row, head))
         return keys, values
 
+    def feedback_gains(self, row: int = 0, head: int = 0) -> tuple[tuple[float, bool] | None, tuple[float, bool] | None]:
+        """What GPTQ's feedback could gain at most for keys, and for values, of a KV head, and whether it is used there.
+
+        The gain is the arithmetic over the geometric mean of the eigenvalues of the damped metric: by so much the expected
+        square of an error can fall. None where there is no feedback, or no query was seen.
+        """
+        self.absorb()
+        return self._store.feedback_gains(row, head)
+
     def key_bits(self, row: int, head: int) -> Tensor:
         """Bits `[pages, Dk]` of the key channels in each page of a KV head whose method grades them."""
         self.absorb()

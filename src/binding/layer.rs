@@ -91,6 +91,9 @@ impl New {
 #[derive(FromPyObject)]
 struct AsksFor(Tensor, f32, Option<f32>, Option<Vec<f32>>);
 
+/// A gain, and whether it was enough.
+type Gain = Option<(f32, bool)>;
+
 /// Batch, KV heads, key dim, value dim, dtype.
 type Sizes = (usize, usize, usize, usize, &'static str);
 
@@ -267,6 +270,11 @@ impl Layer {
             positions.collect_into(0, positions.len(), &mut out);
             Ok(out)
         })
+    }
+
+    /// What feedback could gain at most, and whether it is used, for keys and for values of a KV head; `None` where there is none.
+    fn feedback_gains(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<(Gain, Gain)> {
+        self.look(py, |layer| Ok(layer.head(row, head)?.gains()))
     }
 
     /// Bits of every key channel in each of a KV head's graded pages.

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use super::errors::to_python;
 use crate::attend::Rope;
 use crate::error::{Error, Result};
-use crate::quantize::{self, Block, Graded, Kivi, KvQuant, Rotated, Spacing, StaticKeys};
+use crate::quantize::{self, Block, Gptq, Graded, Kivi, KvQuant, Rotated, Spacing, StaticKeys};
 
 /// A checked way of storing keys, or values.
 #[pyclass(frozen, module = "kvpack._kvpack")]
@@ -100,6 +100,19 @@ impl Method {
             .transpose()
             .and_then(|keys| KvQuant::new(bits, &levels, norm, outliers, window, sinks, keys));
         checked(py, kvquant, |kvquant| quantize::Method::KvQuant(Arc::new(kvquant)))
+    }
+
+    /// The same with GPTQ's feedback; `metrics` are those of the KV heads, row by row, without them queries make them.
+    fn with_feedback(
+        &self,
+        py: Python<'_>,
+        damping: f32,
+        threshold: f32,
+        act_order: bool,
+        metrics: Option<Vec<Vec<f32>>>,
+    ) -> PyResult<Self> {
+        let gptq = Gptq::new(damping, threshold, act_order, metrics);
+        checked(py, gptq.and_then(|gptq| self.0.clone().with_feedback(gptq)), |method| method)
     }
 
     /// Graded channels, for keys.

@@ -1,21 +1,14 @@
 //! Fewer tokens: what an eviction sees of a forward, and how a layer lets tokens go.
 
 use super::head::KvHead;
-use super::layer::{Layer, New, Sequence};
+use super::layer::{Layer, New, Sequence, chosen};
 use crate::attend::Scratch;
-use crate::attend::kernels::{self, Kernels};
 use crate::evict::{Candidates, Eviction, NewQueries, Place, Queries, Scorer, select};
 use crate::pool;
-
-/// Tokens of a forward that is no prompt: what speculation appends.
-const SHORT: usize = 16;
+use crate::quantize::SHORT;
 
 /// Multiply-adds that take as long as scoring a token for one number of its key.
 const SCORING: usize = 8;
-
-fn chosen() -> &'static Kernels {
-    kernels::chosen().expect("the name was checked when the layer was made")
-}
 
 impl KvHead {
     /// Tells an eviction of the tokens that were just appended to head `h` of batch row `b`, `seen` positions having been seen

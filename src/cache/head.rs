@@ -1,10 +1,11 @@
 //! What one KV head of one sequence holds.
 
 use super::column::Column;
+use super::layer::chosen;
 use crate::attend::mat::MatMut;
 use crate::attend::{CHUNK, Head, KeyChunk, Positions, Scratch, key_chunks, padded, tile_rows};
 use crate::evict::Observed;
-use crate::quantize::{Codec, KeyPage, ValuePage};
+use crate::quantize::{SAMPLES, SHORT, Codec, KeyPage, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
 
 /// Tokens of a long prompt that are copied and packed at a time.
@@ -73,6 +74,27 @@ impl KvHead {
                 }
             }
         });
+    }
+
+    /// Tells feedback for keys of a prompt's queries, as [`Self::observe`] does.
+    pub(super) fn observe_moment(
+        &mut self,
+        query: &View<'_>,
+        [b, h]: [usize; 2],
+        kv_heads: usize,
+        valid: Option<&[bool]>,
+    ) {
+        let [_, heads, n, dim] = query.shape();
+        if n <= SHORT && !self.positions.is_empty() || !self.keys.plan.wants_moment() {
+            return;
+        }
+        let tokens: Vec<usize> = (0..n).filter(|&t| valid.is_none_or(|valid| valid[t])).collect();
+        let step = tokens.len().div_ceil(SAMPLES).max(1);
+        let readers = heads / kv_heads;
+        let places = tokens.iter().step_by(step).flat_map(|&t| (h * readers..(h + 1) * readers).map(move |r| (r, t)));
+        let mut q = vec![0.0; places.clone().count() * dim];
+        q.chunks_exact_mut(dim).zip(places).for_each(|(q, (reader, t))| query.row(b, reader, t).to_f32(q));
+        self.keys.plan.observe_moment(&q, dim, chosen());
     }
 
     /// How many numbers the codec's rule wants packed.
@@ -155,6 +177,11 @@ impl KvHead {
             }
             base += part.tokens;
         }
+    }
+
+    /// What feedback could gain at most, and whether it is used, for keys and for values.
+    pub fn gains(&self) -> (Option<(f32, bool)>, Option<(f32, bool)>) {
+        (self.keys.plan.gain(), self.values.plan.gain())
     }
 
     /// Positions of the tokens held.

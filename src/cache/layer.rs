@@ -6,10 +6,11 @@ use std::sync::Arc;
 use super::head::KvHead;
 use super::memory::{ARC_HEADER, Counter, Memory};
 use crate::attend::Softmax;
+use crate::attend::kernels::{self, Kernels};
 use crate::error::{Error, Result};
 use crate::evict::Eviction;
 use crate::pool;
-use crate::quantize::Codec;
+use crate::quantize::{Codec, Method};
 use crate::tensor::{Dtype, View};
 
 /// Multiply-adds that take as long as copying a number.
@@ -18,6 +19,11 @@ pub(super) const COPYING: usize = 8;
 /// Multiply-adds that take as long as packing a number.
 fn packing(codec: &Codec) -> usize {
     if *codec == Codec::EXACT { COPYING } else { 64 }
+}
+
+/// The kernels in use.
+pub(super) fn chosen() -> &'static Kernels {
+    kernels::chosen().expect("the name was checked when the layer was made")
 }
 
 /// What the first keys and values fix for all that follow.
@@ -237,7 +243,11 @@ impl Layer {
         let numbers = batch * heads * n * (shape.key_dim + shape.value_dim);
         pool::map(numbers * codec.map_or(COPYING, packing), work, |(b, h, head)| {
             if let Some(query) = graded {
-                head.observe(query, [b, h], shape.heads, row_valid(b));
+                if let Method::Graded(_) = self.codec.keys {
+                    head.observe(query, [b, h], shape.heads, row_valid(b));
+                } else {
+                    head.observe_moment(query, [b, h], shape.heads, row_valid(b));
+                }
             }
             head.append(k, v, [b, h], row_valid(b), seen, codec);
             if let Some(eviction) = &eviction {

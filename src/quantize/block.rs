@@ -7,16 +7,18 @@
 //!
 //! The scale is stored as f16, codes are computed from the unrounded one, as there. Codes of 8 bits are stored 128 higher.
 
+use std::sync::Arc;
+
 use half::f16;
 
-use super::refuse;
+use super::{Gptq, refuse};
 use crate::error::Result;
 
 /// Channels that share a scale.
 pub(super) const SIZE: usize = 32;
 
 /// The parameters of a block format.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Block {
     /// Bits of a code: 4 or 8.
     pub bits: u8,
@@ -24,6 +26,8 @@ pub struct Block {
     pub window: usize,
     /// Exact tokens at the beginning of a sequence.
     pub sinks: usize,
+    /// How roundings are made up for, if they are.
+    pub feedback: Option<Arc<Gptq>>,
 }
 
 impl Block {
@@ -35,7 +39,7 @@ impl Block {
         if !matches!(bits, 4 | 8) {
             return refuse("bits", bits, "4, 8");
         }
-        Ok(Self { bits, window, sinks })
+        Ok(Self { bits, window, sinks, feedback: None })
     }
 
     /// The code that stands for 0.
@@ -45,16 +49,26 @@ impl Block {
 
     /// The codes of a block, and its scale.
     pub(super) fn encode(&self, x: &[f32], codes: &mut [u8]) -> f16 {
-        let largest = x.iter().fold(0.0f32, |largest, &x| if x.abs() > largest.abs() { x } else { largest });
-        let scale = if self.bits == 8 { largest.abs() / 127.0 } else { largest / -8.0 };
+        let scale = self.scale(x);
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
         for (code, &x) in codes.iter_mut().zip(x) {
-            *code = if self.bits == 8 {
-                ((x * inverse).round() + 128.0) as u8
-            } else {
-                ((x * inverse + 8.5) as u8).min(15)
-            };
+            *code = self.code(x * inverse);
         }
         f16::from_f32(scale)
+    }
+
+    /// The scale of a block before it is rounded.
+    pub(super) fn scale(&self, x: &[f32]) -> f32 {
+        let largest = x.iter().fold(0.0f32, |largest, &x| if x.abs() > largest.abs() { x } else { largest });
+        if self.bits == 8 { largest.abs() / 127.0 } else { largest / -8.0 }
+    }
+
+    /// The code of a number in units of the scale; one beyond the block's largest, which feedback can make, is clamped.
+    pub(super) fn code(&self, x: f32) -> u8 {
+        if self.bits == 8 {
+            (x.round().clamp(-127.0, 127.0) + 128.0) as u8
+        } else {
+            ((x + 8.5) as u8).min(15)
+        }
     }
 }

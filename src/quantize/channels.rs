@@ -7,7 +7,7 @@ use half::f16;
 use half::slice::HalfBitsSliceExt;
 
 use super::kivi::MinMax;
-use super::{Method, PageBytes, Plan, bytes_of, levels, round};
+use super::{Factor, Method, PageBytes, Plan, bytes_of, levels, round};
 use crate::attend::codes::{packed_len, put_lane};
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
@@ -63,6 +63,9 @@ impl ChannelKeys {
             x.chunks_exact_mut(dim).for_each(|x| order.apply(x));
         }
         let group_words = page.group_words();
+        if let Some(factor) = method.feedback().and_then(|gptq| plan.factor(gptq, true)) {
+            x.chunks_exact_mut(group * dim).for_each(|x| feed_back(&factor, x, dim, page.bands[0].bits));
+        }
         for (x, words) in x.chunks_exact(group * dim).zip(page.words.chunks_exact_mut(group_words)) {
             pack_bands(&page.bands, x, dim, words);
         }
@@ -232,6 +235,26 @@ fn pack_bands(bands: &[Band], x: &[f32], dim: usize, mut words: &mut [u16]) {
         }
         words = rest;
         channel += band.channels;
+    }
+}
+
+/// Makes up for the roundings of a group of tokens `[group, dim]`, channel by channel: what is packed then has the grids and
+/// codes that were found here.
+fn feed_back(factor: &Factor, x: &mut [f32], dim: usize, bits: u8) {
+    let group = x.len() / dim;
+    let mut columns = vec![0.0; x.len()];
+    let places = |c: usize| (0..group).map(move |t| t * dim + c);
+    for (c, column) in columns.chunks_exact_mut(group).enumerate() {
+        column.iter_mut().zip(places(c)).for_each(|(to, from)| *to = x[from]);
+    }
+    factor.correct(&mut columns, group, |_, column| {
+        let least = column.iter().copied().fold(f32::INFINITY, f32::min);
+        let most = column.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let grid = MinMax::new(bits, least, most);
+        column.iter_mut().for_each(|x| *x = grid.decode(grid.code(bits, *x)));
+    });
+    for (c, column) in columns.chunks_exact(group).enumerate() {
+        column.iter().zip(places(c)).for_each(|(from, to)| x[to] = *from);
     }
 }
 

@@ -16,13 +16,15 @@
 //! into the query, `sum_t w_t v'_t = sum_t (w_t scale_t) code_t + sum_t w_t zero_t` a token's into its weight. What is
 //! folded becomes integers ([`crate::attend::folded`]).
 
+use std::sync::Arc;
+
 use half::f16;
 
-use super::{check_groups, levels, refuse, round};
+use super::{Gptq, check_groups, levels, refuse, round};
 use crate::error::Result;
 
 /// KIVI's parameters.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Kivi {
     /// Bits of a code: 2, 3, 4 or 8.
     pub bits: u8,
@@ -32,6 +34,8 @@ pub struct Kivi {
     pub window: usize,
     /// Exact tokens at the beginning of a sequence.
     pub sinks: usize,
+    /// How roundings are made up for, if they are.
+    pub feedback: Option<Arc<Gptq>>,
 }
 
 impl Kivi {
@@ -44,7 +48,7 @@ impl Kivi {
             return refuse("bits", bits, "2, 3, 4, 8");
         }
         check_groups(group, window)?;
-        Ok(Self { bits, group, window, sinks })
+        Ok(Self { bits, group, window, sinks, feedback: None })
     }
 
     pub(super) fn check_dims(&self, dim: usize) -> Result<()> {
@@ -54,10 +58,15 @@ impl Kivi {
         refuse("group", self.group, format!("multiples of 8 up to this model's head_dim, {dim}"))
     }
 
+    /// The grid of a group.
+    pub(super) fn grid(&self, x: &[f32]) -> MinMax {
+        let (min, max) = range(x);
+        MinMax::new(self.bits, min, max)
+    }
+
     /// The codes of a group, its scale and its zero-point.
     pub(super) fn encode(&self, x: &[f32], codes: &mut [u8]) -> (f16, f16) {
-        let (min, max) = range(x);
-        let grid = MinMax::new(self.bits, min, max);
+        let grid = self.grid(x);
         let (first, divisor, levels) = (grid.first(), grid.divisor(), levels(self.bits));
         for (code, &x) in codes.iter_mut().zip(x) {
             *code = round((x - first) / divisor, levels);
@@ -82,6 +91,16 @@ impl MinMax {
     /// What code 0 stands for: `code = round((x - first) / divisor)`.
     pub(super) fn first(self) -> f32 {
         self.zero.to_f32()
+    }
+
+    /// The code of a number of `bits` bits.
+    pub(super) fn code(self, bits: u8, x: f32) -> u8 {
+        round((x - self.first()) / self.divisor(), levels(bits))
+    }
+
+    /// What a code stands for.
+    pub(super) fn decode(self, code: u8) -> f32 {
+        self.zero.to_f32() + self.scale.to_f32() * f32::from(code)
     }
 
     /// The distance of codes. A group of equal numbers has scale 0, and all its codes are 0.

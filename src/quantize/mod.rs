@@ -9,6 +9,7 @@
 mod block;
 mod channels;
 mod exact;
+mod feedback;
 mod graded;
 mod kivi;
 mod kvquant;
@@ -22,11 +23,14 @@ mod unrotated;
 
 pub use block::Block;
 pub use channels::{Band, ChannelKeys};
+pub(crate) use feedback::SAMPLES;
+pub use feedback::{Factor, Gptq};
 pub use graded::Graded;
 pub use kivi::Kivi;
 pub use kvquant::{KvQuant, StaticKeys};
 pub use pages::{KeyPage, Page, PageBytes, ValuePage};
 pub use plan::Plan;
+pub(crate) use plan::SHORT;
 pub use rotated::{Rotated, Spacing};
 pub use tokens::{TokenKeys, TokenValues};
 pub use unrotated::UnrotatedKeys;
@@ -81,6 +85,9 @@ impl Codec {
     /// # Errors
     /// [`Error::Option`] when the method for values is one for keys only.
     pub fn new(keys: Method, values: Method) -> Result<Self> {
+        if values.feedback().is_some_and(|gptq| gptq.wants_queries()) {
+            return refuse("feedback", "GPTQ without metrics", "GPTQ with metrics, for values");
+        }
         if let Method::Graded(_) = values {
             return refuse("values", "graded", "exact, kivi, block, rotated, kvquant");
         }
@@ -117,6 +124,9 @@ impl Codec {
         }
         if let Method::KvQuant(_) = self.values {
             kvquant::check_dim(value_dim)?;
+        }
+        for (method, dim) in [(&self.keys, key_dim), (&self.values, value_dim)] {
+            method.feedback().map_or(Ok(()), |gptq| gptq.check_dims(heads, dim))?;
         }
         Ok(())
     }
@@ -158,7 +168,32 @@ impl Method {
 
     /// Whether what queries are like decides something.
     pub fn wants_queries(&self) -> bool {
-        matches!(self, Self::Graded(_))
+        matches!(self, Self::Graded(_)) || self.feedback().is_some_and(|gptq| gptq.wants_queries())
+    }
+
+    /// How roundings are made up for, if they are.
+    pub fn feedback(&self) -> Option<&Arc<Gptq>> {
+        match self {
+            Self::Kivi(Kivi { feedback, .. })
+            | Self::Block(Block { feedback, .. })
+            | Self::Rotated(Rotated { feedback, .. }) => feedback.as_ref(),
+            Self::Exact | Self::Graded(_) | Self::KvQuant(_) => None,
+        }
+    }
+
+    /// The same method with feedback.
+    ///
+    /// # Errors
+    /// [`Error::Option`] when it is none of those that can have it.
+    pub fn with_feedback(mut self, gptq: Gptq) -> Result<Self> {
+        let (Self::Kivi(Kivi { feedback, .. })
+        | Self::Block(Block { feedback, .. })
+        | Self::Rotated(Rotated { feedback, .. })) = &mut self
+        else {
+            return refuse("feedback", "GPTQ", "None with this method; GPTQ with KIVI, Q8, Q4, Rotated");
+        };
+        *feedback = Some(Arc::new(gptq));
+        Ok(self)
     }
 }
 

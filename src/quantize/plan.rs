@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use super::unrotated::HeadGrids;
-use super::{Band, KvQuant};
+use super::{Band, Factor, Gptq, KvQuant};
 use crate::attend::Basis;
+use crate::attend::kernels::Kernels;
+use crate::attend::mat::{Mat, MatMut};
 
 /// Tokens of a forward that may be taken back: what speculation appends.
-const SHORT: usize = 16;
+pub(crate) const SHORT: usize = 16;
 
 /// The least weight of a channel, as a share of the mean.
 const DAMPING: f32 = 1e-4;
@@ -29,11 +31,29 @@ pub struct Plan {
     moments: Vec<f32>,
     /// Those of each token of the last forward, if it was short: tokens that are taken back take theirs along.
     recent: Vec<f32>,
+    /// What feedback goes by.
+    fed: Fed,
     /// Tokens sealed with any plan.
     pub(super) sealed: usize,
     /// Tokens after which bands are chosen again.
     pub(super) renewal: usize,
 }
+
+/// Feedback: from what, and what it came to.
+#[derive(Clone, Default)]
+struct Fed {
+    /// The second moment of prompts' queries `[dim, dim]`, as long as more of them would tell more.
+    queries: Vec<f32>,
+    /// Queries in it.
+    rows: usize,
+    /// Queries after which the factor is made again.
+    renewal: usize,
+    factor: Option<Arc<Factor>>,
+    used: bool,
+}
+
+/// Queries after which more would change little.
+const ENOUGH: usize = 8192;
 
 impl Plan {
     /// Nothing is decided yet for KV head number `head`.
@@ -57,6 +77,45 @@ impl Plan {
         } else {
             (0..tokens).for_each(|t| squares(t, &mut self.moments));
         }
+    }
+
+    /// Takes queries of a prompt `[rows, dim]` into account for feedback.
+    pub fn observe_moment(&mut self, q: &[f32], dim: usize, kernels: &Kernels) {
+        let rows = q.len() / dim;
+        self.fed.queries.resize(dim * dim, 0.0);
+        self.fed.rows += rows;
+        let mut turned = vec![0.0; q.len()];
+        for (t, q) in q.chunks_exact(dim).enumerate() {
+            (0..dim).for_each(|c| turned[c * rows + t] = q[c]);
+        }
+        let out = MatMut::new(&mut self.fed.queries, dim, dim);
+        (kernels.matmul)(Mat::new(&turned, dim, rows), Mat::new(q, rows, dim), dim, out);
+    }
+
+    /// Whether a prompt's queries are wanted.
+    pub fn wants_moment(&self) -> bool {
+        self.fed.rows < ENOUGH
+    }
+
+    /// What feedback does, in the coordinates of the pages; `ordered`: the numbers may be rounded in any order. `None` where it
+    /// gains too little, or no query was seen. It is decided again when the queries have doubled.
+    pub(super) fn factor(&mut self, gptq: &Gptq, ordered: bool) -> Option<Arc<Factor>> {
+        let fed = &mut self.fed;
+        if fed.factor.is_none() || fed.rows >= fed.renewal {
+            let factor = gptq.factor(self.head, &fed.queries, self.basis.as_ref(), ordered);
+            fed.used = factor.as_ref().is_some_and(|factor| gptq.uses(factor));
+            fed.factor = factor.map(Arc::new);
+            fed.renewal = if fed.rows == 0 || fed.rows >= ENOUGH { usize::MAX } else { 2 * fed.rows };
+            if fed.rows >= ENOUGH {
+                fed.queries = Vec::new();
+            }
+        }
+        fed.factor.clone().filter(|_| fed.used)
+    }
+
+    /// What feedback could gain at most, and whether it is used; `None` before that was decided, or where no query was seen.
+    pub fn gain(&self) -> Option<(f32, bool)> {
+        Some((self.fed.factor.as_ref()?.gain, self.fed.used))
     }
 
     /// Forgets the queries of the `n` newest tokens, as far as they are known apart.
@@ -101,7 +160,8 @@ impl Plan {
 
     /// Bytes allocated for the plan.
     pub fn bytes(&self) -> usize {
-        (self.moments.capacity() + self.recent.capacity()) * size_of::<f32>()
+        (self.moments.capacity() + self.recent.capacity() + self.fed.queries.capacity()) * size_of::<f32>()
+            + self.fed.factor.as_ref().map_or(0, |factor| factor.bytes())
             + self.basis.as_ref().map_or(0, |basis| basis.bytes())
             + self.grids.as_ref().map_or(0, |grids| grids.bytes())
             + self.bands.as_ref().map_or(0, |bands| size_of_val(&**bands))

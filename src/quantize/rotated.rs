@@ -19,7 +19,7 @@ use std::sync::Arc;
 use half::f16;
 
 use super::levels::{TOP, Table, lloyd_max};
-use super::{levels, refuse, round};
+use super::{Gptq, levels, refuse, round};
 use crate::attend::codes::{Levels, MOST_OUTER};
 use crate::error::Result;
 
@@ -36,6 +36,8 @@ pub struct Rotated {
     pub sinks: usize,
     /// Of the random signs.
     pub seed: u64,
+    /// How roundings are made up for, if they are.
+    pub feedback: Option<Arc<Gptq>>,
     /// Lloyd's and Max's levels; without them they are evenly spaced.
     table: Option<Arc<Table>>,
 }
@@ -70,7 +72,7 @@ impl Rotated {
                 Some(Arc::new(Table::new(&levels)))
             }
         };
-        Ok(Self { bits, group, window, sinks, seed, table })
+        Ok(Self { bits, group, window, sinks, seed, feedback: None, table })
     }
 
     /// What codes stand for, if not for themselves.
@@ -98,25 +100,39 @@ impl Rotated {
 
     /// The codes of rotated numbers, and their scale.
     pub(super) fn encode(&self, y: &[f32], codes: &mut [u8]) -> f16 {
-        let origin = self.origin();
-        let square: f32 = y.iter().map(|y| y * y).sum();
-        let rms = (square / y.len() as f32).sqrt();
-        let largest = y.iter().fold(0.0f32, |largest, y| largest.max(y.abs()));
-        if square == 0.0 {
-            codes.fill(0);
-            return f16::ZERO;
-        }
-        let [normal, whole] = [self.best_step() * rms, largest / origin];
-        let step = if self.error(y, whole) < self.error(y, normal) { whole } else { normal };
-        let mut product = 0.0;
+        let step = self.step(y);
         for (code, &y) in codes.iter_mut().zip(y) {
             *code = self.code(y / step);
-            product += y * (self.stands_for(*code) - origin);
         }
-        f16::from_f32(square / product)
+        self.scale(y, codes)
     }
 
-    fn code(&self, y: f32) -> u8 {
+    /// The step with which numbers are coded; infinite where all are 0.
+    pub(super) fn step(&self, y: &[f32]) -> f32 {
+        let square: f32 = y.iter().map(|y| y * y).sum();
+        if square == 0.0 {
+            return f32::INFINITY;
+        }
+        let rms = (square / y.len() as f32).sqrt();
+        let largest = y.iter().fold(0.0f32, |largest, y| largest.max(y.abs()));
+        let [normal, whole] = [self.best_step() * rms, largest / self.origin()];
+        if self.error(y, whole) < self.error(y, normal) { whole } else { normal }
+    }
+
+    /// The scale that is stored with the codes of numbers.
+    pub(super) fn scale(&self, y: &[f32], codes: &[u8]) -> f16 {
+        let square: f32 = y.iter().map(|y| y * y).sum();
+        let product: f32 = y.iter().zip(codes).map(|(y, &code)| y * (self.stands_for(code) - self.origin())).sum();
+        if square == 0.0 || product <= 0.0 { f16::ZERO } else { f16::from_f32(square / product) }
+    }
+
+    /// What a code stands for when numbers are coded with `step`.
+    pub(super) fn decode(&self, code: u8, step: f32) -> f32 {
+        if step.is_finite() { step * (self.stands_for(code) - self.origin()) } else { 0.0 }
+    }
+
+    /// The code of a number in steps.
+    pub(super) fn code(&self, y: f32) -> u8 {
         match &self.table {
             Some(table) => table.nearest(y + TOP / 2.0),
             None => round(y + levels(self.bits) / 2.0, levels(self.bits)),

@@ -2,6 +2,7 @@
 
 from .calibrated import Calibrated
 from .evict import A2SF, H2O, TOVA, AdaKV, Evict, KeyDiff, L2Norm, Longformer, PyramidKV, Random, SnapKV, StreamingLLM
+from .feedback import GPTQ
 from .kvquant import KVQuant, KVQuantTables
 from .presets import PRESETS
 from .quantize import KIVI, Q4, Q8, Apart, Exact, Graded, Layers, Quantize, Rotated, Site
@@ -10,6 +11,7 @@ from .registry import EVICT, QUANTIZE
 __all__ = [
     "A2SF",
     "EVICT",
+    "GPTQ",
     "H2O",
     "TOVA",
     "AdaKV",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from .. import _kvpack
 from ..errors import OptionError
+from .feedback import GPTQ, checked
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,26 @@ class Exact(Quantize):
     values_method = keys_method
 
 
+class _Fed(Quantize):
+    """A codec whose keys and values are stored alike, with feedback or without."""
+
+    feedback: GPTQ | None
+
+    @abstractmethod
+    def _method(self) -> _kvpack.Method:
+        """How both are stored, without feedback."""
+
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+        """How keys are stored, with the feedback of their queries."""
+        return self._method() if self.feedback is None else self.feedback.for_keys(self._method())
+
+    def values_method(self, site: Site | None = None) -> _kvpack.Method:
+        """How values are stored, with the feedback of the layer's output projection."""
+        return self._method() if self.feedback is None else self.feedback.for_values(self._method(), site)
+
+
 @dataclass(frozen=True)
-class KIVI(Quantize):
+class KIVI(_Fed):
     """Asymmetric quantisation, keys per channel and values per token (Liu et al. 2024, arXiv 2402.02750).
 
     A group shares a scale and a zero-point, both float16: `zero = min`, `scale = (max - min) / (2^bits - 1)`,
@@ -98,6 +117,7 @@ class KIVI(Quantize):
             most 256 and at most the head dim. The last group of a value may be shorter.
         window: the paper's residual length, in tokens; a multiple of `group`.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads. The paper has none (0).
+        feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
     """
 
     name: ClassVar[str] = "kivi"
@@ -107,34 +127,32 @@ class KIVI(Quantize):
     group: int = 32
     window: int = 128
     sinks: int = 4
+    feedback: GPTQ | None = None
 
     def __post_init__(self) -> None:
         check_whole(self, bits=1, group=1, window=1, sinks=0)
         check_bits(self, "bits", (2, 3, 4, 8))
-        self.keys_method()  # Rust knows the rest of the rules
+        object.__setattr__(self, "feedback", checked(self.feedback))
+        self._method()  # Rust knows the rest of the rules
 
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
-        """Per channel."""
+    def _method(self) -> _kvpack.Method:
         return _kvpack.Method.kivi(self.bits, self.group, self.window, self.sinks)
-
-    values_method = keys_method  # per token
 
 
 @dataclass(frozen=True)
-class _Block(Quantize):
+class _Block(_Fed):
     bits: ClassVar[int]
 
     window: int = 0
     sinks: int = 0
+    feedback: GPTQ | None = None
 
     def __post_init__(self) -> None:
         check_whole(self, window=0, sinks=0)
+        object.__setattr__(self, "feedback", checked(self.feedback))
 
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
-        """Per token."""
+    def _method(self) -> _kvpack.Method:
         return _kvpack.Method.block(self.bits, self.window, self.sinks)
-
-    values_method = keys_method
 
 
 @dataclass(frozen=True)
@@ -146,6 +164,7 @@ class Q8(_Block):
     Attributes:
         window: newest tokens that stay exact.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
+        feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
     """
 
     name: ClassVar[str] = "q8"
@@ -162,6 +181,7 @@ class Q4(_Block):
     Attributes:
         window: newest tokens that stay exact.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
+        feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
     """
 
     name: ClassVar[str] = "q4"
@@ -170,7 +190,7 @@ class Q4(_Block):
 
 
 @dataclass(frozen=True)
-class Rotated(Quantize):
+class Rotated(_Fed):
     """A randomised Hadamard transform, then one scale a token and a uniform grid.
 
     The rotation and the scale a token are TurboQuant-MSE's (Zandieh et al. 2025, arXiv 2504.19874). The paper has Lloyd
@@ -187,6 +207,7 @@ class Rotated(Quantize):
         window: newest tokens that stay exact.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
         seed: of the random signs.
+        feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
     """
 
     name: ClassVar[str] = "rotated"
@@ -203,19 +224,18 @@ class Rotated(Quantize):
     window: int = 128
     sinks: int = 4
     seed: int = 0
+    feedback: GPTQ | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "feedback", checked(self.feedback))
         check_whole(self, bits=1, group=0, window=0, sinks=0, seed=0)
         check_bits(self, "bits", (2, 3, 4, 8))
         if self.levels not in ("uniform", "lloyd-max"):
             raise OptionError(f"levels={self.levels!r} is not accepted; accepted: 'uniform', 'lloyd-max'")
-        self.keys_method()
+        self._method()
 
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
-        """Per token."""
+    def _method(self) -> _kvpack.Method:
         return _kvpack.Method.rotated(self.bits, self.levels, self.group, self.window, self.sinks, self.seed)
-
-    values_method = keys_method
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 mod keys;
 mod values;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
@@ -14,7 +15,7 @@ pub use values::TokenValues;
 
 use super::kvquant::{KvQuant, rest};
 use super::outliers::Outliers;
-use super::{Block, Kivi, Method, Plan, Rotated, block};
+use super::{Block, Factor, Kivi, Method, Plan, Rotated, block};
 use crate::attend::Basis;
 use crate::attend::codes::Levels;
 use crate::tensor::Rows;
@@ -36,6 +37,8 @@ enum Coding {
 struct Format {
     coding: Coding,
     dim: usize,
+    /// What makes up for roundings, if anything does.
+    factor: Option<Arc<Factor>>,
 }
 
 impl Format {
@@ -51,7 +54,8 @@ impl Format {
             Method::KvQuant(kvquant) => Coding::KvQuant(Arc::clone(kvquant)),
             Method::Exact | Method::Graded(_) => panic!("{method:?} has no pages with a grid a token"),
         };
-        Self { coding, dim }
+        let factor = method.feedback().and_then(|gptq| plan.factor(gptq, false));
+        Self { coding, dim, factor }
     }
 
     fn bits(&self) -> u8 {
@@ -128,6 +132,11 @@ impl Format {
                 put(t, &codes, &[grid], &outliers);
                 continue;
             }
+            if let Some(factor) = &self.factor {
+                self.encode_fed_back(factor, x, &mut codes, &mut grids);
+                put(t, &codes, &grids, &[]);
+                continue;
+            }
             let groups = x.chunks(self.group()).zip(codes.chunks_mut(self.group()));
             for ((x, codes), grid) in groups.zip(&mut grids) {
                 *grid = match &self.coding {
@@ -139,6 +148,53 @@ impl Format {
             }
             put(t, &codes, &grids, &[]);
         }
+    }
+
+    /// Codes and grids of a vector with feedback. A group's grid is that of its numbers when their turn comes.
+    fn encode_fed_back(&self, factor: &Factor, x: &mut [f32], codes: &mut [u8], grids: &mut [(f16, f16)]) {
+        let exact = x.to_vec();
+        for (j, first) in (0..self.dim).step_by(self.group()).enumerate() {
+            let range = first..self.dim.min(first + self.group());
+            let own = &x[range.clone()];
+            grids[j] = match &self.coding {
+                Coding::Kivi(kivi) => {
+                    let grid = kivi.grid(own);
+                    let (code, decode) = (|x| grid.code(kivi.bits, x), |code| grid.decode(code));
+                    feed_back(factor, range, (&exact, x, codes), code, decode);
+                    (grid.scale, grid.zero)
+                }
+                Coding::Block(block) => {
+                    let scale = block.scale(own);
+                    let (stored, inverse) = (f16::from_f32(scale), if scale == 0.0 { 0.0 } else { 1.0 / scale });
+                    let decode = |code| stored.to_f32() * (f32::from(code) - block.origin());
+                    feed_back(factor, range, (&exact, x, codes), |x| block.code(x * inverse), decode);
+                    (stored, f16::ZERO)
+                }
+                Coding::Rotated(rotated, _) => {
+                    let step = rotated.step(own);
+                    let (code, decode) = (|x| rotated.code(x / step), |code| rotated.decode(code, step));
+                    feed_back(factor, range.clone(), (&exact, x, codes), code, decode);
+                    (rotated.scale(&exact[range.clone()], &codes[range]), f16::ZERO)
+                }
+                Coding::KvQuant(_) => unreachable!("it has no feedback"),
+            };
+        }
+    }
+}
+
+/// Codes numbers `range` of a vector one after the other: `code` and `decode` are those of their group's grid, and what a code
+/// lacks is passed on to all numbers behind it. `exact` is the vector as it was.
+fn feed_back(
+    factor: &Factor,
+    range: Range<usize>,
+    (exact, x, codes): (&[f32], &mut [f32], &mut [u8]),
+    code: impl Fn(f32) -> u8,
+    decode: impl Fn(u8) -> f32,
+) {
+    for k in range {
+        codes[k] = code(x[k]);
+        let error = exact[k] - decode(codes[k]);
+        factor.pass_on(k, error, &mut x[k + 1..]);
     }
 }
 

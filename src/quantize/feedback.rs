@@ -1,0 +1,256 @@
+//! GPTQ's error feedback (Frantar et al. 2022, arXiv 2210.17323) for cached vectors: what rounding one number does is made up
+//! for by the numbers that are rounded after it, in a metric `H` that says what errors cost.
+//!
+//! ```text
+//! H = U D U^T, U unit upper triangular          e^T H e = sum_k D_k (e_k + sum_(i < k) U_ik e_i)^2
+//! y_k = x_k + sum_(i < k) U_ik (x_i - x'_i)     x'_k = y_k, rounded
+//! ```
+//!
+//! This is Babai's nearest plane, and gives GPTQ's codes without an inverse of `H`. Keys have the metric of the queries that
+//! read them, `H = E[q q^T]` over the query heads of their KV head (`SQuat`, arXiv 2503.24358, does this in blocks); values that
+//! of the output projection, `H = sum W_o^T W_o`. Nothing of it is stored with the tokens, and reading costs nothing.
+
+use std::sync::Arc;
+
+use super::refuse;
+use crate::attend::Basis;
+use crate::error::{Error, Result};
+
+/// Tokens of a prompt whose queries are looked at: so many tell as much as all.
+pub(crate) const SAMPLES: usize = 512;
+
+/// The parameters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gptq {
+    /// What is added to the metric's diagonal, as a share of its mean.
+    damping: f32,
+    /// The least gain (see [`Factor::gain`]) for which feedback is used.
+    threshold: f32,
+    /// Whether numbers that weigh more are rounded first, where a format's groups leave that free.
+    act_order: bool,
+    /// `H` of every KV head, row by row; without it the prompt's own queries make it.
+    metrics: Option<Box<[Box<[f32]>]>>,
+}
+
+impl Gptq {
+    /// Checks the parameters.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for the first that does not fit.
+    pub fn new(damping: f32, threshold: f32, act_order: bool, metrics: Option<Vec<Vec<f32>>>) -> Result<Self> {
+        if !(damping > 0.0 && damping.is_finite()) {
+            return refuse("damping", damping, "positive numbers");
+        }
+        if !(threshold >= 0.0 && threshold.is_finite()) {
+            return refuse("threshold", threshold, "0 and positive numbers");
+        }
+        if let Some(x) = metrics.iter().flatten().flatten().find(|x| !x.is_finite()) {
+            return refuse("metrics", x, "finite numbers");
+        }
+        let metrics = metrics.map(|heads| heads.into_iter().map(Into::into).collect());
+        Ok(Self { damping, threshold, act_order, metrics })
+    }
+
+    /// Whether the queries of a prompt have to be seen.
+    pub(super) fn wants_queries(&self) -> bool {
+        self.metrics.is_none()
+    }
+
+    /// Checks that there is a metric of the right size for every head.
+    pub(super) fn check_dims(&self, heads: Option<usize>, dim: usize) -> Result<()> {
+        let Some(metrics) = &self.metrics else { return Ok(()) };
+        let fits = metrics.iter().all(|metric| metric.len() == dim * dim);
+        if fits && heads.is_none_or(|heads| heads == metrics.len()) {
+            return Ok(());
+        }
+        Err(Error::Option {
+            name: "metrics",
+            given: format!("{} of {:?} numbers", metrics.len(), metrics.first().map_or(0, |metric| metric.len())),
+            accepted: format!("one of {dim} x {dim} for each of the layer's {} heads", heads.unwrap_or(metrics.len())),
+        })
+    }
+
+    /// What feedback does for head `head`, in the coordinates of `basis`; `queries` is their second moment, unless metrics were
+    /// given. `None` where no query was seen.
+    pub(super) fn factor(
+        &self,
+        head: usize,
+        queries: &[f32],
+        basis: Option<&Arc<Basis>>,
+        ordered: bool,
+    ) -> Option<Factor> {
+        let metric = self.metrics.as_ref().map_or(queries, |metrics| &metrics[head]);
+        let dim = metric.len().isqrt();
+        let mut metric = metric.to_vec();
+        let mean = (0..dim).map(|i| metric[i * dim + i]).sum::<f32>() / dim as f32;
+        if !(mean > 0.0 && mean.is_finite()) {
+            return None;
+        }
+        if let Some(basis) = basis {
+            turn(&mut metric, dim, basis);
+        }
+        (0..dim).for_each(|i| metric[i * dim + i] += self.damping * mean);
+        let mut order: Vec<u16> = (0..dim as u16).collect();
+        if ordered && self.act_order {
+            let weight = |&i: &u16| metric[usize::from(i) * (dim + 1)];
+            order.sort_by(|i, j| weight(j).total_cmp(&weight(i)));
+        }
+        Some(Factor::new(&metric, order.into()))
+    }
+
+    /// Whether a factor is worth its work.
+    pub(super) fn uses(&self, factor: &Factor) -> bool {
+        factor.gain >= self.threshold
+    }
+}
+
+/// `H <- T H T^T` with the change of coordinates `T`.
+fn turn(metric: &mut [f32], dim: usize, basis: &Basis) {
+    for _ in 0..2 {
+        metric.chunks_exact_mut(dim).for_each(|row| basis.apply(row));
+        for i in 0..dim {
+            for j in 0..i {
+                metric.swap(i * dim + j, j * dim + i);
+            }
+        }
+    }
+}
+
+/// `U` of a metric, for numbers in some order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Factor {
+    order: Box<[u16]>,
+    /// Row after row of `U`, each from behind its diagonal on.
+    rows: Box<[f32]>,
+    /// Arithmetic over geometric mean of the eigenvalues: the most by which feedback can lessen the expected square of an
+    /// error on evenly spaced levels.
+    pub gain: f32,
+}
+
+impl Factor {
+    fn new(metric: &[f32], order: Box<[u16]>) -> Self {
+        let dim = order.len();
+        let at = |i: usize, j: usize| f64::from(metric[usize::from(order[i]) * dim + usize::from(order[j])]);
+        let (mut u, mut d) = (vec![0.0f64; dim * dim], vec![0.0f64; dim]);
+        for j in (0..dim).rev() {
+            let rest = |u: &[f64], d: &[f64], i: usize| -> f64 {
+                (j + 1..dim).map(|k| u[i * dim + k] * u[j * dim + k] * d[k]).sum()
+            };
+            d[j] = (at(j, j) - rest(&u, &d, j)).max(f64::MIN_POSITIVE);
+            for i in 0..j {
+                u[i * dim + j] = (at(i, j) - rest(&u, &d, i)) / d[j];
+            }
+        }
+        let mean = (0..dim).map(|i| at(i, i)).sum::<f64>() / dim as f64;
+        let geometric = (d.iter().map(|d| d.ln()).sum::<f64>() / dim as f64).exp();
+        let rows = (0..dim).flat_map(|i| u[i * dim + i + 1..(i + 1) * dim].iter().map(|&u| u as f32)).collect();
+        Self { order, rows, gain: (mean / geometric) as f32 }
+    }
+
+    /// The order in which numbers are rounded.
+    pub(super) fn order(&self) -> impl Iterator<Item = usize> + '_ {
+        self.order.iter().map(|&i| usize::from(i))
+    }
+
+    /// What an error of the number that is rounded as `k`-th adds to those that come after it, one factor each.
+    fn row(&self, k: usize) -> &[f32] {
+        let dim = self.order.len();
+        let start = k * (2 * dim - k - 1) / 2;
+        &self.rows[start..start + dim - 1 - k]
+    }
+
+    /// Adds to columns `[dim, n]` of `n` vectors what makes up for the roundings before; `round(channel, column)` turns a
+    /// column into what it will stand for.
+    pub(super) fn correct(&self, columns: &mut [f32], n: usize, mut round: impl FnMut(usize, &mut [f32])) {
+        let exact = columns.to_vec();
+        let mut error = vec![0.0; n];
+        for (k, channel) in self.order().enumerate() {
+            error.copy_from_slice(&columns[channel * n..][..n]);
+            round(channel, &mut error);
+            error.iter_mut().zip(&exact[channel * n..]).for_each(|(rounded, x)| *rounded = x - *rounded);
+            for (&factor, &later) in self.row(k).iter().zip(&self.order[k + 1..]) {
+                let later = &mut columns[usize::from(later) * n..][..n];
+                later.iter_mut().zip(&error).for_each(|(x, error)| *x += factor * error);
+            }
+        }
+    }
+
+    /// Adds to the numbers of a vector that come after number `k`, in their own order, what makes up for the error of it.
+    pub(super) fn pass_on(&self, k: usize, error: f32, later: &mut [f32]) {
+        later.iter_mut().zip(self.row(k)).for_each(|(x, factor)| *x += factor * error);
+    }
+
+    /// Bytes allocated.
+    pub(super) fn bytes(&self) -> usize {
+        size_of::<Self>() + size_of_val(&*self.order) + size_of_val(&*self.rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A metric with much off its diagonal.
+    fn metric(dim: usize) -> Vec<f32> {
+        let at = |i: usize, j: usize| (0..3 * dim).map(|t| wave(i, t) * wave(j, t)).sum::<f32>();
+        (0..dim * dim).map(|n| at(n / dim, n % dim)).collect()
+    }
+
+    fn wave(i: usize, t: usize) -> f32 {
+        ((i * t) as f32 * 0.37).sin() + (t as f32 * 0.11).cos() + 0.1 * ((i * 7 + t * 13) as f32).sin()
+    }
+
+    fn cost(metric: &[f32], error: &[f32]) -> f32 {
+        let dim = error.len();
+        (0..dim * dim).map(|n| metric[n] * error[n / dim] * error[n % dim]).sum()
+    }
+
+    #[test]
+    fn feedback_is_gptqs_and_lessens_the_cost() {
+        let (dim, n) = (24, 10);
+        let h = metric(dim);
+        let gptq = Gptq::new(0.01, 0.0, true, Some(vec![h.clone()])).unwrap();
+        let factor = gptq.factor(0, &[], None, true).unwrap();
+        assert!(factor.gain > 1.5, "{}", factor.gain);
+        let x: Vec<f32> = (0..dim * n).map(|i| ((i * i) as f32 * 0.173).sin() * 3.0).collect();
+        let mut columns = x.clone();
+        factor.correct(&mut columns, n, |_, column| column.iter_mut().for_each(|x| *x = x.round()));
+        let error = |columns: &[f32], t: usize| -> Vec<f32> {
+            (0..dim).map(|c| x[c * n + t] - columns[c * n + t].round()).collect()
+        };
+        let total = |columns: &[f32]| (0..n).map(|t| cost(&h, &error(columns, t))).sum::<f32>();
+        assert!(total(&columns) < 0.7 * total(&x), "{} {}", total(&columns), total(&x));
+        // Given what came before, every number is rounded to where the rest could make up for it best: no single step of
+        // the last number is better.
+        let last = factor.order().last().unwrap();
+        for t in 0..n {
+            let own = error(&columns, t);
+            for step in [-1.0, 1.0] {
+                let mut other = own.clone();
+                other[last] += step;
+                let damped = |e: &[f32]| cost(&h, e) + 0.01 * (0..dim).map(|i| h[i * dim + i]).sum::<f32>() / dim as f32 * e.iter().map(|e| e * e).sum::<f32>();
+                assert!(damped(&own) <= damped(&other) * (1.0 + 1e-4));
+            }
+        }
+    }
+
+    #[test]
+    fn a_diagonal_metric_changes_nothing() {
+        let h: Vec<f32> = (0..64).map(|n| if n % 9 == 0 { 1.0 + n as f32 } else { 0.0 }).collect();
+        let factor = Gptq::new(0.1, 0.0, true, Some(vec![h])).unwrap().factor(0, &[], None, true).unwrap();
+        let x: Vec<f32> = (0..16).map(|i| i as f32 * 0.3).collect();
+        let mut columns = x.clone();
+        factor.correct(&mut columns, 2, |_, column| column.iter_mut().for_each(|x| *x = x.round()));
+        assert_eq!(columns, x);
+        assert!(factor.gain > 1.0);
+    }
+
+    #[test]
+    fn a_rotation_keeps_the_spectrum() {
+        let h = metric(16);
+        let gptq = Gptq::new(0.1, 0.0, false, Some(vec![h])).unwrap();
+        let basis = Arc::new(Basis::hadamard(16, 1));
+        let [plain, turned] = [None, Some(&basis)].map(|basis| gptq.factor(0, &[], basis, false).unwrap().gain);
+        assert!((plain / turned - 1.0).abs() < 1e-4, "{plain} {turned}");
+    }
+}
