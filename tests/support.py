@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -49,6 +50,8 @@ CODECS = [
     Tabled(bits=3, outliers=0.02, window=16),
     kvpack.Graded(key_bits=2.5, value_bits=2),
     kvpack.Apart(kvpack.KIVI(bits=4, group=64), kvpack.Rotated(bits=8)),
+    kvpack.KIVI(bits=3, window=64, feedback=kvpack.GPTQ(threshold=0.0)),
+    kvpack.Rotated(bits=4, window=16, feedback=kvpack.GPTQ(threshold=0.0)),
 ]
 
 
@@ -56,6 +59,8 @@ def codec_id(codec: Any) -> str:
     """The codec's name and numbers: `kivi2`, `graded2.5-2`."""
     if isinstance(codec, kvpack.Apart):
         return f"{codec_id(codec.keys)}/{codec_id(codec.values)}"
+    if getattr(codec, "feedback", None):
+        return f"gptq-{codec_id(dataclasses.replace(codec, feedback=None))}"
     if getattr(codec, "levels", "uniform") != "uniform":
         return f"{codec.levels}{codec.bits}"
     bits = [getattr(codec, name) for name in ("bits", "key_bits", "value_bits") if hasattr(codec, name)]

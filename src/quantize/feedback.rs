@@ -2,11 +2,12 @@
 //! for by the numbers that are rounded after it, in a metric `H` that says what errors cost.
 //!
 //! ```text
-//! H = U D U^T, U unit upper triangular          e^T H e = sum_k D_k (e_k + sum_(i < k) U_ik e_i)^2
-//! y_k = x_k + sum_(i < k) U_ik (x_i - x'_i)     x'_k = y_k, rounded
+//! H = U D U^T, U unit upper triangular      T = U^-1
+//! for k in order:  x'_k = x_k, rounded      x_j <- x_j - T_kj (x_k - x'_k) for all j behind k
 //! ```
 //!
-//! This is Babai's nearest plane, and gives GPTQ's codes without an inverse of `H`. Keys have the metric of the queries that
+//! `T` is what GPTQ has as `chol(H^-1)`, its rows divided by their diagonal: after each step the numbers to come are the best
+//! ones for the errors made so far (it is Babai's nearest plane, too). Keys have the metric of the queries that
 //! read them, `H = E[q q^T]` over the query heads of their KV head (`SQuat`, arXiv 2503.24358, does this in blocks); values that
 //! of the output projection, `H = sum W_o^T W_o`. Nothing of it is stored with the tokens, and reading costs nothing.
 
@@ -116,11 +117,11 @@ fn turn(metric: &mut [f32], dim: usize, basis: &Basis) {
     }
 }
 
-/// `U` of a metric, for numbers in some order.
+/// `T` of a metric, for numbers in some order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Factor {
     order: Box<[u16]>,
-    /// Row after row of `U`, each from behind its diagonal on.
+    /// Row after row of `T`, each from behind its diagonal on.
     rows: Box<[f32]>,
     /// Arithmetic over geometric mean of the eigenvalues: the most by which feedback can lessen the expected square of an
     /// error on evenly spaced levels.
@@ -143,6 +144,7 @@ impl Factor {
         }
         let mean = (0..dim).map(|i| at(i, i)).sum::<f64>() / dim as f64;
         let geometric = (d.iter().map(|d| d.ln()).sum::<f64>() / dim as f64).exp();
+        invert(&mut u, dim);
         let rows = (0..dim).flat_map(|i| u[i * dim + i + 1..(i + 1) * dim].iter().map(|&u| u as f32)).collect();
         Self { order, rows, gain: (mean / geometric) as f32 }
     }
@@ -152,37 +154,46 @@ impl Factor {
         self.order.iter().map(|&i| usize::from(i))
     }
 
-    /// What an error of the number that is rounded as `k`-th adds to those that come after it, one factor each.
+    /// What an error of the number that is rounded as `k`-th takes off those that come after it, one factor each.
     fn row(&self, k: usize) -> &[f32] {
         let dim = self.order.len();
         let start = k * (2 * dim - k - 1) / 2;
         &self.rows[start..start + dim - 1 - k]
     }
 
-    /// Adds to columns `[dim, n]` of `n` vectors what makes up for the roundings before; `round(channel, column)` turns a
+    /// Changes columns `[dim, n]` of `n` vectors by what makes up for the roundings before; `round(channel, column)` turns a
     /// column into what it will stand for.
     pub(super) fn correct(&self, columns: &mut [f32], n: usize, mut round: impl FnMut(usize, &mut [f32])) {
-        let exact = columns.to_vec();
         let mut error = vec![0.0; n];
         for (k, channel) in self.order().enumerate() {
             error.copy_from_slice(&columns[channel * n..][..n]);
             round(channel, &mut error);
-            error.iter_mut().zip(&exact[channel * n..]).for_each(|(rounded, x)| *rounded = x - *rounded);
+            error.iter_mut().zip(&columns[channel * n..]).for_each(|(rounded, x)| *rounded = x - *rounded);
             for (&factor, &later) in self.row(k).iter().zip(&self.order[k + 1..]) {
                 let later = &mut columns[usize::from(later) * n..][..n];
-                later.iter_mut().zip(&error).for_each(|(x, error)| *x += factor * error);
+                later.iter_mut().zip(&error).for_each(|(x, error)| *x -= factor * error);
             }
         }
     }
 
-    /// Adds to the numbers of a vector that come after number `k`, in their own order, what makes up for the error of it.
+    /// Changes the numbers of a vector that come after number `k`, in their own order, by what makes up for the error of it.
     pub(super) fn pass_on(&self, k: usize, error: f32, later: &mut [f32]) {
-        later.iter_mut().zip(self.row(k)).for_each(|(x, factor)| *x += factor * error);
+        later.iter_mut().zip(self.row(k)).for_each(|(x, factor)| *x -= factor * error);
     }
 
     /// Bytes allocated.
     pub(super) fn bytes(&self) -> usize {
         size_of::<Self>() + size_of_val(&*self.order) + size_of_val(&*self.rows)
+    }
+}
+
+/// Inverts a unit upper triangular matrix.
+fn invert(u: &mut [f64], dim: usize) {
+    for i in (0..dim).rev() {
+        for j in (i + 1..dim).rev() {
+            // Rows behind i are inverted already.
+            u[i * dim + j] = -u[i * dim + j] - (i + 1..j).map(|k| u[i * dim + k] * u[k * dim + j]).sum::<f64>();
+        }
     }
 }
 

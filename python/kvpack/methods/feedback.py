@@ -31,14 +31,14 @@ class GPTQ:
             geometric one: the most that the expected square of an error can fall by.
         act_order: whether channels that weigh more are rounded first (keys of KIVI; all else has groups in an order).
         keys: whether keys have feedback.
-        values: whether values have feedback.
+        values: whether values have feedback: it gained nothing where it was measured (`docs/gptq-feedback.md`).
     """
 
     damping: float = 0.1
     threshold: float = 1.2
     act_order: bool = True
     keys: bool = True
-    values: bool = True
+    values: bool = False
 
     def __post_init__(self) -> None:
         for name, above in (("damping", True), ("threshold", False)):

@@ -160,20 +160,20 @@ impl Format {
                 Coding::Kivi(kivi) => {
                     let grid = kivi.grid(own);
                     let (code, decode) = (|x| grid.code(kivi.bits, x), |code| grid.decode(code));
-                    feed_back(factor, range, (&exact, x, codes), code, decode);
+                    feed_back(factor, range, (x, codes), code, decode);
                     (grid.scale, grid.zero)
                 }
                 Coding::Block(block) => {
                     let scale = block.scale(own);
                     let (stored, inverse) = (f16::from_f32(scale), if scale == 0.0 { 0.0 } else { 1.0 / scale });
                     let decode = |code| stored.to_f32() * (f32::from(code) - block.origin());
-                    feed_back(factor, range, (&exact, x, codes), |x| block.code(x * inverse), decode);
+                    feed_back(factor, range, (x, codes), |x| block.code(x * inverse), decode);
                     (stored, f16::ZERO)
                 }
                 Coding::Rotated(rotated, _) => {
                     let step = rotated.step(own);
                     let (code, decode) = (|x| rotated.code(x / step), |code| rotated.decode(code, step));
-                    feed_back(factor, range.clone(), (&exact, x, codes), code, decode);
+                    feed_back(factor, range.clone(), (x, codes), code, decode);
                     (rotated.scale(&exact[range.clone()], &codes[range]), f16::ZERO)
                 }
                 Coding::KvQuant(_) => unreachable!("it has no feedback"),
@@ -183,17 +183,17 @@ impl Format {
 }
 
 /// Codes numbers `range` of a vector one after the other: `code` and `decode` are those of their group's grid, and what a code
-/// lacks is passed on to all numbers behind it. `exact` is the vector as it was.
+/// lacks is passed on to all numbers behind it.
 fn feed_back(
     factor: &Factor,
     range: Range<usize>,
-    (exact, x, codes): (&[f32], &mut [f32], &mut [u8]),
+    (x, codes): (&mut [f32], &mut [u8]),
     code: impl Fn(f32) -> u8,
     decode: impl Fn(u8) -> f32,
 ) {
     for k in range {
         codes[k] = code(x[k]);
-        let error = exact[k] - decode(codes[k]);
+        let error = x[k] - decode(codes[k]);
         factor.pass_on(k, error, &mut x[k + 1..]);
     }
 }
