@@ -51,6 +51,7 @@ CODECS = [
     kvpack.Graded(key_bits=2.5, value_bits=2),
     kvpack.Apart(kvpack.KIVI(bits=4, group=64), kvpack.Rotated(bits=8)),
     kvpack.KIVI(bits=3, window=64, feedback=kvpack.GPTQ(threshold=0.0)),
+    kvpack.KVarN(bits=3),
     kvpack.Rotated(bits=4, window=16, feedback=kvpack.GPTQ(threshold=0.0)),
 ]
 
@@ -87,6 +88,8 @@ def side_bits(codec: Any, head_dim: int) -> float:
         return codec.bits + 32 / codec.group
     if isinstance(codec, kvpack.Rotated):
         return codec.bits + 16 / (codec.group or head_dim)
+    if isinstance(codec, kvpack.KVarN):
+        return codec.bits + (32 / 128 + 16 / head_dim + 32 / head_dim + 16 / 128) / 2
     return codec.bits + 16 / 32
 
 

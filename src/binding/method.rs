@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use super::errors::to_python;
 use crate::attend::Rope;
 use crate::error::{Error, Result};
-use crate::quantize::{self, Block, Gptq, Graded, Kivi, KvQuant, Rotated, Spacing, StaticKeys};
+use crate::quantize::{self, Block, Gptq, Graded, Kivi, KvQuant, Kvarn, Rotated, Spacing, StaticKeys};
 
 /// A checked way of storing keys, or values.
 #[pyclass(frozen, module = "kvpack._kvpack")]
@@ -113,6 +113,12 @@ impl Method {
     ) -> PyResult<Self> {
         let gptq = Gptq::new(damping, threshold, act_order, metrics);
         checked(py, gptq.and_then(|gptq| self.0.clone().with_feedback(gptq)), |method| method)
+    }
+
+    /// Blocks whose tokens and channels are normalised.
+    #[staticmethod]
+    fn kvarn(py: Python<'_>, bits: u8, sinks: usize, seed: u64) -> PyResult<Self> {
+        checked(py, Kvarn::new(bits, sinks, seed), quantize::Method::Kvarn)
     }
 
     /// Graded channels, for keys.

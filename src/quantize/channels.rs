@@ -7,7 +7,7 @@ use half::f16;
 use half::slice::HalfBitsSliceExt;
 
 use super::kivi::MinMax;
-use super::{Factor, Method, PageBytes, Plan, bytes_of, levels, round};
+use super::{Factor, Method, PageBytes, Plan, bytes_of, kvarn, levels, round};
 use crate::attend::codes::{packed_len, put_lane};
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
@@ -25,11 +25,13 @@ pub struct Band {
 }
 
 /// Group after group of tokens: of every band the codes `[channels, tokens]`, the scales and the zero-points of its channels;
-/// of a band of 0 bits only what stands for all its codes.
+/// of a band of 0 bits only what stands for all its codes. Behind all groups, where tokens have factors, those.
 #[derive(Clone)]
 pub struct ChannelKeys {
-    /// The order of the channels, where it is not the model's.
+    /// The order of the channels, or a rotation, where they are not the model's.
     order: Option<Arc<Basis>>,
+    /// The largest factor of a token; 0 where they have none.
+    largest: f32,
     bands: Arc<[Band]>,
     group: usize,
     tokens: usize,
@@ -53,20 +55,32 @@ impl ChannelKeys {
                 let bands = graded.choose(plan, &x, dim);
                 (graded.group, x, bands)
             }
+            Method::Kvarn(kvarn) => {
+                plan.basis(|| Basis::hadamard(dim, kvarn.seed));
+                let bands = plan.bands(|| vec![Band { bits: kvarn.bits, channels: dim }]);
+                (kvarn::BLOCK, rows.to_f32(0..kvarn::BLOCK), bands)
+            }
             _ => panic!("{method:?} has no pages with a grid a channel"),
         };
         let tokens = x.len() / dim;
         plan.sealed += tokens;
-        let mut page = Self { order: plan.basis.clone(), bands, group, tokens, words: Box::default() };
-        page.words = vec![0; tokens / group * page.group_words()].into();
+        let mut page = Self { order: plan.basis.clone(), largest: 0.0, bands, group, tokens, words: Box::default() };
+        let factors_at = tokens / group * page.group_words();
         if let Some(order) = &page.order {
             x.chunks_exact_mut(dim).for_each(|x| order.apply(x));
+        }
+        let factors = if let Method::Kvarn(_) = method { kvarn::deviations(&x, dim).0 } else { Vec::new() };
+        page.words = vec![0; factors_at + factors.len()].into();
+        for (t, factor) in factors.iter().enumerate() {
+            x[t * dim..(t + 1) * dim].iter_mut().for_each(|x| *x /= factor.to_f32());
+            page.words[factors_at + t] = factor.to_bits();
+            page.largest = page.largest.max(factor.to_f32());
         }
         let group_words = page.group_words();
         if let Some(factor) = method.feedback().and_then(|gptq| plan.factor(gptq, true)) {
             x.chunks_exact_mut(group * dim).for_each(|x| feed_back(&factor, x, dim, page.bands[0].bits));
         }
-        for (x, words) in x.chunks_exact(group * dim).zip(page.words.chunks_exact_mut(group_words)) {
+        for (x, words) in x.chunks_exact(group * dim).zip(page.words[..factors_at].chunks_exact_mut(group_words)) {
             pack_bands(&page.bands, x, dim, words);
         }
         page
@@ -80,6 +94,16 @@ impl ChannelKeys {
             *word += band_words(band, self.group);
             Some(found)
         })
+    }
+
+    /// Where the tokens' factors begin in the words, if there are any.
+    fn factors_at(&self) -> Option<usize> {
+        (self.largest > 0.0).then(|| self.tokens / self.group * self.group_words())
+    }
+
+    /// The factor of token `t`.
+    pub fn factor(&self, t: usize) -> f32 {
+        self.factors_at().map_or(1.0, |at| f16::from_bits(self.words[at + t]).to_f32())
     }
 
     /// Words of a group of tokens.
@@ -112,8 +136,10 @@ impl ChannelKeys {
     fn parts(&self, band: Band, at: usize, groups: Range<usize>) -> Packed<'_> {
         let step = self.group_words();
         let codes = code_words(band, self.group);
+        let start = groups.start * step + at;
+        let factors = self.factors_at().map(|factors| factors + groups.start * self.group - start);
         Packed {
-            words: &self.words[groups.start * step + at..groups.end * step],
+            words: &self.words[start..],
             bits: band.bits,
             levels: None,
             outer: band.channels,
@@ -123,8 +149,9 @@ impl ChannelKeys {
             lanes: self.group,
             codes_step: step,
             grids: Grids::Affine { scales_at: codes, zeros_at: codes + band.channels, step },
-            lane_scales_at: None,
-            tolerance: KEY_TOLERANCE / (self.bands.len() as f32).sqrt(),
+            lane_scales_at: factors,
+            // With factors in the units of the sums before them.
+            tolerance: KEY_TOLERANCE / (self.bands.len() as f32).sqrt() / factors.map_or(1.0, |_| self.largest),
         }
     }
 
@@ -160,14 +187,21 @@ impl ChannelKeys {
 
     /// Takes the first of some groups' tokens of `other`, if it has the same format, as far as there is room.
     pub(super) fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
-        let same = self.group == other.group && self.bands == other.bands && self.order == other.order;
+        let same = self.largest == 0.0 && other.largest == 0.0 && self.group == other.group && self.bands == other.bands && self.order == other.order;
         let room = if same { CHUNK.saturating_sub(self.tokens) / self.group * self.group } else { 0 };
         let taken = &tokens[..tokens.len().min(room)];
         self.add(other, taken);
         taken.len()
     }
 
+    /// # Panics
+    /// When the tokens have factors, and are not all.
     fn add(&mut self, other: &Self, tokens: &[usize]) {
+        if other.factors_at().is_some() && !tokens.is_empty() {
+            assert!(self.tokens == 0 && tokens.len() == other.tokens, "a block is whole or not at all");
+            self.clone_from(other);
+            return;
+        }
         let size = self.group_words();
         let mut words = std::mem::take(&mut self.words).into_vec();
         let groups = tokens.chunks(self.group).map(|tokens| tokens[0] / self.group);
@@ -186,7 +220,8 @@ impl ChannelKeys {
         bits.into_iter().map(|bits| bits as u8).collect()
     }
 
-    /// Codes, scales and zero-points of the channels of token `t`; a channel of 0 bits has code and scale 0.
+    /// Codes, scales and zero-points of the channels of token `t`; a channel of 0 bits has code and scale 0. Of tokens with factors
+    /// they are in the page's coordinates, before the factor.
     pub fn token(&self, t: usize) -> (Vec<u8>, Vec<f32>, Vec<f32>) {
         let dim = self.dim();
         let (mut codes, mut scales, mut zeros) = (vec![0.0; dim], vec![0.0; dim], vec![0.0; dim]);
@@ -202,7 +237,7 @@ impl ChannelKeys {
                 (scales[channel + c], zeros[channel + c]) = (packed.grid(0).scale(c), packed.grid(0).zero(c));
             }
         }
-        if let Some(order) = &self.order {
+        if let Some(order) = self.order.as_ref().filter(|_| self.factors_at().is_none()) {
             for x in [&mut codes, &mut scales, &mut zeros] {
                 order.undo(x);
             }

@@ -12,6 +12,7 @@ mod exact;
 mod feedback;
 mod graded;
 mod kivi;
+mod kvarn;
 mod kvquant;
 mod levels;
 mod outliers;
@@ -27,6 +28,7 @@ pub(crate) use feedback::SAMPLES;
 pub use feedback::{Factor, Gptq};
 pub use graded::Graded;
 pub use kivi::Kivi;
+pub use kvarn::Kvarn;
 pub use kvquant::{KvQuant, StaticKeys};
 pub use pages::{KeyPage, Page, PageBytes, ValuePage};
 pub use plan::Plan;
@@ -67,6 +69,8 @@ pub enum Method {
     Rotated(Rotated),
     /// Per channel as KIVI's keys, with bits by what a channel's error costs. Keys only.
     Graded(Graded),
+    /// `KVarN` (arXiv 2606.03458): blocks whose tokens and channels are normalised.
+    Kvarn(Kvarn),
     /// KVQuant (arXiv 2401.18079): un-rotated keys, levels that are not evenly spaced, outliers apart.
     KvQuant(Arc<KvQuant>),
 }
@@ -89,7 +93,7 @@ impl Codec {
             return refuse("feedback", "GPTQ without metrics", "GPTQ with metrics, for values");
         }
         if let Method::Graded(_) = values {
-            return refuse("values", "graded", "exact, kivi, block, rotated, kvquant");
+            return refuse("values", "graded", "exact, kivi, block, rotated, kvarn, kvquant");
         }
         if let Method::KvQuant(kvquant) = &keys
             && kvquant.keys.is_none()
@@ -140,6 +144,7 @@ impl Method {
             Self::Kivi(Kivi { sinks, .. })
             | Self::Block(Block { sinks, .. })
             | Self::Rotated(Rotated { sinks, .. })
+            | Self::Kvarn(Kvarn { sinks, .. })
             | Self::Graded(Graded { sinks, .. }) => *sinks,
             Self::KvQuant(kvquant) => kvquant.sinks,
         }
@@ -152,6 +157,7 @@ impl Method {
             | Self::Block(Block { window, .. })
             | Self::Rotated(Rotated { window, .. })
             | Self::Graded(Graded { window, .. }) => *window,
+            Self::Kvarn(_) => kvarn::BLOCK,
             Self::KvQuant(kvquant) => kvquant.window,
         }
     }
@@ -161,7 +167,7 @@ impl Method {
         match self {
             Self::Exact => f32::MAX,
             // A scale is at most as large as the numbers, after a rotation and its correction twice that; so is what a code lacks.
-            Self::Rotated(_) | Self::KvQuant(_) => f16::MAX.to_f32() / 2.0,
+            Self::Rotated(_) | Self::KvQuant(_) | Self::Kvarn(_) => f16::MAX.to_f32() / 2.0,
             _ => f16::MAX.to_f32(),
         }
     }
@@ -177,7 +183,7 @@ impl Method {
             Self::Kivi(Kivi { feedback, .. })
             | Self::Block(Block { feedback, .. })
             | Self::Rotated(Rotated { feedback, .. }) => feedback.as_ref(),
-            Self::Exact | Self::Graded(_) | Self::KvQuant(_) => None,
+            Self::Exact | Self::Graded(_) | Self::Kvarn(_) | Self::KvQuant(_) => None,
         }
     }
 

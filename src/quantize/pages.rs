@@ -1,6 +1,8 @@
 //! Pages: what a method makes of tokens, as the cache and the reading side see it.
 
-use super::{Block, ChannelKeys, Graded, Kivi, Method, Plan, Rotated, TokenKeys, TokenValues, UnrotatedKeys, exact};
+use super::{
+    Block, ChannelKeys, Graded, Kivi, Method, Plan, Rotated, TokenKeys, TokenValues, UnrotatedKeys, exact, kvarn,
+};
 use crate::attend::{KeySegment, ValueSegment};
 use crate::tensor::Rows;
 
@@ -105,6 +107,7 @@ impl Page for KeyPage {
             // A group needs all its tokens.
             Method::Kivi(Kivi { window, .. }) | Method::Graded(Graded { window, .. }) => n / window * window,
             Method::Block(Block { window, .. }) | Method::Rotated(Rotated { window, .. }) => n.saturating_sub(*window),
+            Method::Kvarn(_) => n / kvarn::BLOCK * kvarn::BLOCK,
             Method::KvQuant(kvquant) => n.saturating_sub(kvquant.window),
         }
     }
@@ -123,7 +126,7 @@ impl Page for KeyPage {
                 let (page, taken) = exact::seal(rows, n);
                 (Self::Exact(page), taken)
             }
-            Method::Kivi(_) | Method::Graded(_) => {
+            Method::Kivi(_) | Method::Graded(_) | Method::Kvarn(_) => {
                 let page = ChannelKeys::pack(method, plan, rows);
                 let taken = page.tokens();
                 (Self::Channels(page), taken)
@@ -225,6 +228,7 @@ impl Page for ValuePage {
             Method::Kivi(Kivi { window, .. })
             | Method::Block(Block { window, .. })
             | Method::Rotated(Rotated { window, .. }) => n.saturating_sub(*window),
+            Method::Kvarn(_) => n / kvarn::BLOCK * kvarn::BLOCK,
             Method::KvQuant(kvquant) => n.saturating_sub(kvquant.window),
             Method::Graded(_) => unreachable!("a codec has no graded values"),
         }
@@ -278,6 +282,7 @@ impl Page for ValuePage {
     }
 
     fn unit(&self) -> usize {
+        // Keys decide; those of a block whose channels have factors are a whole block, too.
         1
     }
 

@@ -5,7 +5,7 @@ from .evict import A2SF, H2O, TOVA, AdaKV, Evict, KeyDiff, L2Norm, Longformer, P
 from .feedback import GPTQ
 from .kvquant import KVQuant, KVQuantTables
 from .presets import PRESETS
-from .quantize import KIVI, Q4, Q8, Apart, Exact, Graded, Layers, Quantize, Rotated, Site
+from .quantize import KIVI, Q4, Q8, Apart, Exact, Graded, KVarN, Layers, Quantize, Rotated, Site
 from .registry import EVICT, QUANTIZE
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Exact",
     "Graded",
     "KVQuant",
+    "KVarN",
     "KVQuantTables",
     "Layers",
     "Quantize",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from .calibrated import Calibrated
 from .evict import A2SF, H2O, TOVA, AdaKV, Evict, KeyDiff, L2Norm, Longformer, PyramidKV, Random, SnapKV, StreamingLLM
 from .kvquant import KVQuant
-from .quantize import KIVI, Q4, Q8, Exact, Graded, Quantize, Rotated
+from .quantize import KIVI, Q4, Q8, Exact, Graded, KVarN, Quantize, Rotated
 
 # Apart and Layers have no names of their own in texts: they are written as several methods.
 QUANTIZE: dict[str, type[Quantize]] = {
-    method.name: method for method in (Exact, KIVI, Q8, Q4, Rotated, Graded, KVQuant, Calibrated)
+    method.name: method for method in (Exact, KIVI, Q8, Q4, Rotated, KVarN, Graded, KVQuant, Calibrated)
 }
 
 EVICT: dict[str, type[Evict]] = {

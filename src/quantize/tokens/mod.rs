@@ -15,7 +15,7 @@ pub use values::TokenValues;
 
 use super::kvquant::{KvQuant, rest};
 use super::outliers::Outliers;
-use super::{Block, Factor, Kivi, Method, Plan, Rotated, block};
+use super::{Block, Factor, Kivi, Kvarn, Method, Plan, Rotated, block, kvarn};
 use crate::attend::Basis;
 use crate::attend::codes::Levels;
 use crate::tensor::Rows;
@@ -29,6 +29,7 @@ enum Coding {
     Kivi(Kivi),
     Block(Block),
     Rotated(Rotated, Arc<Basis>),
+    Kvarn(Kvarn, Arc<Basis>),
     KvQuant(Arc<KvQuant>),
 }
 
@@ -51,6 +52,7 @@ impl Format {
             Method::Rotated(rotated) => {
                 Coding::Rotated(rotated.clone(), plan.basis(|| Basis::hadamard(dim, rotated.seed)))
             }
+            Method::Kvarn(kvarn) => Coding::Kvarn(kvarn.clone(), plan.basis(|| Basis::hadamard(dim, kvarn.seed))),
             Method::KvQuant(kvquant) => Coding::KvQuant(Arc::clone(kvquant)),
             Method::Exact | Method::Graded(_) => panic!("{method:?} has no pages with a grid a token"),
         };
@@ -63,6 +65,7 @@ impl Format {
             Coding::Kivi(kivi) => kivi.bits,
             Coding::Block(block) => block.bits,
             Coding::Rotated(rotated, _) => rotated.bits,
+            Coding::Kvarn(kvarn, _) => kvarn.bits,
             Coding::KvQuant(kvquant) => kvquant.bits,
         }
     }
@@ -70,7 +73,7 @@ impl Format {
     /// What codes stand for, if not for themselves.
     fn levels(&self) -> Option<&Levels> {
         match &self.coding {
-            Coding::Kivi(_) | Coding::Block(_) => None,
+            Coding::Kivi(_) | Coding::Block(_) | Coding::Kvarn(..) => None,
             Coding::Rotated(rotated, _) => rotated.levels(),
             Coding::KvQuant(kvquant) => Some(kvquant.table.levels()),
         }
@@ -84,13 +87,13 @@ impl Format {
 
     /// Numbers that are stored for a group: its scale, and perhaps its zero-point.
     fn grid_numbers(&self) -> usize {
-        if let Coding::Kivi(_) | Coding::KvQuant(_) = self.coding { 2 } else { 1 }
+        if let Coding::Kivi(_) | Coding::Kvarn(..) | Coding::KvQuant(_) = self.coding { 2 } else { 1 }
     }
 
     /// The code that stands for 0, where no zero-point is stored.
     fn origin(&self) -> f32 {
         match &self.coding {
-            Coding::Kivi(_) | Coding::KvQuant(_) => 0.0,
+            Coding::Kivi(_) | Coding::Kvarn(..) | Coding::KvQuant(_) => 0.0,
             Coding::Block(block) => block.origin(),
             Coding::Rotated(rotated, _) => rotated.origin(),
         }
@@ -102,7 +105,7 @@ impl Format {
             Coding::Kivi(kivi) => kivi.group,
             Coding::Block(_) => block::SIZE,
             Coding::Rotated(rotated, _) => rotated.group,
-            Coding::KvQuant(_) => 0,
+            Coding::Kvarn(..) | Coding::KvQuant(_) => 0,
         };
         if group == 0 { self.dim } else { group.min(self.dim) }
     }
@@ -114,19 +117,26 @@ impl Format {
     fn basis(&self) -> Option<&Arc<Basis>> {
         match &self.coding {
             Coding::Kivi(_) | Coding::Block(_) | Coding::KvQuant(_) => None,
-            Coding::Rotated(_, basis) => Some(basis),
+            Coding::Rotated(_, basis) | Coding::Kvarn(_, basis) => Some(basis),
         }
     }
 
     /// Calls `put(token, codes, grids, outliers)` for the `n` oldest of `rows`, with the scale and the zero-point of every group,
-    /// and the channels of outliers with what their codes lack.
-    fn encode(&self, rows: &Rows, n: usize, mut put: impl FnMut(usize, &[u8], &[(f16, f16)], &[(u8, f16)])) {
+    /// and the channels of outliers with what their codes lack. Returns factors of the channels, if they have any.
+    fn encode(
+        &self,
+        rows: &Rows,
+        n: usize,
+        mut put: impl FnMut(usize, &[u8], &[(f16, f16)], &[(u8, f16)]),
+    ) -> Vec<f16> {
         let (mut codes, mut grids) = (vec![0; self.dim], vec![(f16::ZERO, f16::ZERO); self.groups()]);
         let mut x = rows.to_f32(0..n);
+        if let Some(basis) = self.basis() {
+            x.chunks_exact_mut(self.dim).for_each(|x| basis.apply(x));
+        }
+        let factors = if let Coding::Kvarn(..) = self.coding { kvarn::deviations(&x, self.dim).1 } else { Vec::new() };
         for (t, x) in x.chunks_exact_mut(self.dim).enumerate() {
-            if let Some(basis) = self.basis() {
-                basis.apply(x);
-            }
+            x.iter_mut().zip(&factors).for_each(|(x, factor)| *x /= factor.to_f32());
             if let Coding::KvQuant(kvquant) = &self.coding {
                 let (grid, outliers) = encode_value(kvquant, x, &mut codes);
                 put(t, &codes, &[grid], &outliers);
@@ -141,6 +151,7 @@ impl Format {
             for ((x, codes), grid) in groups.zip(&mut grids) {
                 *grid = match &self.coding {
                     Coding::Kivi(kivi) => kivi.encode(x, codes),
+                    Coding::Kvarn(kvarn, _) => kvarn.grids.encode(x, codes),
                     Coding::Block(block) => (block.encode(x, codes), f16::ZERO),
                     Coding::Rotated(rotated, _) => (rotated.encode(x, codes), f16::ZERO),
                     Coding::KvQuant(_) => unreachable!("it has no groups"),
@@ -148,6 +159,7 @@ impl Format {
             }
             put(t, &codes, &grids, &[]);
         }
+        factors
     }
 
     /// Codes and grids of a vector with feedback. A group's grid is that of its numbers when their turn comes.
@@ -176,7 +188,7 @@ impl Format {
                     feed_back(factor, range.clone(), (x, codes), code, decode);
                     (rotated.scale(&exact[range.clone()], &codes[range]), f16::ZERO)
                 }
-                Coding::KvQuant(_) => unreachable!("it has no feedback"),
+                Coding::Kvarn(..) | Coding::KvQuant(_) => unreachable!("it has no feedback"),
             };
         }
     }

@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use half::f16;
+
 use super::{Format, PAGE};
 use crate::attend::codes::{block, block_words, packed_len, put_row};
 use crate::attend::kernels::Ahead;
@@ -18,13 +20,15 @@ use crate::tensor::Rows;
 pub struct TokenValues {
     format: Format,
     tokens: usize,
+    /// Whether channels have factors, which lie behind all else: then the page is sealed whole.
+    scaled: bool,
     words: Box<[u16]>,
 }
 
 impl TokenValues {
     /// An empty page.
     pub(in crate::quantize) fn new(method: &Method, plan: &mut Plan, dim: usize) -> Self {
-        let mut page = Self { format: Format::new(method, plan, dim), tokens: 0, words: Box::default() };
+        let mut page = Self { format: Format::new(method, plan, dim), tokens: 0, scaled: false, words: Box::default() };
         page.words = vec![0; page.outliers_at() + page.format.outliers().words()].into();
         page
     }
@@ -54,15 +58,25 @@ impl TokenValues {
         self.format.outliers().of(&self.words[self.outliers_at()..], first, n, buffer)
     }
 
+    /// Where the channels' factors begin.
+    fn factors_at(&self) -> usize {
+        self.outliers_at() + self.format.outliers().words()
+    }
+
+    /// The factor of channel `c`.
+    pub fn factor(&self, c: usize) -> f32 {
+        if self.scaled { f16::from_bits(self.words[self.factors_at() + c]).to_f32() } else { 1.0 }
+    }
+
     pub(in crate::quantize) fn room(&self) -> usize {
-        PAGE - self.tokens
+        if self.scaled { 0 } else { PAGE - self.tokens }
     }
 
     pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize) {
         let (format, first, code_words) = (self.format.clone(), self.tokens, self.code_words());
         let mut padded_codes = vec![0; padded(format.dim)];
         let outliers_at = self.outliers_at();
-        format.encode(rows, n, |t, codes, grids, outliers| {
+        let factors = format.encode(rows, n, |t, codes, grids, outliers| {
             padded_codes[..codes.len()].copy_from_slice(codes);
             put_row(format.bits(), &padded_codes, first + t, &mut self.words[..code_words]);
             format.outliers().put(&mut self.words[outliers_at..], first + t, outliers);
@@ -74,11 +88,21 @@ impl TokenValues {
             }
         });
         self.tokens += n;
+        if !factors.is_empty() {
+            let factors = factors.iter().map(|factor| factor.to_bits()).chain(std::iter::repeat(0));
+            let padded = factors.take(padded(format.dim));
+            self.words = self.words.iter().copied().chain(padded).collect();
+            self.scaled = true;
+        }
     }
 
     /// A page of some tokens.
     #[must_use]
     pub(in crate::quantize) fn part(&self, tokens: &[usize]) -> Self {
+        if self.scaled {
+            assert_eq!(tokens.len(), self.tokens, "a block is whole or not at all");
+            return self.clone();
+        }
         let mut part = Self { tokens: 0, words: vec![0; self.words.len()].into(), ..self.clone() };
         part.join(self, tokens);
         part
@@ -144,7 +168,7 @@ impl TokenValues {
             lanes,
             codes_step: 0,
             grids,
-            lane_scales_at: None,
+            lane_scales_at: self.scaled.then(|| self.factors_at() - skipped),
             tolerance,
         }
     }
@@ -208,6 +232,9 @@ impl ValueSegment for TokenValues {
             out.copy_from_slice(&scratch.buffer[(packed.lead + t) * lanes..][..dim]);
             for (j, out) in out.chunks_mut(group).enumerate() {
                 packed.grid(j).decode(t, out);
+            }
+            if self.scaled {
+                out.iter_mut().enumerate().for_each(|(c, x)| *x *= self.factor(c));
             }
             let (channels, rests) = self.outliers(first + t, 1, &mut scratch.outliers);
             for (&channel, rest) in channels.iter().zip(rests) {

@@ -1,0 +1,116 @@
+//! `KVarN`: variance-normalised blocks (Muller et al. 2026, arXiv 2606.03458), calibration-free.
+//!
+//! ```text
+//! Y = X H D / sqrt(d)                  a block of 128 tokens, rotated
+//! Y = diag(t) N diag(c)                such that every row and every column of N has standard deviation 1
+//! keys:    N[:, j] = zero_j + scale_j code, asymmetric, per channel
+//! values:  N[i, :] = zero_i + scale_i code, asymmetric, per token
+//! ```
+//!
+//! `t` and `c` come from dividing by the deviations of rows and of columns in turn. An asymmetric grid per channel has the same
+//! codes whatever the channel's factor is, so of keys only `t` is stored beside the grids, and of values only `c`: a wrong scale of
+//! a token, from which the paper says most of the harm comes, is what each of them mends.
+//!
+//! The block size, the rotation, the normalisation and the grids are the paper's; that sinks and the newest tokens stay exact
+//! until a block is full is how all methods here do it, and the number of turns is ours.
+
+use half::f16;
+
+use super::{Kivi, refuse};
+use crate::error::Result;
+
+/// Tokens of a block.
+pub(super) const BLOCK: usize = 128;
+
+/// Turns of dividing: deviations are within some per cent of 1 after three.
+const TURNS: usize = 6;
+
+/// A deviation is at least this.
+const LEAST: f32 = 1e-6;
+
+/// The parameters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kvarn {
+    /// Bits of a code: 2, 3, 4 or 8.
+    pub bits: u8,
+    /// Exact tokens at the beginning of a sequence.
+    pub sinks: usize,
+    /// Of the random signs.
+    pub seed: u64,
+    /// The grids.
+    pub(super) grids: Kivi,
+}
+
+impl Kvarn {
+    /// Checks the parameters.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::error::Error::Option) for the first that does not fit.
+    pub fn new(bits: u8, sinks: usize, seed: u64) -> Result<Self> {
+        let Ok(grids) = Kivi::new(bits, BLOCK, BLOCK, sinks) else {
+            return refuse("bits", bits, "2, 3, 4, 8");
+        };
+        Ok(Self { bits, sinks, seed, grids })
+    }
+}
+
+/// The deviations `t` of the rows and `c` of the columns of a block `[rows, dim]`, as they are stored.
+pub(super) fn deviations(block: &[f32], dim: usize) -> (Vec<f16>, Vec<f16>) {
+    let rows = block.len() / dim;
+    let (mut t, mut c) = (vec![1.0f32; rows], vec![1.0f32; dim]);
+    let mut normal = block.to_vec();
+    for _ in 0..TURNS {
+        for j in 0..dim {
+            let own = deviation(normal.iter().skip(j).step_by(dim));
+            normal.iter_mut().skip(j).step_by(dim).for_each(|x| *x /= own);
+            c[j] *= own;
+        }
+        for (row, t) in normal.chunks_exact_mut(dim).zip(&mut t) {
+            let own = deviation(row.iter());
+            row.iter_mut().for_each(|x| *x /= own);
+            *t *= own;
+        }
+    }
+    // What both could share is given to the one that is not stored: their means are 1.
+    let stored = |scales: Vec<f32>| -> Vec<f16> {
+        let mean = scales.iter().sum::<f32>() / scales.len() as f32;
+        scales.iter().map(|s| f16::from_f32((s / mean).max(f16::MIN_POSITIVE.to_f32()))).collect()
+    };
+    (stored(t), stored(c))
+}
+
+fn deviation<'a>(x: impl Iterator<Item = &'a f32> + Clone) -> f32 {
+    let n = x.clone().count() as f32;
+    let mean = x.clone().sum::<f32>() / n;
+    (x.map(|x| (x - mean).powi(2)).sum::<f32>() / n).sqrt().max(LEAST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deviations_are_those_of_rows_and_columns() {
+        let (rows, dim) = (BLOCK, 24);
+        let wave = |i: usize| ((i * i) as f32 * 0.7311).sin();
+        let (t, c) = (|i: usize| 0.2 + (i % 7) as f32, |j: usize| 1.0 / (1 + j % 5) as f32);
+        let block: Vec<f32> = (0..rows * dim).map(|n| t(n / dim) * c(n % dim) * wave(n)).collect();
+        let (got_t, got_c) = deviations(&block, dim);
+        let normal = |i: usize, j: usize| block[i * dim + j] / (got_t[i].to_f32() * got_c[j].to_f32());
+        let row = |i: usize| deviation((0..dim).map(|j| normal(i, j)).collect::<Vec<_>>().iter());
+        let column = |j: usize| deviation((0..rows).map(|i| normal(i, j)).collect::<Vec<_>>().iter());
+        let (rows, columns): (Vec<f32>, Vec<f32>) = ((0..rows).map(row).collect(), (0..dim).map(column).collect());
+        for all in [rows, columns] {
+            let mean = all.iter().sum::<f32>() / all.len() as f32;
+            assert!(all.iter().all(|x| (x / mean - 1.0).abs() < 0.02), "{all:?}");
+        }
+    }
+
+    #[test]
+    fn constant_blocks_are_no_trouble() {
+        for x in [0.0, 3.0] {
+            let (t, c) = deviations(&[x; BLOCK * 8], 8);
+            assert!(t.iter().chain(&c).all(|s| s.to_f32() == 1.0));
+        }
+    }
+}
