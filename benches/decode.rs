@@ -93,6 +93,7 @@ fn decode(c: &mut Criterion) {
                             mask: None,
                             softmax: Softmax { scaling: 0.1, softcap: None },
                             sinks: None,
+                            received: false,
                         };
                         let mut out = ViewMut::of_slice(&mut out, [1, 1, query_heads, dim]);
                         layers[turn].attend(&request, &mut out, kernels).expect("shapes fit");

@@ -1,4 +1,4 @@
-"""What each eviction keeps, as the papers write it: plain torch, one KV head, no word of the package that is checked."""
+"""What each eviction keeps, as the papers write it: plain torch, one KV head, no word of what is checked."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ def keydiff(key: Tensor) -> Tensor:
 def best(scores: Tensor, budget: int, recent: int = 0, always: list[int] | None = None) -> list[int]:
     """The tokens that stay: the first `always`, then the newest `recent`, then the best."""
     tokens = len(scores)
-    order = [*(always or []), *range(tokens - 1, tokens - 1 - recent, -1), *scores.argsort(descending=True, stable=True).tolist()]
+    order = [
+        *(always or []),
+        *range(tokens - 1, tokens - 1 - recent, -1),
+        *scores.argsort(descending=True, stable=True).tolist(),
+    ]
     kept: list[int] = []
     for token in order:
         if token not in kept and len(kept) < budget:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,15 @@ import kvpack
 import pytest
 import torch
 from reference import attention
-from support import FakeAttention, causal_mask, forward, left_padding, random_kv, relative_error, tiny_config, tiny_model
+from support import (
+    causal_mask,
+    forward,
+    left_padding,
+    random_kv,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -48,7 +53,9 @@ every_eviction = pytest.mark.parametrize("evict", EVICTIONS, ids=name)
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=name)
 
 
-def prompt(tokens: int, batch: int = 1, heads: int = 2, groups: int = 2, dim: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+def prompt(
+    tokens: int, batch: int = 1, heads: int = 2, groups: int = 2, dim: int = 32
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values and queries that look at some of the keys more than at others."""
     key, value = random_kv(batch, heads, tokens, dim)
     return key, value, torch.randn(batch, heads * groups, tokens, dim) / 2
@@ -230,7 +237,9 @@ def test_attention_is_that_over_the_tokens_that_stayed(evict: Any, codec: Any) -
         for head, held in enumerate(kept(cache)):
             visible = torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new)[:, held]
             own = new_query[0, 2 * head : 2 * head + 2]
-            expected = attention(own, seen_keys[0, head : head + 1, held], seen_values[0, head : head + 1, held], visible)
+            expected = attention(
+                own, seen_keys[0, head : head + 1, held], seen_values[0, head : head + 1, held], visible
+            )
             assert relative_error(out[0].transpose(0, 1)[2 * head : 2 * head + 2], expected.transpose(0, 1)) < 1e-4
             # What stayed is what was given, but for the codec.
             assert relative_error(seen_keys[0, head, held], key[0, head, held]) < (1e-6 if codec == CODECS[0] else 0.03)
@@ -331,7 +340,11 @@ def test_bytes_fall_with_the_budget() -> None:
     for codec in (kvpack.Exact(), kvpack.KIVI(bits=4)):
         full = cache_after(None, key, value, query, codec).memory().total
         window = 32 * 2 * 3 * 64 * 4
-        for evict in (kvpack.SnapKV(budget=0.25), kvpack.KeyDiff(budget=0.25), kvpack.AdaKV(kvpack.SnapKV(budget=0.25))):
+        for evict in (
+            kvpack.SnapKV(budget=0.25),
+            kvpack.KeyDiff(budget=0.25),
+            kvpack.AdaKV(kvpack.SnapKV(budget=0.25)),
+        ):
             held = cache_after(evict, key, value, query, codec).memory().total
             exact = 0 if codec == kvpack.Exact() else 3 * 132 * 2 * 64 * 4 * 0.75  # its exact window is the same
             assert held <= 0.27 * full + window + exact, (codec, evict)
@@ -431,7 +444,12 @@ def test_a_prompt_in_chunks_is_held_in_the_budget(evict: Any) -> None:
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 QUERY_BASED = [kvpack.SnapKV(budget=0.5), kvpack.H2O(budget=0.5), kvpack.A2SF(budget=20), kvpack.TOVA(budget=0.5)]
-KEY_BASED = [kvpack.KeyDiff(budget=0.5), kvpack.L2Norm(budget=0.5), kvpack.StreamingLLM(budget=20), kvpack.Random(budget=0.5)]
+KEY_BASED = [
+    kvpack.KeyDiff(budget=0.5),
+    kvpack.L2Norm(budget=0.5),
+    kvpack.StreamingLLM(budget=20),
+    kvpack.Random(budget=0.5),
+]
 
 
 def ids_of(batch: int, tokens: int) -> Tensor:
@@ -458,7 +476,9 @@ def test_keys_and_positions_are_enough_with_other_attention_functions(evict: Any
     fused, outside = tiny_model(), tiny_model(attention=attention_name)
     ids, options = ids_of(1, 40), {"max_new_tokens": 60, "do_sample": False}
     caches = [kvpack.PackedCache(model, evict=evict) for model in (fused, outside)]
-    tokens = [m.generate(input_ids=ids, past_key_values=c, **options) for m, c in zip((fused, outside), caches, strict=True)]
+    tokens = [
+        m.generate(input_ids=ids, past_key_values=c, **options) for m, c in zip((fused, outside), caches, strict=True)
+    ]
     assert torch.equal(*tokens)
     assert caches[1].info()["materialised"] > 0
     assert len(caches[1].kept(0, 0)) < 60
@@ -469,7 +489,9 @@ def test_what_another_attention_could_not_read_is_refused() -> None:
     model = tiny_model(attention="sdpa")
     for evict in (kvpack.Longformer(window=8), kvpack.AdaKV(kvpack.KeyDiff(budget=0.5))):
         with pytest.raises(kvpack.OptionError, match="different numbers of tokens"):
-            model.generate(input_ids=ids_of(1, 40), past_key_values=kvpack.PackedCache(model, evict=evict), max_new_tokens=2)
+            model.generate(
+                input_ids=ids_of(1, 40), past_key_values=kvpack.PackedCache(model, evict=evict), max_new_tokens=2
+            )
     cache = kvpack.PackedCache(model, evict=kvpack.KeyDiff(budget=0.5))
     with pytest.raises(kvpack.OptionError, match="batch of 2 different sequences"):
         model.generate(input_ids=ids_of(2, 40), past_key_values=cache, max_new_tokens=2)
@@ -521,7 +543,10 @@ def test_every_way_of_generating(evict: Any, mode: str) -> None:
         (lambda: kvpack.AdaKV(kvpack.TOVA()), "all heads of a layer keep the same"),
         (lambda: kvpack.AdaKV(kvpack.SnapKV(), floor=3), "floor=3"),
         (lambda: kvpack.AdaKV(7), "method=7 is not accepted"),
-        (lambda: kvpack.PackedCache(tiny_config(), evict="snapkv"), "evict='snapkv' is not accepted; accepted: kvpack.SnapKV"),
+        (
+            lambda: kvpack.PackedCache(tiny_config(), evict="snapkv"),
+            "evict='snapkv' is not accepted; accepted: kvpack.SnapKV",
+        ),
     ],
 )
 def test_bad_options_are_named(make: Any, message: str) -> None:

@@ -34,7 +34,7 @@ def metric_of(query: Tensor, damping: float = 0.1) -> Tensor:
 
 
 def gptq(x: Tensor, metric: Tensor, order: Tensor, quantise_column: Any) -> None:
-    """GPTQ as published, by the Cholesky factor of the inverse: `quantise_column(channel, column)` gives what it stands for."""
+    """GPTQ as published, by the Cholesky factor of the inverse; `quantise_column(channel, column)` rounds a column."""
     x = x.double()[:, order]
     factor = torch.linalg.cholesky(torch.linalg.inv(metric[order][:, order]), upper=True)
     for i, channel in enumerate(order.tolist()):
@@ -61,7 +61,8 @@ def test_kivi_keys_are_gptqs_codes(bits: int, dim: int) -> None:
             gptq(key[0, head, 4 + 32 * group : 36 + 32 * group], metric, order, rounded)
             expected = torch.stack([codes[c] for c in range(dim)], 1).to(torch.uint8)
             same.append((packed["key_codes"][32 * group : 32 * group + 32] == expected).double().mean().item())
-    # A scale that is nearly undecided between two float16 may fall otherwise, and then what follows it in its group does.
+    # A scale that is nearly undecided between two float16 may fall otherwise, and then what follows it in its group
+    # does.
     assert statistics.median(same) > 0.999
     assert min(same) > 0.8
 
@@ -94,7 +95,8 @@ def test_values_are_gptqs_codes_in_the_metric_of_the_projection(codec: Any) -> N
             codes[:, i], rounded = coded(codec, grids, state[:, i])
             error = (state[:, i] - rounded) / factor[i, i]
             state[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
-        # A rounding that is nearly undecided may fall otherwise, and with it the rest of its token: few tokens have one.
+        # A rounding that is nearly undecided may fall otherwise, and with it the rest of its token: few tokens have
+        # one.
         same = (packed["value_codes"] == codes.to(torch.uint8)).all(1).double().mean()
         assert same > 0.95
 

@@ -235,7 +235,7 @@ class PackedCache(Cache):
         return Memory(parts, layers)
 
     def lossy_share(self, new: int = 0) -> float:
-        """Share of the keys' and values' numbers in packed layers that are not exactly what the model made.
+        """Share of the keys' and values' numbers in packed layers that are not exactly what the model made, or gone.
 
         Args:
             new: leave out so many of the newest tokens: after a forward of `new` tokens it is the share of the past
@@ -276,8 +276,9 @@ class PackedCache(Cache):
         for layer in self.layers:
             kinds[type(layer).__name__] = kinds.get(type(layer).__name__, 0) + 1
         layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        methods = ", ".join(repr(method) for method in (self.evict, self.quantize) if method is not None)
         return (
-            f"PackedCache({'' if self.evict is None else f'{self.evict}, '}{self.quantize}, {self.get_seq_length()} tokens, "
+            f"PackedCache({methods}, {self.get_seq_length()} tokens, "
             f"{readable_bytes(self.memory().total)}, layers: {layers})"
         )
 

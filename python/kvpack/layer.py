@@ -118,7 +118,7 @@ class PackedLayer(CacheLayerMixin):
         )
 
     def absorb(self, valid: Tensor | None = None, readers: Readers | None = None) -> None:
-        """Stores what is pending; `valid` `[B, q]` says which tokens are not pads, `readers` is what attended to them."""
+        """Stores what is pending; `valid` `[B, q]` says which are no pads, `readers` is what attended to them."""
         valid = self._valid(valid)
         new = self._new(valid)
         if new is None:
@@ -134,20 +134,20 @@ class PackedLayer(CacheLayerMixin):
         self._absorbed()
 
     def _check_outside(self) -> None:
-        """Raises OptionError when tokens of this prompt cannot be chosen, as the model's attention reads them, not kvpack's."""
+        """Raises OptionError when tokens of this prompt cannot be chosen, as not kvpack's attention reads them."""
         assert self._pending is not None
         keys = self._pending[0]
         if isinstance(self.evict, AdaKV | Longformer | PyramidKV):
             raise OptionError(
-                f"evict={self.evict!r} is not accepted: its heads or layers hold different numbers of tokens, which only "
-                "kvpack's own attention can read; accepted here: KeyDiff, L2Norm, StreamingLLM, Random, or a model that was "
-                "loaded with attn_implementation='kvpack'"
+                f"evict={self.evict!r} is not accepted: its heads or layers hold different numbers of tokens, "
+                "which only kvpack's own attention can read; accepted here: KeyDiff, L2Norm, StreamingLLM, Random, or "
+                "a model that was loaded with attn_implementation='kvpack'"
             )
         if not all(torch.equal(keys[0], row) for row in keys[1:]):
             raise OptionError(
-                f"evict={self.evict!r} is not accepted for a batch of {keys.shape[0]} different sequences: this layer's "
-                "attention does not run in kvpack, and which tokens are pads is not known; accepted here: one sequence at a "
-                "time, or a model that was loaded with attn_implementation='kvpack'"
+                f"evict={self.evict!r} is not accepted for a batch of {keys.shape[0]} different sequences: this "
+                "layer's attention does not run in kvpack, and which tokens are pads is not known; accepted here: one "
+                "sequence at a time, or a model that was loaded with attn_implementation='kvpack'"
             )
 
     def _valid(self, valid: Tensor | None) -> Tensor | None:
@@ -316,8 +316,8 @@ class PackedLayer(CacheLayerMixin):
         """All keys or values as a model's own attention reads them: only tokens that are held, in their order.
 
         Raises:
-            OptionError: tokens were let go, and the model's attention was not known to be its own when they were, or its
-                heads hold different numbers of tokens.
+            OptionError: tokens were let go, and the model's attention was not known to be its own when they were, or
+                its heads hold different numbers of tokens.
         """
         full = self.materialize(which)
         if self.evict is None:
@@ -329,8 +329,8 @@ class PackedLayer(CacheLayerMixin):
             return full
         if not self._outside or len(counts) > 1:
             raise OptionError(
-                f"evict={self.evict!r}: this layer is read by another attention than kvpack's, after tokens of which it "
-                "cannot know were let go; accepted: attn_implementation='kvpack' from the first token on"
+                f"evict={self.evict!r}: this layer is read by another attention than kvpack's, after tokens of which "
+                "it cannot know were let go; accepted: attn_implementation='kvpack' from the first token on"
             )
         places = torch.tensor(held).reshape(batch, heads, -1, 1).expand(-1, -1, -1, dim)
         return full.gather(2, places)
@@ -344,6 +344,11 @@ class PackedLayer(CacheLayerMixin):
     def values(self) -> Tensor | None:
         """All values, materialised; None before the first."""
         return self.materialize("values") if self.is_initialized else None
+
+    @property
+    def chooses_by_queries(self) -> bool:
+        """Whether tokens are let go by what attends to them."""
+        return self.evict is not None and self._store.wants_queries()
 
     def positions(self, row: int = 0, head: int = 0) -> list[int]:
         """Logical positions of the tokens that a KV head of a sequence holds."""
@@ -382,11 +387,13 @@ class PackedLayer(CacheLayerMixin):
         keys, values = (torch.tensor(side).reshape(-1, 3) for side in self._store.outliers(row, head))
         return keys, values
 
-    def feedback_gains(self, row: int = 0, head: int = 0) -> tuple[tuple[float, bool] | None, tuple[float, bool] | None]:
+    def feedback_gains(
+        self, row: int = 0, head: int = 0
+    ) -> tuple[tuple[float, bool] | None, tuple[float, bool] | None]:
         """What GPTQ's feedback could gain at most for keys, and for values, of a KV head, and whether it is used there.
 
-        The gain is the arithmetic over the geometric mean of the eigenvalues of the damped metric: by so much the expected
-        square of an error can fall. None where there is no feedback, or no query was seen.
+        The gain is the arithmetic over the geometric mean of the eigenvalues of the damped metric: by so much the
+        expected square of an error can fall. None where there is no feedback, or no query was seen.
         """
         self.absorb()
         return self._store.feedback_gains(row, head)
@@ -410,7 +417,7 @@ class PackedLayer(CacheLayerMixin):
 
     def _gone(self) -> int:
         """Tokens that were let go, where the model's own attention counts those that are held."""
-        if self.evict is None or not self._seen and self._pending is None:
+        if self.evict is None or (not self._seen and self._pending is None):
             return 0
         if self._pending is not None and not self._seen:
             self._outside = True  # kvpack's attention would have taken them by now
@@ -540,7 +547,7 @@ class PackedLayer(CacheLayerMixin):
         return self._store.tables()[1] if self._seen else None
 
     def lossy_share(self, new: int = 0) -> float:
-        """Share of the numbers held that are not exactly what the model made; those of the `new` newest aside."""
+        """Share of the tokens' numbers that are not what the model made, or gone; those of the `new` newest aside."""
         self.absorb()
         return self._store.lossy_share(new)
 

@@ -5,8 +5,8 @@
 use std::sync::Mutex;
 
 use super::Partial;
-use super::mat::{Mat, MatMut};
 use super::kernels::Kernels;
+use super::mat::{Mat, MatMut};
 
 /// Weights of some chunks of tokens, each relative to the largest logit when it was read.
 #[derive(Clone, Debug, Default)]

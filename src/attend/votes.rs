@@ -40,7 +40,9 @@ pub fn add_votes(head: &Head<'_>, voters: &Voters<'_>, votes: &mut [f32], scratc
             let seen = head.positions.count_below(voters.positions[row] as usize + 1);
             let x = &mut x[..seen];
             if let Some(cap) = voters.softcap {
-                x.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+                for x in x.iter_mut() {
+                    *x = cap * (*x / cap).tanh();
+                }
             }
             let mut weighed = [Weighed::before(f32::NEG_INFINITY)];
             (scratch.kernels.softmax)(MatMut::new(x, 1, seen), seen, &mut weighed);

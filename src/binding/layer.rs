@@ -274,7 +274,7 @@ impl Layer {
 
     /// What feedback could gain at most, and whether it is used, for keys and for values of a KV head; `None` where there is none.
     fn feedback_gains(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<(Gain, Gain)> {
-        self.look(py, |layer| Ok(layer.head(row, head)?.gains()))
+        self.look(py, |layer| Ok(layer.head(row, head)?.gains().into()))
     }
 
     /// Bits of every key channel in each of a KV head's graded pages.

@@ -46,7 +46,9 @@ impl KvHead {
         let places = tokens.iter().flat_map(|&t| (h * group..(h + 1) * group).map(move |reader| (t, reader)));
         for (q, (t, reader)) in q.chunks_exact_mut(dim).zip(places) {
             readers.query.row(b, reader, t).to_f32(q);
-            q.iter_mut().for_each(|q| *q *= readers.softmax.scaling);
+            for q in q {
+                *q *= readers.softmax.scaling;
+            }
         }
         let queries = NewQueries {
             q: &q,
@@ -66,6 +68,13 @@ impl KvHead {
 
     fn place(&self, head: usize) -> Place {
         Place { head, origin: self.observed.origin.unwrap_or(0) }
+    }
+
+    /// Tokens that an eviction let go, of `seen` positions without the `new` newest.
+    pub(super) fn gone(&self, seen: usize, new: usize) -> usize {
+        let past = seen.saturating_sub(new);
+        let origin = self.observed.origin.map_or(past, |origin| origin as usize);
+        past.saturating_sub(origin).saturating_sub(self.positions.count_below(past))
     }
 
     /// Whether tokens are to be chosen: after a prompt, or when the budget is exceeded by a block.
@@ -151,5 +160,7 @@ fn share(heads: &mut [Candidates]) {
     for head in heads.iter() {
         mean.iter_mut().zip(&head.scores).for_each(|(mean, score)| *mean += score / heads.len() as f32);
     }
-    heads.iter_mut().for_each(|head| head.scores.clone_from(&mean));
+    for head in heads {
+        head.scores.clone_from(&mean);
+    }
 }

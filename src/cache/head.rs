@@ -5,7 +5,7 @@ use super::layer::chosen;
 use crate::attend::mat::MatMut;
 use crate::attend::{CHUNK, Head, KeyChunk, Positions, Scratch, key_chunks, padded, tile_rows};
 use crate::evict::Observed;
-use crate::quantize::{SAMPLES, SHORT, Codec, KeyPage, ValuePage};
+use crate::quantize::{Codec, KeyPage, SAMPLES, SHORT, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
 
 /// Tokens of a long prompt that are copied and packed at a time.
@@ -180,8 +180,8 @@ impl KvHead {
     }
 
     /// What feedback could gain at most, and whether it is used, for keys and for values.
-    pub fn gains(&self) -> (Option<(f32, bool)>, Option<(f32, bool)>) {
-        (self.keys.plan.gain(), self.values.plan.gain())
+    pub fn gains(&self) -> [Option<(f32, bool)>; 2] {
+        [self.keys.plan.gain(), self.values.plan.gain()]
     }
 
     /// Positions of the tokens held.

@@ -271,7 +271,8 @@ impl Layer {
             Some(eviction) if eviction.wants_queries() && readers.is_none() => Err(Error::Option {
                 name: "evict",
                 given: "a method that scores tokens by the queries that attend to them".into(),
-                accepted: "methods that look at keys or positions alone (KeyDiff, L2Norm, StreamingLLM, Longformer, Random), as                            this layer's attention does not run in kvpack: load the model with attn_implementation='kvpack', if                            its kind supports that"
+                accepted: "KeyDiff, L2Norm, StreamingLLM, Longformer, Random, which look at keys or positions alone; or, where \
+                           the model's kind supports it, attn_implementation='kvpack': this layer's attention is not kvpack's"
                     .into(),
             }),
             _ => Ok(()),
@@ -294,11 +295,7 @@ impl Layer {
 
     /// Calls `change` with all sequences for which `wanted` says true; rows that share a sequence still
     /// share it afterwards.
-    pub(super) fn each_unique(
-        &mut self,
-        wanted: impl Fn(&Sequence) -> bool,
-        change: impl FnOnce(Vec<&mut Sequence>),
-    ) {
+    pub(super) fn each_unique(&mut self, wanted: impl Fn(&Sequence) -> bool, change: impl FnOnce(Vec<&mut Sequence>)) {
         let mut unique: Vec<Arc<Sequence>> = Vec::new();
         let mut which = Vec::with_capacity(self.rows.len());
         for row in self.rows.drain(..) {
@@ -371,13 +368,16 @@ impl Layer {
         *self = Self::new(self.codec.clone()).with_eviction(self.eviction.clone());
     }
 
-    /// The share of the numbers held, those of the newest `new` positions aside, that are not what the model made.
+    /// The share of the numbers of all tokens, the newest `new` positions aside, that are not what the model made, or gone.
     pub fn lossy_share(&self, new: usize) -> f64 {
         let (mut lossy, mut held) = (0, 0);
         for head in self.rows.iter().flat_map(|row| row.iter()) {
             let (key_dim, value_dim) = (head.keys.tail.dim(), head.values.tail.dim());
             lossy += head.keys.lossy() * key_dim + head.values.lossy() * value_dim;
-            held += head.positions.count_below(self.seen().saturating_sub(new)) * (key_dim + value_dim);
+            let here = head.positions.count_below(self.seen().saturating_sub(new));
+            let gone = head.gone(self.seen(), new);
+            lossy += gone * (key_dim + value_dim);
+            held += (here + gone) * (key_dim + value_dim);
         }
         if held == 0 { 0.0 } else { (lossy as f64 / held as f64).min(1.0) }
     }

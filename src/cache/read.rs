@@ -45,7 +45,12 @@ impl Layer {
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Dtype`] when something of the request, or `out`, does not fit.
-    pub fn attend(&self, request: &Request<'_>, out: &mut ViewMut<'_>, kernels: &'static Kernels) -> Result<Vec<Vec<f32>>> {
+    pub fn attend(
+        &self,
+        request: &Request<'_>,
+        out: &mut ViewMut<'_>,
+        kernels: &'static Kernels,
+    ) -> Result<Vec<Vec<f32>>> {
         let shape = self.check_request(request, out)?;
         let [_, query_heads, queries, _] = request.query.shape();
         let tokens: usize = self.rows.iter().flat_map(|row| row.iter()).map(|head| head.positions.len()).sum();
@@ -57,7 +62,9 @@ impl Layer {
         let mut received = self.nothing_received(request.received);
         let merged = merged(places, partials, request.sinks, group);
         for (i, (_, whole, parts)) in merged.iter().enumerate().filter(|_| request.received) {
-            parts.iter().for_each(|part| part.add_to(whole, kernels, &mut received[i]));
+            for part in parts {
+                part.add_to(whole, kernels, &mut received[i]);
+            }
         }
         write_out(merged, group, shape.value_dim, out);
         Ok(received)

@@ -65,10 +65,6 @@ impl Block {
 
     /// The code of a number in units of the scale; one beyond the block's largest, which feedback can make, is clamped.
     pub(super) fn code(&self, x: f32) -> u8 {
-        if self.bits == 8 {
-            (x.round().clamp(-127.0, 127.0) + 128.0) as u8
-        } else {
-            ((x + 8.5) as u8).min(15)
-        }
+        if self.bits == 8 { (x.round().clamp(-127.0, 127.0) + 128.0) as u8 } else { ((x + 8.5) as u8).min(15) }
     }
 }

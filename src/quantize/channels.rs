@@ -187,7 +187,11 @@ impl ChannelKeys {
 
     /// Takes the first of some groups' tokens of `other`, if it has the same format, as far as there is room.
     pub(super) fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
-        let same = self.largest == 0.0 && other.largest == 0.0 && self.group == other.group && self.bands == other.bands && self.order == other.order;
+        let same = self.largest == 0.0
+            && other.largest == 0.0
+            && self.group == other.group
+            && self.bands == other.bands
+            && self.order == other.order;
         let room = if same { CHUNK.saturating_sub(self.tokens) / self.group * self.group } else { 0 };
         let taken = &tokens[..tokens.len().min(room)];
         self.add(other, taken);
@@ -286,7 +290,9 @@ fn feed_back(factor: &Factor, x: &mut [f32], dim: usize, bits: u8) {
         let least = column.iter().copied().fold(f32::INFINITY, f32::min);
         let most = column.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let grid = MinMax::new(bits, least, most);
-        column.iter_mut().for_each(|x| *x = grid.decode(grid.code(bits, *x)));
+        for x in column {
+            *x = grid.decode(grid.code(bits, *x));
+        }
     });
     for (c, column) in columns.chunks_exact(group).enumerate() {
         column.iter().zip(places(c)).for_each(|(from, to)| x[to] = *from);

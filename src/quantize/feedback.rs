@@ -239,7 +239,11 @@ mod tests {
             for step in [-1.0, 1.0] {
                 let mut other = own.clone();
                 other[last] += step;
-                let damped = |e: &[f32]| cost(&h, e) + 0.01 * (0..dim).map(|i| h[i * dim + i]).sum::<f32>() / dim as f32 * e.iter().map(|e| e * e).sum::<f32>();
+                let damped = |e: &[f32]| {
+                    cost(&h, e)
+                        + 0.01 * (0..dim).map(|i| h[i * dim + i]).sum::<f32>() / dim as f32
+                            * e.iter().map(|e| e * e).sum::<f32>()
+                };
                 assert!(damped(&own) <= damped(&other) * (1.0 + 1e-4));
             }
         }

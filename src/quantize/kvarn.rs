@@ -60,14 +60,16 @@ pub(super) fn deviations(block: &[f32], dim: usize) -> (Vec<f16>, Vec<f16>) {
     let (mut t, mut c) = (vec![1.0f32; rows], vec![1.0f32; dim]);
     let mut normal = block.to_vec();
     for _ in 0..TURNS {
-        for j in 0..dim {
+        for (j, c) in c.iter_mut().enumerate() {
             let own = deviation(normal.iter().skip(j).step_by(dim));
             normal.iter_mut().skip(j).step_by(dim).for_each(|x| *x /= own);
-            c[j] *= own;
+            *c *= own;
         }
         for (row, t) in normal.chunks_exact_mut(dim).zip(&mut t) {
             let own = deviation(row.iter());
-            row.iter_mut().for_each(|x| *x /= own);
+            for x in row {
+                *x /= own;
+            }
             *t *= own;
         }
     }

@@ -143,7 +143,9 @@ impl Rows {
     #[must_use]
     pub fn take(&self, rows: &[usize]) -> Self {
         let mut taken = Self { data: self.empty_buffer(rows.len()), dim: self.dim, dropped: 0 };
-        rows.iter().for_each(|&row| taken.extend(self.slice(row..row + 1)));
+        for &row in rows {
+            taken.extend(self.slice(row..row + 1));
+        }
         taken
     }
 
@@ -152,7 +154,9 @@ impl Rows {
     pub fn joined(first: &Self, second: &Self) -> Self {
         let rows = first.len() + second.len();
         let mut all = Self { data: first.empty_buffer(rows), dim: first.dim, dropped: 0 };
-        [first, second].into_iter().for_each(|rows| all.extend(rows.slice(0..rows.len())));
+        for rows in [first, second] {
+            all.extend(rows.slice(0..rows.len()));
+        }
         all
     }
 

@@ -48,14 +48,15 @@ def attention_errors(model: Any, contenders: Sequence[Contender], ids: Tensor, q
 
     Returns:
         For each packed contender `errors`: per layer `||o' - o|| / ||o||`, with o' the output on the packed keys and
-        values and o on the real ones, both in float32; None for layers that are not packed.
+        values and o on the real ones, both in float32; None for layers that are not packed. Contenders that choose
+        tokens by their queries have no record: only the newest queries are known here.
     """
     seen = record_attention(model, ids, min(queries, len(ids) // 2))
     records = []
     for contender in contenders:
         errors: list[float | None] = []
         for i, layer in enumerate(contender.new_cache(model).layers):
-            packed = isinstance(layer, PackedLayer) and i in seen
+            packed = isinstance(layer, PackedLayer) and i in seen and not layer.chooses_by_queries
             errors.append(round(_error(layer, seen[i]), 7) if packed else None)
         if any(error is not None for error in errors):
             records.append({"kind": "layers", "method": contender.label, "tokens": len(ids), "errors": errors})

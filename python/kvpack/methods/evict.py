@@ -14,9 +14,7 @@ from .quantize import Site
 Amount: TypeAlias = int | float
 Common: TypeAlias = tuple[Any, ...]
 
-_BUDGET = (
-    "a whole number of tokens from 1, a share of the prompt above 0 up to 1.0, or a sequence of such, one for each layer"
-)
+_BUDGET = "a whole number of tokens from 1, a share of the prompt above 0 up to 1.0, or one of such for each layer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +22,8 @@ class Evict(ABC):
     """A method that chooses which tokens of a KV head stay; what goes is freed.
 
     Tokens are chosen when a prompt was read, before anything is packed: a forward of more than 16 tokens, or the first
-    one. With `decode` the budget is held while tokens are generated too: when it is exceeded by `block` tokens, as many go.
-    What was packed by then goes in the groups in which its codec packed it, by the mean of the tokens' scores.
+    one. With `decode` the budget is held while tokens are generated too: when it is exceeded by `block` tokens, as many
+    go. What was packed by then goes in the groups in which its codec packed it, by the mean of the tokens' scores.
     Scores are of all KV heads apart, positions stay what they were, and a budget that has room for all changes nothing.
 
     Attributes:
@@ -54,7 +52,7 @@ class Evict(ABC):
         self._check()
         self.make()  # Rust knows the rest of the rules
 
-    def _check(self) -> None:
+    def _check(self) -> None:  # noqa: B027  # not every method has fields of its own
         """Raises OptionError for the first field of a method's own that is not accepted."""
 
     @abstractmethod
@@ -153,8 +151,8 @@ class SnapKV(Evict):
 class PyramidKV(SnapKV):
     """SnapKV with budgets that fall from the first layer to the last (Cai et al. 2024, arXiv 2406.02069).
 
-    With the mean budget `C` and window `w` the last layer has `w + (C - w) / beta` tokens, the first as much more than `C`,
-    the others lie on the line between; no layer has more than the prompt.
+    With the mean budget `C` and window `w` the last layer has `w + (C - w) / beta` tokens, the first as much more than
+    `C`, the others lie on the line between; no layer has more than the prompt.
 
     Attributes:
         beta: how steep it is.
@@ -199,7 +197,7 @@ class _Attention(Evict):
 
 @dataclass(frozen=True)
 class H2O(_Attention):
-    """Heavy hitters: tokens that received the most attention of all queries so far (Zhang et al. 2023, arXiv 2306.14048).
+    """Heavy hitters: what received the most attention of all queries so far (Zhang et al. 2023, arXiv 2306.14048).
 
     Attention is summed over the query heads that read a KV head. It costs as much again as a prompt's own attention.
 
@@ -216,8 +214,9 @@ class H2O(_Attention):
 class A2SF(_Attention):
     """Accumulated attention that is forgotten again (Jo and Shin 2024, arXiv 2407.20485).
 
-    `A <- alpha A + S` with the attention `S` of each query, summed over the query heads that read a KV head: first tokens
-    gain nothing from having been seen by more queries. Of a prompt only queries whose weight is above 1e-6 are looked at.
+    `A <- alpha A + S` with the attention `S` of each query, summed over the query heads that read a KV head: first
+    tokens gain nothing from having been seen by more queries. Of a prompt only queries whose weight is above 1e-6 are
+    looked at.
 
     Attributes:
         budget: tokens that stay a KV head, or a share of the prompt; or one for each layer.
@@ -243,7 +242,9 @@ class A2SF(_Attention):
 
 @dataclass(frozen=True)
 class TOVA(_Attention):
-    """What the last query does not look at goes, the same for all heads of a layer (Oren et al. 2024, arXiv 2401.06104).
+    """What the last query does not look at goes (Oren et al. 2024, arXiv 2401.06104).
+
+    All heads of a layer keep the same tokens, by the mean of their attention.
 
     Attributes:
         budget: tokens that stay, or a share of the prompt; or one for each layer.
@@ -286,10 +287,11 @@ class StreamingLLM(Evict):
 
 @dataclass(frozen=True)
 class Longformer(Evict):
-    """The shape of Longformer's pattern as a retention mask (Beltagy et al. 2020, arXiv 2004.05150), without its training.
+    """The shape of Longformer's pattern (Beltagy et al. 2020, arXiv 2004.05150) as a retention mask.
 
-    A window of the newest tokens, the first ones, global tokens (`protect`), and of all others every `dilation`-th: of KV
-    head `h` those whose number plus `h` is a multiple. Everything else goes.
+    What the pattern is worth in Longformer comes from its training, which a model here has not had.
+    A window of the newest tokens, the first ones, global tokens (`protect`), and of all others every `dilation`-th: of
+    KV head `h` those whose number plus `h` is a multiple. Everything else goes.
 
     Attributes:
         window: newest tokens that stay.
@@ -387,12 +389,13 @@ class Random(KeyDiff):
 class AdaKV(Evict):
     """The heads of a layer share one budget (Feng et al. 2024, arXiv 2407.11550): `AdaKV(SnapKV(budget=0.25))`.
 
-    The best tokens of all heads stay, as many as the heads' budgets have room for together; each head keeps at least its
-    own best `floor * budget` ones. Heads then hold different numbers of tokens, and so many bytes. As text it is written
-    with brackets: `adakv(snapkv:budget=0.25)`.
+    The best tokens of all heads stay, as many as the heads' budgets have room for together; each head keeps at least
+    its own best `floor * budget` ones. Heads then hold different numbers of tokens, and so many bytes. As text it is
+    written with brackets: `adakv(snapkv:budget=0.25)`.
 
     Attributes:
-        method: what scores the tokens; its own fields say what always stays, and whether the budget is held while decoding.
+        method: what scores the tokens; its own fields say what always stays, and whether the budget is held while
+            decoding.
         floor: share of its own budget that a head keeps, 0 to 1.
     """
 
@@ -406,7 +409,9 @@ class AdaKV(Evict):
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "floor", floor)
         if not isinstance(method, Evict) or isinstance(method, AdaKV):
-            raise OptionError(f"method={method!r} is not accepted; accepted: methods such as kvpack.SnapKV(budget=0.25)")
+            raise OptionError(
+                f"method={method!r} is not accepted; accepted: methods such as kvpack.SnapKV(budget=0.25)"
+            )
         if isinstance(method, TOVA):
             raise OptionError(f"method={method!r} is not accepted: all heads of a layer keep the same tokens with it")
         if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor <= 1:

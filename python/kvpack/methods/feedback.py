@@ -19,11 +19,11 @@ _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "out_lin", "atten
 class GPTQ:
     """Error feedback as GPTQ's (Frantar et al. 2022, arXiv 2210.17323) on a codec: `KIVI(bits=3, feedback=GPTQ())`.
 
-    A vector is rounded number by number, and those still to come make up for what each rounding did, in a metric `H`. Keys
-    have the metric of the queries that read them, `H = E[q q^T]` over the query heads of their KV head, seen while the first
-    prompt is read (only with `attn_implementation="kvpack"`; without queries there is no feedback for keys). This is what
-    SQuat (arXiv 2503.24358) does in blocks. Values have the metric of the output projection, `H = sum W_o^T W_o`, which needs
-    no data. Nothing is stored for it and reading costs nothing; only packing takes longer.
+    A vector is rounded number by number, and those still to come make up for what each rounding did, in a metric `H`.
+    Keys have the metric of the queries that read them, `H = E[q q^T]` over the query heads of their KV head, seen while
+    the first prompt is read (only with `attn_implementation="kvpack"`; without queries there is no feedback for keys).
+    This is what SQuat (arXiv 2503.24358) does in blocks. Values have the metric of the output projection, `H = sum
+    W_o^T W_o`, which needs no data. Nothing is stored for it and reading costs nothing; only packing takes longer.
 
     Attributes:
         damping: what is added to the diagonal of `H`, as a share of its mean.
@@ -44,7 +44,9 @@ class GPTQ:
         for name, above in (("damping", True), ("threshold", False)):
             x = getattr(self, name)
             if isinstance(x, bool) or not isinstance(x, int | float) or not 0 <= x < 1e6 or (above and x == 0):
-                raise OptionError(f"{name}={x!r} is not accepted; accepted: numbers from 0{' on, not 0' if above else ''}")
+                raise OptionError(
+                    f"{name}={x!r} is not accepted; accepted: numbers from 0{' on, not 0' if above else ''}"
+                )
         for name in ("act_order", "keys", "values"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not accepted; accepted: True, False")
@@ -110,5 +112,5 @@ def _output_weights(model: nn.Module, layer: int) -> Iterator[Tensor]:
             projection = getattr(module, name, None)
             if isinstance(projection, nn.Linear):
                 yield projection.weight
-            elif type(projection).__name__ == "Conv1D":  # GPT-2's, whose weight is [in, out]
+            elif projection is not None and type(projection).__name__ == "Conv1D":  # GPT-2's, whose weight is [in, out]
                 yield projection.weight.T

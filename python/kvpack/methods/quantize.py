@@ -297,10 +297,11 @@ class Graded(Quantize):
 class KVarN(Quantize):
     """Variance-normalised blocks (Muller et al. 2026, arXiv 2606.03458); no calibration.
 
-    Blocks of 128 tokens are rotated as in `Rotated`; then rows (tokens) and columns (channels) are divided in turn by their
-    standard deviations until all are the same. What is left is rounded on asymmetric grids: of keys one a channel, of values
-    one a token, with float16 scale and zero-point. A factor a token for keys, a factor a channel for values (float16) are
-    stored beside; the other factors are in the grids. `bits + 32 / 128 + 16 / head_dim` bits a number of keys,
+    Blocks of 128 tokens are rotated as in `Rotated`; then rows (tokens) and columns (channels) are divided in turn by
+    their standard deviations until all are the same. What is left is rounded on asymmetric grids: of keys one a
+    channel, of values one a token, with float16 scale and zero-point. A factor a token for keys, a factor a channel for
+    values (float16) are stored beside; the other factors are in the grids. `bits + 32 / 128 + 16 / head_dim` bits a
+    number of keys,
     `bits + 32 / head_dim + 16 / 128` of values.
 
     Attributes:

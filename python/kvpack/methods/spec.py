@@ -2,8 +2,8 @@
 
 A method is its registered name and, after colons, parameters of its dataclass; or the name of a preset. Keys by one
 codec and values by another are written with a slash (`kivi:bits=4/rotated:bits=2`), layers with a codec of their own
-after `@` (`kivi:bits=2@0=q8@-1=q8`), what AdaKV shares out in brackets (`adakv(snapkv:budget=0.25)`), methods of several
-families are joined with `+` (`snapkv:budget=0.25+kivi:bits=4`).
+after `@` (`kivi:bits=2@0=q8@-1=q8`), what AdaKV shares out in brackets (`adakv(snapkv:budget=0.25)`), methods of
+several families are joined with `+` (`snapkv:budget=0.25+kivi:bits=4`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from ..errors import OptionError
 from .calibrated import Calibrated
+from .evict import AdaKV
 from .presets import PRESETS
 from .quantize import Apart, Layers
-from .evict import AdaKV
 from .registry import EVICT, QUANTIZE
 
 FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE, "evict": EVICT}
@@ -86,7 +86,9 @@ def _parse_adakv(text: str) -> AdaKV:
         raise OptionError(f"method {text!r} is not accepted; brackets stand around the method of adakv(...)")
     family, method = _parse_part(inner[:-1])
     if family != "evict" or "method" in parameters:
-        raise OptionError(f"method {text!r} is not accepted; in the brackets of adakv stands a method that scores tokens")
+        raise OptionError(
+            f"method {text!r} is not accepted; in the brackets of adakv stands a method that scores tokens"
+        )
     adakv: AdaKV = make(AdaKV, name, {"method": method, **parameters})
     return adakv
 

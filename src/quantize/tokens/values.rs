@@ -117,7 +117,8 @@ impl TokenValues {
             let row = other.groups_of(token..token + 1, 0.0);
             codes.iter_mut().enumerate().for_each(|(c, code)| *code = row.codes(0).0.get(row.lead, c));
             put_row(bits, &codes, self.tokens, &mut self.words[..code_words]);
-            let (numbers, all) = self.words[code_words..].split_at_mut(self.format.groups() * self.format.grid_numbers() * PAGE);
+            let (numbers, all) =
+                self.words[code_words..].split_at_mut(self.format.groups() * self.format.grid_numbers() * PAGE);
             let theirs = &other.words[code_words..];
             for (own, their) in numbers.chunks_exact_mut(PAGE).zip(theirs.chunks_exact(PAGE)) {
                 own[self.tokens] = their[token];
