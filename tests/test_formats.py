@@ -63,6 +63,49 @@ def hadamard(dim: int, seed: int) -> Tensor:
     return torch.block_diag(*[one] * (dim // block)) * signs
 
 
+def deviations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of rows and of columns that leave a block with equal deviations, as KVarN divides by them, in float64."""
+    t, c, rest = torch.ones(len(x), 1, dtype=torch.float64), torch.ones(1, x.shape[1], dtype=torch.float64), x.double()
+    for _ in range(6):
+        columns = rest.std(0, unbiased=False, keepdim=True)
+        rest, c = rest / columns, c * columns
+        rows = rest.std(1, unbiased=False, keepdim=True)
+        rest, t = rest / rows, t * rows
+    return (t / t.mean()).half().double(), (c / c.mean()).half().double()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_kvarn_is_a_normalised_block_on_asymmetric_grids(bits: int, dim: int) -> None:
+    key, value = random_kv(1, 2, 4 + 128 + 128 + 9, dim)
+    value = value * torch.rand(1, 2, value.shape[2], 1).mul(3).exp()  # tokens of very different sizes
+    cache = filled_layer(kvpack.KVarN(bits=bits, seed=5), key, value)
+    turn = hadamard(dim, 5)
+    for head in range(2):
+        stored = cache.layers[0].packed(0, head)
+        for first in (0, 128):
+            at = slice(first, first + 128)
+            for name, x, axis in (("key", key, 0), ("value", value, 1)):
+                y = x[0, head, 4:][at].double() @ turn.T
+                factor = deviations(y)[axis]
+                codes, scale, zero = quantise(y / factor, bits, axis)
+                assert (stored[f"{name}_codes"][at] == codes.to(torch.uint8)).double().mean() > 0.995
+                read = (codes * scale + zero) * factor @ turn
+                held = getattr(cache.layers[0], f"{name}s")[0, head, 4:][at]
+                difference = (held - read).abs().max() / read.abs().max()
+                assert (held - read).norm() < 0.01 * read.norm() + 0.02 * (read - x[0, head, 4:][at]).norm(), difference
+    assert torch.equal(cache.layers[0].keys[:, :, -9:], key[:, :, -9:])
+
+
+def test_kvarn_counts_its_factors() -> None:
+    key, value = random_kv(1, 2, 4 + 8 * 128, 64)
+    parts = filled_layer(kvpack.KVarN(bits=2), key, value).memory().parts
+    numbers = 2 * 8 * 128 * 64
+    assert parts["codes"] * 8 == 2 * numbers * 2
+    keys, values = numbers * (32 / 128 + 16 / 64), numbers * (32 / 64 + 16 / 128)
+    assert parts["scales"] * 8 == keys + values
+
+
 def rotated_reference(x: Tensor, bits: int, group: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes `[n, dim]`, scales `[n, groups]` and what is read, in float64."""
     dim = x.shape[1]

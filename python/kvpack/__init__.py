@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _kvpack, _requirements, attention  # noqa: F401  # the requirements are checked first
+from . import _kvpack, _requirements, attention, plot  # noqa: F401  # the requirements are checked first
 from ._threads import threads
 from .attach import Attachment, attach
 from .cache import PackedCache
@@ -101,6 +101,7 @@ __all__ = [
     "evaluate",
     "info",
     "load_calibration",
+    "plot",
     "presets",
 ]
 __version__ = _kvpack.__version__

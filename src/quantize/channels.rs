@@ -101,11 +101,6 @@ impl ChannelKeys {
         (self.largest > 0.0).then(|| self.tokens / self.group * self.group_words())
     }
 
-    /// The factor of token `t`.
-    pub fn factor(&self, t: usize) -> f32 {
-        self.factors_at().map_or(1.0, |at| f16::from_bits(self.words[at + t]).to_f32())
-    }
-
     /// Words of a group of tokens.
     fn group_words(&self) -> usize {
         self.bands.iter().map(|&band| band_words(band, self.group)).sum()

@@ -64,7 +64,7 @@ impl TokenValues {
     }
 
     /// The factor of channel `c`.
-    pub fn factor(&self, c: usize) -> f32 {
+    fn factor(&self, c: usize) -> f32 {
         if self.scaled { f16::from_bits(self.words[self.factors_at() + c]).to_f32() } else { 1.0 }
     }
 
