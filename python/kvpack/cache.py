@@ -284,14 +284,17 @@ class PackedCache(Cache):
 
 
 def _feedback(layers: list[PackedLayer]) -> dict[str, Any]:
-    """Where feedback is used: heads that have it, of all with a metric, and the range of what it could gain."""
+    """Where feedback is used: heads that have it, of all with a metric, and what it could gain."""
     heads = [layer.feedback_gains(0, head) for layer in layers for head in range(layer.kv_heads if layer._seen else 0)]
     told = {}
     for side, name in enumerate(("feedback of keys", "feedback of values")):
         gains = [gain for head in heads if (gain := head[side]) is not None]
         if gains:
-            least, most = min(gains)[0], max(gains)[0]
-            told[name] = f"{sum(used for _, used in gains)} of {len(gains)} heads, gains {least:.2f} to {most:.2f}"
+            ratios = sorted(ratio for ratio, _ in gains)
+            told[name] = (
+                f"{sum(used for _, used in gains)} of {len(gains)} heads, gains {ratios[0]:.2f} to {ratios[-1]:.2f}, "
+                f"median {ratios[len(ratios) // 2]:.2f}"
+            )
     return told
 
 

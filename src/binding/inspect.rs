@@ -44,9 +44,10 @@ pub(super) fn keys(head: &KvHead) -> Packed {
 
 /// Bytes of calibrated tables, and of the angles with their address.
 pub(super) fn tables(codec: &Codec) -> (usize, Option<(usize, usize)>) {
-    let Method::KvQuant(kvquant) = &codec.keys else { return (0, None) };
+    let metrics = [&codec.keys, &codec.values].into_iter().filter_map(Method::feedback).map(|gptq| gptq.bytes()).sum();
+    let Method::KvQuant(kvquant) = &codec.keys else { return (metrics, None) };
     let angles = |keys: &StaticKeys| (Arc::as_ptr(&keys.rope) as usize, keys.rope.bytes());
-    (kvquant.keys.as_ref().map_or(0, |keys| keys.bytes()), kvquant.keys.as_deref().map(angles))
+    (metrics + kvquant.keys.as_ref().map_or(0, |keys| keys.bytes()), kvquant.keys.as_deref().map(angles))
 }
 
 /// Packed token, channel, and what the code lacks.

@@ -72,7 +72,8 @@ impl<P: Page> Column<P> {
         while due > 0 {
             let taken = if let Some(open) = self.segments.last_mut().filter(|s| s.is_open()) {
                 let n = due.min(open.page.room());
-                Arc::make_mut(&mut open.page).extend(&self.tail, n);
+                let feedback = self.plan.token_feedback(method);
+                Arc::make_mut(&mut open.page).extend(&self.tail, n, feedback.as_deref());
                 open.len += n;
                 n
             } else {

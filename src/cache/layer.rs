@@ -10,7 +10,7 @@ use crate::attend::kernels::{self, Kernels};
 use crate::error::{Error, Result};
 use crate::evict::Eviction;
 use crate::pool;
-use crate::quantize::{Codec, Method};
+use crate::quantize::Codec;
 use crate::tensor::{Dtype, View};
 
 /// Multiply-adds that take as long as copying a number.
@@ -235,19 +235,19 @@ impl Layer {
         // With an eviction nothing is packed before it was chosen.
         let (seen, eviction) = (self.seen, self.eviction.clone());
         let codec = (settle && eviction.is_none()).then_some(&self.codec);
-        let graded = query.filter(|_| self.codec.keys.wants_queries());
+        let keys = &self.codec.keys;
+        let (squares, moment) = (query.filter(|_| keys.wants_squares()), query.filter(|_| keys.wants_moment()));
         let mut work = Vec::with_capacity(batch * heads);
         for (b, row) in self.rows.iter_mut().enumerate().filter(|&(b, _)| source[b] == b) {
             work.extend(Arc::make_mut(row).iter_mut().enumerate().map(|(h, head)| (b, h, head)));
         }
         let numbers = batch * heads * n * (shape.key_dim + shape.value_dim);
         pool::map(numbers * codec.map_or(COPYING, packing), work, |(b, h, head)| {
-            if let Some(query) = graded {
-                if let Method::Graded(_) = self.codec.keys {
-                    head.observe(query, [b, h], shape.heads, row_valid(b));
-                } else {
-                    head.observe_moment(query, [b, h], shape.heads, row_valid(b));
-                }
+            if let Some(query) = squares {
+                head.observe(query, [b, h], shape.heads, row_valid(b));
+            }
+            if let Some(query) = moment {
+                head.observe_moment(query, [b, h], shape.heads, row_valid(b));
             }
             head.append(k, v, [b, h], row_valid(b), seen, codec);
             if let Some(eviction) = &eviction {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use half::f16;
 use half::slice::HalfBitsSliceExt;
 
-use super::kivi::MinMax;
+use super::kivi::{MinMax, range};
 use super::{Factor, Method, PageBytes, Plan, bytes_of, kvarn, levels, round};
 use crate::attend::codes::{packed_len, put_lane};
 use crate::attend::kernels::Ahead;
@@ -66,6 +66,10 @@ impl ChannelKeys {
         plan.sealed += tokens;
         let mut page = Self { order: plan.basis.clone(), largest: 0.0, bands, group, tokens, words: Box::default() };
         let factors_at = tokens / group * page.group_words();
+        if let Some(factor) = method.feedback().and_then(|gptq| plan.factor(gptq, true)) {
+            let bits = page.bits();
+            x.chunks_exact_mut(group * dim).for_each(|x| feed_back(&factor, x, &bits));
+        }
         if let Some(order) = &page.order {
             x.chunks_exact_mut(dim).for_each(|x| order.apply(x));
         }
@@ -77,9 +81,6 @@ impl ChannelKeys {
             page.largest = page.largest.max(factor.to_f32());
         }
         let group_words = page.group_words();
-        if let Some(factor) = method.feedback().and_then(|gptq| plan.factor(gptq, true)) {
-            x.chunks_exact_mut(group * dim).for_each(|x| feed_back(&factor, x, dim, page.bands[0].bits));
-        }
         for (x, words) in x.chunks_exact(group * dim).zip(page.words[..factors_at].chunks_exact_mut(group_words)) {
             pack_bands(&page.bands, x, dim, words);
         }
@@ -272,25 +273,32 @@ fn pack_bands(bands: &[Band], x: &[f32], dim: usize, mut words: &mut [u16]) {
     }
 }
 
-/// Makes up for the roundings of a group of tokens `[group, dim]`, channel by channel: what is packed then has the grids and
-/// codes that were found here.
-fn feed_back(factor: &Factor, x: &mut [f32], dim: usize, bits: u8) {
-    let group = x.len() / dim;
+/// Makes up for the roundings of a group of tokens `[group, dim]`, channel by channel, each of its own width: what is packed then
+/// has the grids and codes that were found here.
+fn feed_back(factor: &Factor, x: &mut [f32], bits: &[u8]) {
+    let (dim, group) = (bits.len(), x.len() / bits.len());
     let mut columns = vec![0.0; x.len()];
     let places = |c: usize| (0..group).map(move |t| t * dim + c);
     for (c, column) in columns.chunks_exact_mut(group).enumerate() {
         column.iter_mut().zip(places(c)).for_each(|(to, from)| *to = x[from]);
     }
-    factor.correct(&mut columns, group, |_, column| {
-        let least = column.iter().copied().fold(f32::INFINITY, f32::min);
-        let most = column.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let grid = MinMax::new(bits, least, most);
-        for x in column {
-            *x = grid.decode(grid.code(bits, *x));
-        }
-    });
+    factor.correct(&mut columns, group, |channel, column| round_column(bits[channel], column));
     for (c, column) in columns.chunks_exact(group).enumerate() {
         column.iter().zip(places(c)).for_each(|(from, to)| x[to] = *from);
+    }
+}
+
+/// Turns the numbers of a channel into what they will stand for.
+fn round_column(bits: u8, column: &mut [f32]) {
+    if bits == 0 {
+        let mean = column.iter().sum::<f32>() / column.len() as f32;
+        column.fill(f16::from_f32(mean).to_f32());
+        return;
+    }
+    let (least, most) = range(column);
+    let grid = MinMax::new(bits, least, most);
+    for x in column {
+        *x = grid.decode(grid.code(bits, *x));
     }
 }
 

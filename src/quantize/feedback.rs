@@ -57,6 +57,11 @@ impl Gptq {
         self.metrics.is_none()
     }
 
+    /// Bytes of the metrics that were given.
+    pub(crate) fn bytes(&self) -> usize {
+        self.metrics.iter().flatten().map(|metric| size_of_val(&**metric)).sum()
+    }
+
     /// Checks that there is a metric of the right size for every head.
     pub(super) fn check_dims(&self, heads: Option<usize>, dim: usize) -> Result<()> {
         let Some(metrics) = &self.metrics else { return Ok(()) };
@@ -128,6 +133,9 @@ pub struct Factor {
     pub gain: f32,
 }
 
+/// The least that is left of a number's weight when what the others make up for is taken off, as a share of it.
+const FLOOR: f64 = 1e-7;
+
 impl Factor {
     fn new(metric: &[f32], order: Box<[u16]>) -> Self {
         let dim = order.len();
@@ -137,7 +145,8 @@ impl Factor {
             let rest = |u: &[f64], d: &[f64], i: usize| -> f64 {
                 (j + 1..dim).map(|k| u[i * dim + k] * u[j * dim + k] * d[k]).sum()
             };
-            d[j] = (at(j, j) - rest(&u, &d, j)).max(f64::MIN_POSITIVE);
+            // What rounding has left of a metric that is nearly singular may be below 0.
+            d[j] = (at(j, j) - rest(&u, &d, j)).max(FLOOR * at(j, j));
             for i in 0..j {
                 u[i * dim + j] = (at(i, j) - rest(&u, &d, i)) / d[j];
             }

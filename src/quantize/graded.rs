@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use super::{Band, Plan, check_groups, levels, refuse};
+use super::{Band, Gptq, Plan, check_groups, levels, refuse};
 use crate::attend::Basis;
 use crate::attend::codes::{LANES, block};
 use crate::error::Result;
@@ -27,6 +27,8 @@ pub struct Graded {
     pub window: usize,
     /// Exact tokens at the beginning of a sequence.
     pub sinks: usize,
+    /// How roundings are made up for, if they are.
+    pub feedback: Option<Arc<Gptq>>,
 }
 
 impl Graded {
@@ -39,7 +41,7 @@ impl Graded {
             return refuse("bits", bits, "1 to 8");
         }
         check_groups(group, window)?;
-        Ok(Self { bits, group, window, sinks })
+        Ok(Self { bits, group, window, sinks, feedback: None })
     }
 
     /// The widths for `x` `[tokens, dim]`, chosen anew when it is time; the plan has their order.

@@ -110,7 +110,7 @@ impl MinMax {
 }
 
 /// Smallest and largest number.
-fn range(x: &[f32]) -> (f32, f32) {
+pub(super) fn range(x: &[f32]) -> (f32, f32) {
     let (mut min, mut max) = ([f32::INFINITY; 8], [f32::NEG_INFINITY; 8]);
     for x in x.chunks(8) {
         for (i, &x) in x.iter().enumerate() {

@@ -174,7 +174,17 @@ impl Method {
 
     /// Whether what queries are like decides something.
     pub fn wants_queries(&self) -> bool {
-        matches!(self, Self::Graded(_)) || self.feedback().is_some_and(|gptq| gptq.wants_queries())
+        self.wants_squares() || self.wants_moment()
+    }
+
+    /// Whether the mean squares of queries are wanted, channel by channel.
+    pub fn wants_squares(&self) -> bool {
+        matches!(self, Self::Graded(_))
+    }
+
+    /// Whether the second moment of a prompt's queries is wanted.
+    pub fn wants_moment(&self) -> bool {
+        self.feedback().is_some_and(|gptq| gptq.wants_queries())
     }
 
     /// How roundings are made up for, if they are.
@@ -182,8 +192,9 @@ impl Method {
         match self {
             Self::Kivi(Kivi { feedback, .. })
             | Self::Block(Block { feedback, .. })
-            | Self::Rotated(Rotated { feedback, .. }) => feedback.as_ref(),
-            Self::Exact | Self::Graded(_) | Self::Kvarn(_) | Self::KvQuant(_) => None,
+            | Self::Rotated(Rotated { feedback, .. })
+            | Self::Graded(Graded { feedback, .. }) => feedback.as_ref(),
+            Self::Exact | Self::Kvarn(_) | Self::KvQuant(_) => None,
         }
     }
 
@@ -194,9 +205,10 @@ impl Method {
     pub fn with_feedback(mut self, gptq: Gptq) -> Result<Self> {
         let (Self::Kivi(Kivi { feedback, .. })
         | Self::Block(Block { feedback, .. })
-        | Self::Rotated(Rotated { feedback, .. })) = &mut self
+        | Self::Rotated(Rotated { feedback, .. })
+        | Self::Graded(Graded { feedback, .. })) = &mut self
         else {
-            return refuse("feedback", "GPTQ", "None with this method; GPTQ with KIVI, Q8, Q4, Rotated");
+            return refuse("feedback", "GPTQ", "None with this method; GPTQ with KIVI, Q8, Q4, Rotated, Graded");
         };
         *feedback = Some(Arc::new(gptq));
         Ok(self)

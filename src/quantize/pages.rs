@@ -1,7 +1,8 @@
 //! Pages: what a method makes of tokens, as the cache and the reading side see it.
 
 use super::{
-    Block, ChannelKeys, Graded, Kivi, Method, Plan, Rotated, TokenKeys, TokenValues, UnrotatedKeys, exact, kvarn,
+    Block, ChannelKeys, Factor, Graded, Kivi, Method, Plan, Rotated, TokenKeys, TokenValues, UnrotatedKeys, exact,
+    kvarn,
 };
 use crate::attend::{KeySegment, ValueSegment};
 use crate::tensor::Rows;
@@ -43,8 +44,8 @@ pub trait Page: Clone + Send + Sync {
     /// Room for more tokens in this page.
     fn room(&self) -> usize;
 
-    /// Takes the `n` oldest of `rows`, at most [`Page::room`].
-    fn extend(&mut self, rows: &Rows, n: usize);
+    /// Takes the `n` oldest of `rows`, at most [`Page::room`]; with `feedback` roundings are made up for.
+    fn extend(&mut self, rows: &Rows, n: usize, feedback: Option<&Factor>);
 
     /// Tokens held.
     fn tokens(&self) -> usize;
@@ -134,7 +135,7 @@ impl Page for KeyPage {
             Method::Block(_) | Method::Rotated(_) => {
                 let mut page = TokenKeys::new(method, plan, rows.dim());
                 let n = n.min(page.room());
-                page.extend(rows, n);
+                page.extend(rows, n, plan.token_feedback(method).as_deref());
                 (Self::Tokens(page), n)
             }
             Method::KvQuant(kvquant) => {
@@ -154,9 +155,9 @@ impl Page for KeyPage {
         }
     }
 
-    fn extend(&mut self, rows: &Rows, n: usize) {
+    fn extend(&mut self, rows: &Rows, n: usize, feedback: Option<&Factor>) {
         match self {
-            Self::Tokens(page) => page.extend(rows, n),
+            Self::Tokens(page) => page.extend(rows, n, feedback),
             Self::Unrotated(page) => page.extend(rows, n),
             Self::Exact(_) | Self::Channels(_) => assert_eq!(n, 0, "these key pages are sealed whole"),
         }
@@ -249,7 +250,7 @@ impl Page for ValuePage {
         }
         let mut page = Self::Tokens(TokenValues::new(method, plan, rows.dim()));
         let n = n.min(page.room());
-        page.extend(rows, n);
+        page.extend(rows, n, plan.token_feedback(method).as_deref());
         (page, n)
     }
 
@@ -260,10 +261,10 @@ impl Page for ValuePage {
         }
     }
 
-    fn extend(&mut self, rows: &Rows, n: usize) {
+    fn extend(&mut self, rows: &Rows, n: usize, feedback: Option<&Factor>) {
         match self {
             Self::Exact(_) => assert_eq!(n, 0, "exact pages are sealed whole"),
-            Self::Tokens(page) => page.extend(rows, n),
+            Self::Tokens(page) => page.extend(rows, n, feedback),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::unrotated::HeadGrids;
-use super::{Band, Factor, Gptq, KvQuant};
+use super::{Band, Factor, Gptq, KvQuant, Method};
 use crate::attend::Basis;
 use crate::attend::kernels::Kernels;
 use crate::attend::mat::{Mat, MatMut};
@@ -97,12 +97,13 @@ impl Plan {
         self.fed.rows < ENOUGH
     }
 
-    /// What feedback does, in the coordinates of the pages; `ordered`: the numbers may be rounded in any order. `None` where it
-    /// gains too little, or no query was seen. It is decided again when the queries have doubled.
+    /// What feedback does: in the model's coordinates and `ordered` where the numbers may be rounded in any order, else in those
+    /// of the pages. `None` where it gains too little, or no query was seen. It is decided again when the queries have doubled.
     pub(super) fn factor(&mut self, gptq: &Gptq, ordered: bool) -> Option<Arc<Factor>> {
         let fed = &mut self.fed;
         if fed.factor.is_none() || fed.rows >= fed.renewal {
-            let factor = gptq.factor(self.head, &fed.queries, self.basis.as_ref(), ordered);
+            let basis = self.basis.as_ref().filter(|_| !ordered);
+            let factor = gptq.factor(self.head, &fed.queries, basis, ordered);
             fed.used = factor.as_ref().is_some_and(|factor| gptq.uses(factor));
             fed.factor = factor.map(Arc::new);
             fed.renewal = if fed.rows == 0 || fed.rows >= ENOUGH { usize::MAX } else { 2 * fed.rows };
@@ -111,6 +112,11 @@ impl Plan {
             }
         }
         fed.factor.clone().filter(|_| fed.used)
+    }
+
+    /// What feedback does for tokens with a grid each, in the coordinates of the pages.
+    pub(crate) fn token_feedback(&mut self, method: &Method) -> Option<Arc<Factor>> {
+        self.factor(method.feedback()?, false)
     }
 
     /// What feedback could gain at most, and whether it is used; `None` before that was decided, or where no query was seen.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -15,23 +15,28 @@ from ..errors import OptionError
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "out_lin", "attention_output")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class GPTQ:
     """Error feedback as GPTQ's (Frantar et al. 2022, arXiv 2210.17323) on a codec: `KIVI(bits=3, feedback=GPTQ())`.
 
-    A vector is rounded number by number, and those still to come make up for what each rounding did, in a metric `H`.
-    Keys have the metric of the queries that read them, `H = E[q q^T]` over the query heads of their KV head, seen while
-    the first prompt is read (only with `attn_implementation="kvpack"`; without queries there is no feedback for keys).
-    This is what SQuat (arXiv 2503.24358) does in blocks. Values have the metric of the output projection, `H = sum
-    W_o^T W_o`, which needs no data. Nothing is stored for it and reading costs nothing; only packing takes longer.
+    A vector is rounded number by number, and those still to come make up for what each rounding did, in a metric `H`. Keys
+    have the metric of the queries that read them, `H = E[q q^T]` over the query heads of their KV head, seen while a prompt is
+    read. Only with `attn_implementation="kvpack"` are queries seen: with another one, or in `PackedCache.from_cache`, keys have
+    no feedback unless `key_metrics` are given (`cache.info()` says what has it). This is what SQuat (arXiv 2503.24358) does in
+    blocks. Values have the metric of the output projection, `H = sum W_o^T W_o`, which needs no data, but the model: a cache
+    that is made from a configuration has no feedback for values. Nothing is stored for it and reading costs nothing; only
+    packing takes longer.
 
     Attributes:
         damping: what is added to the diagonal of `H`, as a share of its mean.
-        threshold: a head has feedback where the arithmetic mean of the eigenvalues of `H` is at least so many times the
-            geometric one: the most that the expected square of an error can fall by.
-        act_order: whether channels that weigh more are rounded first (keys of KIVI; all else has groups in an order).
+        threshold: a head has feedback where the arithmetic mean of the eigenvalues of the damped `H` is at least so many times
+            the geometric one: the most that the expected square of an error can fall by.
+        act_order: whether channels that weigh more are rounded first (keys of KIVI and Graded; all else has groups in an
+            order).
         keys: whether keys have feedback.
         values: whether values have feedback: it gained nothing where it was measured (`docs/gptq-feedback.md`).
+        key_metrics: instead of what a prompt's queries give, `H` of keys as they are cached (after RoPE): a tensor `[layers,
+            KV heads, D, D]`, or one `[KV heads, D, D]` a layer; positive semi-definite, in any unit.
     """
 
     damping: float = 0.1
@@ -39,6 +44,7 @@ class GPTQ:
     act_order: bool = True
     keys: bool = True
     values: bool = False
+    key_metrics: Tensor | Sequence[Tensor] | None = field(default=None)
 
     def __post_init__(self) -> None:
         for name, above in (("damping", True), ("threshold", False)):
@@ -50,10 +56,52 @@ class GPTQ:
         for name in ("act_order", "keys", "values"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not accepted; accepted: True, False")
+        if self.key_metrics is not None:
+            object.__setattr__(self, "key_metrics", tuple(map(_checked_metric, _layers_of(self.key_metrics))))
 
-    def for_keys(self, method: _kvpack.Method) -> _kvpack.Method:
-        """A method of keys, with feedback in the metric of the prompt's queries."""
-        return method.with_feedback(self.damping, self.threshold, self.act_order, None) if self.keys else method
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GPTQ):
+            return NotImplemented
+        mine, others = self.key_metrics or (), other.key_metrics or ()
+        return (
+            self._options() == other._options()
+            and len(mine) == len(others)
+            and all(map(torch.equal, mine, others))
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._options())
+
+    def __repr__(self) -> str:
+        given = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.name != "key_metrics" and getattr(self, f.name) != f.default
+        ]
+        if self.key_metrics is not None:
+            given.append(f"key_metrics=<{len(self.key_metrics)} layers>")
+        return f"GPTQ({', '.join(given)})"
+
+    def _options(self) -> tuple[Any, ...]:
+        return (self.damping, self.threshold, self.act_order, self.keys, self.values, self.key_metrics is None)
+
+    def for_keys(self, method: _kvpack.Method, site: Any) -> _kvpack.Method:
+        """A method of keys, with feedback in the metric of the prompt's queries, or in that which was given.
+
+        Raises:
+            OptionError: there are not as many metrics as the model has layers.
+        """
+        if not self.keys:
+            return method
+        if self.key_metrics is None:
+            return self._with(method, None)
+        if site is None:
+            return method
+        if len(self.key_metrics) != site.layers:
+            raise OptionError(
+                f"key_metrics of {len(self.key_metrics)} layers are not accepted; accepted: of the model's {site.layers}"
+            )
+        return self._with(method, self.key_metrics[site.layer])
 
     def for_values(self, method: _kvpack.Method, site: Any) -> _kvpack.Method:
         """A method of values, with feedback in the metric of the layer's output projection.
@@ -63,8 +111,42 @@ class GPTQ:
         """
         if not self.values or site is None:
             return method
-        metrics = [metric.flatten().tolist() for metric in output_metrics(site)]
-        return method.with_feedback(self.damping, self.threshold, self.act_order, metrics)
+        return self._with(method, output_metrics(site))
+
+    def _with(self, method: _kvpack.Method, metrics: Tensor | None) -> _kvpack.Method:
+        rows = None if metrics is None else metrics.flatten(1).tolist()
+        return method.with_feedback(self.damping, self.threshold, self.act_order, rows)
+
+
+def _layers_of(metrics: Any) -> list[Any]:
+    """The metrics, layer by layer."""
+    if isinstance(metrics, Tensor | Sequence) and not isinstance(metrics, str) and len(metrics):
+        return list(metrics)
+    raise OptionError(
+        f"key_metrics={metrics!r} are not accepted; accepted: a tensor [layers, KV heads, D, D], or one [KV heads, D, D] a layer"
+    )
+
+
+def _checked_metric(metric: Any) -> Tensor:
+    """The metrics of a layer's KV heads in float32, each with a mean of 1 on the diagonal; of a head without queries 0."""
+    if not isinstance(metric, Tensor) or metric.dim() != 3 or metric.shape[1] != metric.shape[2] or 0 in metric.shape:
+        given = tuple(metric.shape) if isinstance(metric, Tensor) else type(metric).__name__
+        raise OptionError(f"key_metrics: a layer with {given} is not accepted; accepted: a tensor [KV heads, D, D]")
+    metric = metric.detach().to("cpu", torch.float64)
+    if not metric.isfinite().all():
+        raise OptionError("key_metrics: numbers that are not finite are not accepted; accepted: finite ones")
+    mean = metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    metric = torch.where(mean > 0, metric / mean, metric)
+    if (metric - metric.mT).abs().max() > _ROUNDING or torch.linalg.eigvalsh(metric).min() < -_ROUNDING:
+        raise OptionError(
+            "key_metrics: a matrix that is not symmetric and positive semi-definite is not accepted; accepted: "
+            "second moments of queries"
+        )
+    return metric.float()
+
+
+_ROUNDING = 1e-2
+"""What a metric of float16 queries may miss, as a share of the mean of its diagonal."""
 
 
 def checked(feedback: Any) -> GPTQ | None:
@@ -105,7 +187,8 @@ def output_metrics(site: Any) -> Tensor:
 
 def _output_weights(model: nn.Module, layer: int) -> Iterator[Tensor]:
     """Weights `[out, in]` of what may be the output projection of a layer's attention."""
-    for module in model.modules():
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # images have layers of these numbers too
+    for module in decoder.modules():
         if getattr(module, "layer_idx", None) != layer:
             continue
         for name in _PROJECTIONS:

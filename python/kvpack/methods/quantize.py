@@ -93,7 +93,7 @@ class _Fed(Quantize):
 
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """How keys are stored, with the feedback of their queries."""
-        return self._method() if self.feedback is None else self.feedback.for_keys(self._method())
+        return self._method() if self.feedback is None else self.feedback.for_keys(self._method(), site)
 
     def values_method(self, site: Site | None = None) -> _kvpack.Method:
         """How values are stored, with the feedback of the layer's output projection."""
@@ -257,6 +257,7 @@ class Graded(Quantize):
         window: newest tokens that stay exact, a multiple of `group`; keys are packed in blocks of it.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
         seed: of the values' random signs.
+        feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
     """
 
     name: ClassVar[str] = "graded"
@@ -274,8 +275,10 @@ class Graded(Quantize):
     window: int = 128
     sinks: int = 4
     seed: int = 0
+    feedback: GPTQ | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "feedback", checked(self.feedback))
         if not isinstance(self.key_bits, int | float) or isinstance(self.key_bits, bool):
             raise OptionError(f"key_bits={self.key_bits!r} is not accepted; accepted: 1 to 8")
         if not 1 <= self.key_bits <= 8:
@@ -286,11 +289,13 @@ class Graded(Quantize):
 
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """Per channel, with graded bits."""
-        return _kvpack.Method.graded(self.key_bits, self.group, self.window, self.sinks)
+        method = _kvpack.Method.graded(self.key_bits, self.group, self.window, self.sinks)
+        return method if self.feedback is None else self.feedback.for_keys(method, site)
 
     def values_method(self, site: Site | None = None) -> _kvpack.Method:
         """Rotated."""
-        return _kvpack.Method.rotated(self.value_bits, "uniform", 0, self.window, self.sinks, self.seed)
+        method = _kvpack.Method.rotated(self.value_bits, "uniform", 0, self.window, self.sinks, self.seed)
+        return method if self.feedback is None else self.feedback.for_values(method, site)
 
 
 @dataclass(frozen=True)

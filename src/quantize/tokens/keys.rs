@@ -10,7 +10,7 @@ use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::{Grids, Packed};
 use crate::attend::{Basis, KEY_TOLERANCE, KeySegment, Scratch, padded};
-use crate::quantize::{Method, PageBytes, Plan, bytes_of};
+use crate::quantize::{Factor, Method, PageBytes, Plan, bytes_of};
 use crate::tensor::Rows;
 
 /// Group after group of channels: the codes `[channels, PAGE]`, then the scales of `PAGE` tokens.
@@ -51,10 +51,10 @@ impl TokenKeys {
         PAGE - self.tokens
     }
 
-    pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize) {
+    pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize, feedback: Option<&Factor>) {
         let format = self.format.clone();
         let first = self.tokens;
-        format.encode(rows, n, |t, codes, grids, _| {
+        format.encode(rows, n, feedback, |t, codes, grids, _| {
             for (j, (codes, &(scale, _))) in codes.chunks(format.group()).zip(grids).enumerate() {
                 let (start, len) = (self.start(j), self.codes_len(j));
                 put_lane(format.bits(), PAGE, codes, first + t, &mut self.words[start..start + len]);

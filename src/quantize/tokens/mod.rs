@@ -38,8 +38,6 @@ enum Coding {
 struct Format {
     coding: Coding,
     dim: usize,
-    /// What makes up for roundings, if anything does.
-    factor: Option<Arc<Factor>>,
 }
 
 impl Format {
@@ -56,8 +54,7 @@ impl Format {
             Method::KvQuant(kvquant) => Coding::KvQuant(Arc::clone(kvquant)),
             Method::Exact | Method::Graded(_) => panic!("{method:?} has no pages with a grid a token"),
         };
-        let factor = method.feedback().and_then(|gptq| plan.factor(gptq, false));
-        Self { coding, dim, factor }
+        Self { coding, dim }
     }
 
     fn bits(&self) -> u8 {
@@ -122,11 +119,13 @@ impl Format {
     }
 
     /// Calls `put(token, codes, grids, outliers)` for the `n` oldest of `rows`, with the scale and the zero-point of every group,
-    /// and the channels of outliers with what their codes lack. Returns factors of the channels, if they have any.
+    /// and the channels of outliers with what their codes lack. With `feedback` roundings are made up for. Returns factors of the
+    /// channels, if they have any.
     fn encode(
         &self,
         rows: &Rows,
         n: usize,
+        feedback: Option<&Factor>,
         mut put: impl FnMut(usize, &[u8], &[(f16, f16)], &[(u8, f16)]),
     ) -> Vec<f16> {
         let (mut codes, mut grids) = (vec![0; self.dim], vec![(f16::ZERO, f16::ZERO); self.groups()]);
@@ -142,7 +141,7 @@ impl Format {
                 put(t, &codes, &[grid], &outliers);
                 continue;
             }
-            if let Some(factor) = &self.factor {
+            if let Some(factor) = feedback {
                 self.encode_fed_back(factor, x, &mut codes, &mut grids);
                 put(t, &codes, &grids, &[]);
                 continue;

@@ -11,7 +11,7 @@ use crate::attend::kernels::Ahead;
 use crate::attend::mat::MatMut;
 use crate::attend::packed::{Grids, Packed};
 use crate::attend::{Basis, Scratch, ValueSegment, Weights, padded};
-use crate::quantize::{Method, PageBytes, Plan, bytes_of};
+use crate::quantize::{Factor, Method, PageBytes, Plan, bytes_of};
 use crate::tensor::Rows;
 
 /// The codes `[PAGE, channels]`, channels padded to whole lanes; then for every group of channels the scales of `PAGE` tokens,
@@ -72,11 +72,11 @@ impl TokenValues {
         if self.scaled { 0 } else { PAGE - self.tokens }
     }
 
-    pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize) {
+    pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize, feedback: Option<&Factor>) {
         let (format, first, code_words) = (self.format.clone(), self.tokens, self.code_words());
         let mut padded_codes = vec![0; padded(format.dim)];
         let outliers_at = self.outliers_at();
-        let factors = format.encode(rows, n, |t, codes, grids, outliers| {
+        let factors = format.encode(rows, n, feedback, |t, codes, grids, outliers| {
             padded_codes[..codes.len()].copy_from_slice(codes);
             put_row(format.bits(), &padded_codes, first + t, &mut self.words[..code_words]);
             format.outliers().put(&mut self.words[outliers_at..], first + t, outliers);
