@@ -53,6 +53,7 @@ CODECS = [
     kvpack.KIVI(bits=3, window=64, feedback=kvpack.GPTQ(threshold=0.0)),
     kvpack.KVarN(bits=3),
     kvpack.Rotated(bits=4, window=16, feedback=kvpack.GPTQ(threshold=0.0)),
+    kvpack.Graded(key_bits=3, value_bits=2, feedback=kvpack.GPTQ(threshold=0.0)),
 ]
 
 

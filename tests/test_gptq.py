@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ import kvpack
 import pytest
 import torch
 from reference import quantise
-from support import filled_layer, forward, random_kv, tiny_config, tiny_model
+from support import assert_same_packed, filled_layer, forward, left_padding, random_kv, tiny_config, tiny_model
+from test_formats import hadamard
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -34,7 +36,7 @@ def metric_of(query: Tensor, damping: float = 0.1) -> Tensor:
 
 
 def gptq(x: Tensor, metric: Tensor, order: Tensor, quantise_column: Any) -> None:
-    """GPTQ as published, by the Cholesky factor of the inverse; `quantise_column(channel, column)` rounds a column."""
+    """GPTQ as published, by the inverse's Cholesky factor: `quantise_column(channel, column)` is what is read of it."""
     x = x.double()[:, order]
     factor = torch.linalg.cholesky(torch.linalg.inv(metric[order][:, order]), upper=True)
     for i, channel in enumerate(order.tolist()):
@@ -53,18 +55,87 @@ def test_kivi_keys_are_gptqs_codes(bits: int, dim: int) -> None:
         packed = cache.layers[0].packed(0, head)
         for group in range(4):
             codes: dict[int, Tensor] = {}
+            scales: dict[int, Tensor] = {}
 
-            def rounded(channel: int, column: Tensor, codes: dict[int, Tensor] = codes) -> Tensor:
-                codes[channel], scale, zero = quantise(column, bits, 0)
-                return (codes[channel] * scale + zero).double()
+            def rounded(
+                channel: int, column: Tensor, codes: dict[int, Tensor] = codes, scales: dict[int, Tensor] = scales
+            ) -> Tensor:
+                codes[channel], scales[channel], zero = quantise(column, bits, 0)
+                return (codes[channel] * scales[channel] + zero).double()
 
             gptq(key[0, head, 4 + 32 * group : 36 + 32 * group], metric, order, rounded)
             expected = torch.stack([codes[c] for c in range(dim)], 1).to(torch.uint8)
             same.append((packed["key_codes"][32 * group : 32 * group + 32] == expected).double().mean().item())
-    # A scale that is nearly undecided between two float16 may fall otherwise, and then what follows it in its group
-    # does.
+            if same[-1] == 1:
+                scale = torch.cat([scales[c] for c in range(dim)])
+                torch.testing.assert_close(packed["key_scale"][group], scale, rtol=1e-3, atol=0)
+    # A scale that is nearly undecided between two float16 may fall otherwise, and then what follows in its group does.
     assert statistics.median(same) > 0.999
     assert min(same) > 0.8
+
+
+@pytest.mark.parametrize(("key_bits", "dim"), [(2.5, 64), (4.0, 80)])
+def test_graded_keys_are_gptqs_codes_at_their_widths(key_bits: float, dim: int) -> None:
+    key, value, query = prompt(132, dim)
+    key = key * torch.logspace(-1.5, 1, dim)
+    cache = filled_layer(kvpack.Graded(key_bits=key_bits, group=64, feedback=KEYS), key, value, query)
+    plain = filled_layer(kvpack.Graded(key_bits=key_bits, group=64), key, value, query)
+    same: list[float] = []
+    for head in range(2):
+        bits = cache.layers[0].key_bits(0, head)[0]
+        assert torch.equal(bits, plain.layers[0].key_bits(0, head)[0])
+        metric = metric_of(query[0, 2 * head : 2 * head + 2])
+        order = metric.diag().argsort(descending=True, stable=True)
+        packed = cache.layers[0].packed(0, head)
+        for group in range(2):
+            expected = torch.zeros(64, dim)
+
+            def rounded(channel: int, column: Tensor, bits: Tensor = bits, expected: Tensor = expected) -> Tensor:
+                if bits[channel] == 0:
+                    return column.mean().half().double().expand(len(column))
+                expected[:, channel], scale, zero = quantise(column, int(bits[channel]), 0)
+                return (expected[:, channel] * scale + zero).double()
+
+            gptq(key[0, head, 4 + 64 * group : 68 + 64 * group], metric, order, rounded)
+            codes = packed["key_codes"][64 * group : 64 * group + 64]
+            same.append((codes == expected.to(torch.uint8)).double().mean().item())
+    assert statistics.median(same) > 0.999
+    assert min(same) > 0.8
+
+
+@pytest.mark.parametrize(("bits", "dim", "group"), [(2, 64, 0), (3, 80, 16), (4, 128, 32), (3, 96, 0)])
+def test_rotated_keys_are_gptqs_codes(bits: int, dim: int, group: int) -> None:
+    key, value, query = prompt(200, dim)
+    codec = kvpack.Rotated(bits=bits, group=group, window=32, seed=3, feedback=KEYS)
+    cache = filled_layer(codec, key, value, query)
+    turn, middle = hadamard(dim, seed=3), (2**bits - 1) / 2
+    best = {2: 0.9957, 3: 0.5860, 4: 0.3352}[bits]
+    for head in range(2):
+        metric = turn @ metric_of(query[0, 2 * head : 2 * head + 2]) @ turn.T
+        factor = torch.linalg.cholesky(torch.linalg.inv(metric), upper=True)
+        exact = key[0, head, 4:-32].double() @ turn.T
+        state, codes, scales = exact.clone(), torch.zeros_like(exact), []
+        for first in range(0, dim, group or dim):
+            own = slice(first, first + (group or dim))
+            step = best_step(state[:, own], best, middle)
+            for i in range(first, first + (group or dim)):
+                codes[:, i] = (state[:, i] / step + middle).round().clamp(0, 2**bits - 1)
+                error = (state[:, i] - step * (codes[:, i] - middle)) / factor[i, i]
+                state[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
+            scales.append(exact[:, own].square().sum(1) / (exact[:, own] * (codes[:, own] - middle)).sum(1))
+        packed = cache.layers[0].packed(0, head)
+        same = (packed["key_codes"] == codes.to(torch.uint8)).all(1)
+        assert same.double().mean() > 0.9  # a rounding that is nearly undecided changes the rest of its token
+        stored = torch.stack(scales, 1).float()[same]
+        torch.testing.assert_close(packed["key_scale"][same], stored, rtol=2e-3, atol=0)
+
+
+def best_step(y: Tensor, best: float, middle: float) -> Tensor:
+    """The step of each row: the best for normal numbers, or the one that reaches the largest, whichever errs less."""
+    steps = torch.stack([best * y.square().mean(1).sqrt(), y.abs().amax(1) / middle])
+    codes = (y / steps[:, :, None] + middle).clamp(0, 2 * middle).round()
+    errors = (y - steps[:, :, None] * (codes - middle)).square().sum(2)
+    return torch.where(errors[1] < errors[0], steps[1], steps[0])
 
 
 def projection(model: Any, layer: int) -> Tensor:
@@ -95,8 +166,7 @@ def test_values_are_gptqs_codes_in_the_metric_of_the_projection(codec: Any) -> N
             codes[:, i], rounded = coded(codec, grids, state[:, i])
             error = (state[:, i] - rounded) / factor[i, i]
             state[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
-        # A rounding that is nearly undecided may fall otherwise, and with it the rest of its token: few tokens have
-        # one.
+        # A rounding that is nearly undecided may fall otherwise, and with it the rest of its token: few have one.
         same = (packed["value_codes"] == codes.to(torch.uint8)).all(1).double().mean()
         assert same > 0.95
 
@@ -124,6 +194,7 @@ CODECS = [
     lambda feedback: kvpack.Rotated(bits=3, window=0, feedback=feedback),
     lambda feedback: kvpack.Rotated(bits=2, levels="lloyd-max", window=0, feedback=feedback),
     lambda feedback: kvpack.Rotated(bits=4, group=16, window=0, feedback=feedback),
+    lambda feedback: kvpack.Graded(key_bits=3, value_bits=3, feedback=feedback),
 ]
 
 
@@ -151,10 +222,11 @@ def test_without_queries_or_gain_nothing_changes(make: Any) -> None:
     gain, used = never.layers[0].feedback_gains(0, 0)[0]
     assert 1.5 < gain < 1e5
     assert not used
-    unseen = kvpack.PackedCache(tiny_config(layers=1, heads=4, kv_heads=2, head_dim=64), quantize=make(KEYS))
-    unseen.update(key, value, 0)
-    unseen.layers[0].absorb()  # no attention function saw the queries
-    assert torch.equal(plain.layers[0].keys, unseen.layers[0].keys)
+    config = tiny_config(layers=1, heads=4, kv_heads=2, head_dim=64)
+    unseen, expected = (kvpack.PackedCache(config, quantize=make(feedback)) for feedback in (KEYS, None))
+    for cache in (unseen, expected):
+        cache.update(key, value, 0)  # no attention function sees the queries
+    assert torch.equal(expected.layers[0].keys, unseen.layers[0].keys)
     assert unseen.layers[0].feedback_gains(0, 0) == (None, None)
 
 
@@ -168,6 +240,87 @@ def test_gains_are_reported() -> None:
     assert used
     assert cache.info()["feedback of keys"].startswith("2 of 2 heads, gains ")
     assert "feedback of values" not in cache.info()
+
+
+@pytest.mark.parametrize("make", CODECS)
+def test_metrics_can_be_given(make: Any) -> None:
+    """The queries' own give the same codes whoever brings them; one that is diagonal gives those without feedback."""
+    key, value, query = prompt(260, 64)
+    seen = filled_layer(make(KEYS), key, value, query)
+    q = query[0].reshape(2, 2 * 260, 64)
+    config = tiny_config(layers=1, heads=4, kv_heads=2, head_dim=64)
+
+    def given(metrics: Any) -> kvpack.PackedCache:
+        codec = make(kvpack.GPTQ(threshold=0.0, key_metrics=metrics))
+        cache = kvpack.PackedCache(config, quantize=codec)
+        forward(cache, key, value, query)
+        return cache
+
+    told, plain = given([q.mT @ q]), filled_layer(make(None), key, value, query)
+    for head in range(2):
+        codes = [cache.layers[0].packed(0, head)["key_codes"] for cache in (seen, told)]
+        assert (codes[0] == codes[1]).double().mean() > 0.99  # sums in another order
+        diagonal = given(torch.diag_embed(torch.rand(1, 2, 64) + 0.1))
+        assert_same_packed(diagonal.layers[0], plain.layers[0], 0, head) if rows_in_order(make) else None
+    blind = kvpack.PackedCache(config, quantize=make(kvpack.GPTQ(threshold=0.0, key_metrics=[q.mT @ q])))
+    blind.update(key, value, 0)
+    if not isinstance(make(None), kvpack.Graded):  # whose widths follow the queries
+        assert_same_packed(blind.layers[0], told.layers[0], 0, 0)
+    assert told.layers[0].feedback_gains(0, 0)[0] == pytest.approx(seen.layers[0].feedback_gains(0, 0)[0], rel=1e-3)
+    assert told.memory().parts["scales"] == plain.memory().parts["scales"] + 2 * 64 * 64 * 4
+
+
+def rows_in_order(make: Any) -> bool:
+    """Whether a diagonal metric stays one in the coordinates of the pages."""
+    return not isinstance(make(None), kvpack.Rotated)
+
+
+@pytest.mark.parametrize("make", CODECS)
+def test_rows_of_a_batch_are_single_rows(make: Any) -> None:
+    """Pads are neither keys nor queries."""
+    lengths = [300, 180]
+    valid = left_padding(lengths)
+    key, value = random_kv(2, 2, 300, 64)
+    query = torch.randn(2, 4, 300, 8) @ torch.randn(8, 64)
+    config = tiny_config(layers=1, heads=4, kv_heads=2, head_dim=64)
+    batch = kvpack.PackedCache(config, quantize=make(KEYS))
+    visible = valid.bool()[:, None, None, :] & torch.ones(300, 300, dtype=torch.bool).tril()
+    forward(batch, key, value, query, visible)
+    for row, length in enumerate(lengths):
+        single = kvpack.PackedCache(config, quantize=make(KEYS))
+        forward(single, *(x[row : row + 1, :, -length:] for x in (key, value, query)))
+        for head in range(2):
+            assert_same_packed(batch.layers[0], single.layers[0], row, head, 0)
+            assert batch.layers[0].feedback_gains(row, head) == single.layers[0].feedback_gains(0, head)
+
+
+@pytest.mark.parametrize("make", CODECS)
+def test_tokens_that_are_taken_back_leave_nothing(make: Any) -> None:
+    key, value, query = prompt(400, 64)
+    one, other = (filled_layer(make(KEYS), *(x[:, :, :140] for x in (key, value, query))) for _ in range(2))
+    for cache in (one, other):
+        cache.activate_past_recording()
+    forward(other, *(100 * x[:, :, 140:152] for x in (key, value, query)))
+    other.crop(-12)
+    for cache in (one, other):
+        forward(cache, *(x[:, :, 140:] for x in (key, value, query)))
+        cache.crop(0)
+    for head in range(2):
+        assert one.layers[0].feedback_gains(0, head) == other.layers[0].feedback_gains(0, head)
+        assert_same_packed(one.layers[0], other.layers[0], 0, head)
+
+
+def test_feedback_is_decided_again_when_the_queries_have_doubled() -> None:
+    cache = kvpack.PackedCache(
+        tiny_config(layers=1, heads=2, kv_heads=1, head_dim=64), quantize=kvpack.KIVI(feedback=KEYS)
+    )
+    gains = []
+    for _ in range(9):
+        key, value, query = prompt(136, 64, heads=1)
+        forward(cache, key, value, query)
+        gains.append(cache.layers[0].feedback_gains(0, 0)[0][0])
+    changes = [chunk + 1 for chunk in range(1, 9) if gains[chunk] != gains[chunk - 1]]
+    assert changes == [2, 4, 8]
 
 
 def test_what_feedback_needs_is_counted_as_memory() -> None:
@@ -200,11 +353,45 @@ def test_the_output_projection_is_found(family: str) -> None:
     assert values[0] > 1
 
 
+def given(layers: int, heads: int, dim: int) -> kvpack.KIVI:
+    """A codec with metrics of that shape."""
+    return kvpack.KIVI(feedback=kvpack.GPTQ(key_metrics=torch.eye(dim).expand(layers, heads, dim, dim)))
+
+
+def test_metrics_of_another_number_of_heads_are_refused_and_change_nothing() -> None:
+    cache = kvpack.PackedCache(tiny_config(layers=1, kv_heads=2), quantize=given(1, 3, 32))
+    key, value = random_kv(1, 2, 200, 32)
+    with pytest.raises(kvpack.OptionError, match=r"3 of 1024 numbers.* each of the layer's 2 heads"):
+        forward(cache, key, value)
+    assert cache.get_seq_length() == 0
+
+
+def test_words_and_equality() -> None:
+    metrics = torch.eye(4).expand(2, 1, 4, 4)
+    assert repr(kvpack.GPTQ()) == "GPTQ()"
+    assert repr(kvpack.GPTQ(damping=0.2, values=True)) == "GPTQ(damping=0.2, values=True)"
+    assert repr(kvpack.GPTQ(key_metrics=metrics)) == "GPTQ(key_metrics=<2 layers>)"
+    assert kvpack.GPTQ(key_metrics=metrics) == kvpack.GPTQ(key_metrics=list(2 * metrics))  # in any unit
+    assert kvpack.GPTQ(key_metrics=metrics) != kvpack.GPTQ(key_metrics=metrics[:1])
+    assert kvpack.GPTQ() != kvpack.GPTQ(key_metrics=metrics)
+    assert hash(kvpack.GPTQ()) == hash(kvpack.GPTQ(damping=0.1)) != hash(kvpack.GPTQ(damping=0.2))
+    assert copy.deepcopy(kvpack.KIVI(feedback=kvpack.GPTQ(key_metrics=metrics))) == kvpack.KIVI(
+        feedback=kvpack.GPTQ(key_metrics=metrics)
+    )
+
+
 def test_bad_options_are_named() -> None:
     for make, message in [
         (lambda: kvpack.GPTQ(damping=0), "damping=0 is not accepted"),
         (lambda: kvpack.GPTQ(threshold=-1), "threshold=-1"),
         (lambda: kvpack.GPTQ(keys=1), "keys=1 is not accepted; accepted: True, False"),
+        (lambda: kvpack.GPTQ(key_metrics=3), r"key_metrics=3 are not accepted; accepted: a tensor \[layers"),
+        (lambda: kvpack.GPTQ(key_metrics=torch.ones(2, 3, 3)), r"a layer with \(3, 3\) is not accepted"),
+        (lambda: kvpack.GPTQ(key_metrics=[torch.full((1, 2, 2), torch.nan)]), "not finite"),
+        (lambda: kvpack.GPTQ(key_metrics=[torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])]), "positive semi-definite"),
+        (lambda: kvpack.GPTQ(key_metrics=[torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])]), "symmetric"),
+        (lambda: kvpack.PackedCache(tiny_config(layers=2), quantize=given(1, 2, 32)), "of 1 layers are not accepted"),
+        (lambda: kvpack.PackedCache(tiny_config(layers=2), quantize=given(2, 2, 16)), "one of 32 x 32 for each"),
         (lambda: kvpack.KIVI(feedback=3), r"feedback=3 is not accepted; accepted: None, kvpack.GPTQ"),
         (lambda: kvpack.PackedCache(tiny_config(), quantize=kvpack.Q4(feedback=ALWAYS)), "from a configuration"),
     ]:

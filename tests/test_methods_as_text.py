@@ -22,6 +22,7 @@ from kvpack.methods.spec import names, parse_spec
         ("q4:window=64", kvpack.Q4(window=64)),
         ("rotated:bits=3:group=32", kvpack.Rotated(bits=3, group=32)),
         ("graded:key_bits=2.5:value_bits=2", kvpack.Graded(key_bits=2.5, value_bits=2)),
+        ("kivi:bits=2:feedback=gptq", kvpack.KIVI(bits=2, feedback=kvpack.GPTQ())),
         ("exact/graded", kvpack.Apart(kvpack.Exact(), kvpack.Graded())),  # values as Graded stores them
         ("kivi:bits=4 / rotated:bits=2", kvpack.Apart(kvpack.KIVI(bits=4), kvpack.Rotated(bits=2))),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .. import _kvpack
 from ..errors import OptionError
@@ -19,24 +20,25 @@ _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "out_lin", "atten
 class GPTQ:
     """Error feedback as GPTQ's (Frantar et al. 2022, arXiv 2210.17323) on a codec: `KIVI(bits=3, feedback=GPTQ())`.
 
-    A vector is rounded number by number, and those still to come make up for what each rounding did, in a metric `H`. Keys
-    have the metric of the queries that read them, `H = E[q q^T]` over the query heads of their KV head, seen while a prompt is
-    read. Only with `attn_implementation="kvpack"` are queries seen: with another one, or in `PackedCache.from_cache`, keys have
-    no feedback unless `key_metrics` are given (`cache.info()` says what has it). This is what SQuat (arXiv 2503.24358) does in
-    blocks. Values have the metric of the output projection, `H = sum W_o^T W_o`, which needs no data, but the model: a cache
-    that is made from a configuration has no feedback for values. Nothing is stored for it and reading costs nothing; only
-    packing takes longer.
+    A vector is rounded number by number, and those still to come make up for what each rounding did, in a metric `H`.
+    Codes and layout are the codec's: nothing is stored for it and reading costs nothing, only packing takes longer.
+
+    Keys have the metric of the queries that read them, `H = E[q q^T]` over the query heads of their KV head (SQuat,
+    arXiv 2503.24358, does this in blocks). The cache sees the queries of prompts, and only with
+    `attn_implementation="kvpack"`: with another one, or in `PackedCache.from_cache`, keys have no feedback unless
+    `key_metrics` are given. Values have the metric of the output projection, `H = sum W_o^T W_o`, which needs the model
+    and no data. `cache.info()` says how many heads have feedback.
 
     Attributes:
         damping: what is added to the diagonal of `H`, as a share of its mean.
-        threshold: a head has feedback where the arithmetic mean of the eigenvalues of the damped `H` is at least so many times
-            the geometric one: the most that the expected square of an error can fall by.
-        act_order: whether channels that weigh more are rounded first (keys of KIVI and Graded; all else has groups in an
-            order).
+        threshold: a head has feedback where the arithmetic mean of the eigenvalues of the damped `H` is at least so
+            many times the geometric one: the most that the expected square of an error can fall by.
+        act_order: whether channels that weigh more are rounded first. In keys of KIVI and Graded; where a token has
+            grids of its own, the order is that of its groups.
         keys: whether keys have feedback.
         values: whether values have feedback: it gained nothing where it was measured (`docs/gptq-feedback.md`).
-        key_metrics: instead of what a prompt's queries give, `H` of keys as they are cached (after RoPE): a tensor `[layers,
-            KV heads, D, D]`, or one `[KV heads, D, D]` a layer; positive semi-definite, in any unit.
+        key_metrics: instead of what a prompt's queries give, `H` of keys as they are cached (after RoPE): a tensor
+            `[layers, KV heads, D, D]`, or one `[KV heads, D, D]` a layer; positive semi-definite, in any unit.
     """
 
     damping: float = 0.1
@@ -63,11 +65,7 @@ class GPTQ:
         if not isinstance(other, GPTQ):
             return NotImplemented
         mine, others = self.key_metrics or (), other.key_metrics or ()
-        return (
-            self._options() == other._options()
-            and len(mine) == len(others)
-            and all(map(torch.equal, mine, others))
-        )
+        return self._options() == other._options() and len(mine) == len(others) and all(map(torch.equal, mine, others))
 
     def __hash__(self) -> int:
         return hash(self._options())
@@ -99,7 +97,8 @@ class GPTQ:
             return method
         if len(self.key_metrics) != site.layers:
             raise OptionError(
-                f"key_metrics of {len(self.key_metrics)} layers are not accepted; accepted: of the model's {site.layers}"
+                f"key_metrics of {len(self.key_metrics)} layers are not accepted; accepted: "
+                f"of the model's {site.layers}"
             )
         return self._with(method, self.key_metrics[site.layer])
 
@@ -123,12 +122,13 @@ def _layers_of(metrics: Any) -> list[Any]:
     if isinstance(metrics, Tensor | Sequence) and not isinstance(metrics, str) and len(metrics):
         return list(metrics)
     raise OptionError(
-        f"key_metrics={metrics!r} are not accepted; accepted: a tensor [layers, KV heads, D, D], or one [KV heads, D, D] a layer"
+        f"key_metrics={metrics!r} are not accepted; accepted: a tensor [layers, KV heads, D, D], "
+        "or one [KV heads, D, D] a layer"
     )
 
 
 def _checked_metric(metric: Any) -> Tensor:
-    """The metrics of a layer's KV heads in float32, each with a mean of 1 on the diagonal; of a head without queries 0."""
+    """The metrics of a layer's KV heads, float32, each with a mean of 1 on its diagonal; one that is 0 stays 0."""
     if not isinstance(metric, Tensor) or metric.dim() != 3 or metric.shape[1] != metric.shape[2] or 0 in metric.shape:
         given = tuple(metric.shape) if isinstance(metric, Tensor) else type(metric).__name__
         raise OptionError(f"key_metrics: a layer with {given} is not accepted; accepted: a tensor [KV heads, D, D]")
@@ -195,5 +195,5 @@ def _output_weights(model: nn.Module, layer: int) -> Iterator[Tensor]:
             projection = getattr(module, name, None)
             if isinstance(projection, nn.Linear):
                 yield projection.weight
-            elif projection is not None and type(projection).__name__ == "Conv1D":  # GPT-2's, whose weight is [in, out]
+            elif isinstance(projection, Conv1D):  # GPT-2's, whose weight is [in, out]
                 yield projection.weight.T
