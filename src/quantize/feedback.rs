@@ -270,6 +270,18 @@ mod tests {
     }
 
     #[test]
+    fn a_singular_metric_gives_finite_factors() {
+        let q: Vec<f32> = (0..32).map(|i| 1e3 * wave(i, 5)).collect();
+        let h: Vec<f32> = (0..32 * 32).map(|n| q[n / 32] * q[n % 32]).collect();
+        for damping in [1e-30, 1e-9, 0.1] {
+            let factor =
+                Gptq::new(damping, 0.0, true, Some(vec![h.clone()])).unwrap().factor(0, &[], None, true).unwrap();
+            assert!(factor.gain > 1.0 && factor.gain.is_finite(), "{damping}: {}", factor.gain);
+            assert!(factor.rows.iter().all(|t| t.abs() < 1e6), "{damping}");
+        }
+    }
+
+    #[test]
     fn a_rotation_keeps_the_spectrum() {
         let h = metric(16);
         let gptq = Gptq::new(0.1, 0.0, false, Some(vec![h])).unwrap();
