@@ -58,7 +58,7 @@ impl Gptq {
     }
 
     /// Bytes of the metrics that were given.
-    pub(crate) fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.metrics.iter().flatten().map(|metric| size_of_val(&**metric)).sum()
     }
 
