@@ -14,7 +14,7 @@ import kvpack
 import pytest
 import torch
 from reference import attention
-from support import (
+from support import Tabled, (
     causal_mask,
     forward,
     left_padding,
@@ -552,6 +552,15 @@ def test_every_way_of_generating(evict: Any, mode: str) -> None:
 def test_bad_options_are_named(make: Any, message: str) -> None:
     with pytest.raises(kvpack.OptionError, match=message):
         make()
+
+
+def test_keys_before_rope_lose_no_token() -> None:
+    """KVQuant's pages hold consecutive positions, alone, for keys only, or in one layer."""
+    codec = Tabled(bits=3)
+    for quantize in (codec, kvpack.Apart(codec, kvpack.Q8()), kvpack.Layers(kvpack.Q8(), {0: codec})):
+        with pytest.raises(kvpack.OptionError, match=r"not accepted with .*consecutive positions"):
+            kvpack.PackedCache(tiny_config(), evict=kvpack.KeyDiff(), quantize=quantize)
+    kvpack.PackedCache(tiny_config(), evict=kvpack.KeyDiff(), quantize=kvpack.Apart(kvpack.Q8(), codec))
 
 
 def test_methods_as_text() -> None:

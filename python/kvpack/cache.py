@@ -326,6 +326,11 @@ def _checked_eviction(evict: Evict | None, quantize: Quantize) -> Evict | None:
     if evict is not None and not isinstance(evict, Evict):
         accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in EVICT.values())
         raise OptionError(f"evict={evict!r} is not accepted; accepted: {accepted}, or None to keep all tokens")
+    if evict is not None and quantize.needs_neighbours:
+        raise OptionError(
+            f"evict={evict!r} is not accepted with {type(quantize).__name__}: its keys before RoPE are held in runs of "
+            "consecutive positions; accepted: codecs that hold keys as they are attended to"
+        )
     return evict
 
 

@@ -107,6 +107,11 @@ class Calibrated(Quantize):
             raise OptionError(f"path: {self.path!r} is a damaged calibration: {error}") from None
         object.__setattr__(self, "_known", None)
 
+    @property
+    def needs_neighbours(self) -> bool:
+        """As any of the layers' codecs."""
+        return any(codec.needs_neighbours for codec in self._layers.values())  # type: ignore[attr-defined]
+
     def codec(self, site: Site | None) -> Quantize:
         """The codec of a layer.
 

@@ -82,6 +82,11 @@ class KVQuant(Quantize):
         if not isinstance(self.norm, bool):
             raise OptionError(f"norm={self.norm!r} is not accepted; accepted: True, False")
 
+    @property
+    def needs_neighbours(self) -> bool:
+        """Pages of keys have one position and count from it."""
+        return True
+
     def _of(self, site: Site | None) -> KVQuantTables:
         if site is None or site.layer not in self.tables:
             where = "no model" if site is None else f"layer {site.layer}"

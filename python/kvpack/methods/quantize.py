@@ -48,6 +48,11 @@ class Quantize(ABC):
     def values_method(self, site: Site | None = None) -> _kvpack.Method:
         """How values are stored in a layer; without a site what is the same in all layers."""
 
+    @property
+    def needs_neighbours(self) -> bool:
+        """Whether keys are held in runs of consecutive positions, so that none of them can go."""
+        return False
+
     def make_store(self, site: Site | None = None, eviction: _kvpack.Eviction | None = None) -> _kvpack.Layer:
         """An empty store of one layer, which keeps the tokens that an eviction chooses."""
         return _kvpack.Layer(self.keys_method(site), self.values_method(site), eviction)
@@ -357,6 +362,11 @@ class Apart(Quantize):
             if not isinstance(given, Quantize):
                 raise OptionError(f"{side}={given!r} is not accepted; accepted: methods such as kvpack.KIVI(bits=4)")
 
+    @property
+    def needs_neighbours(self) -> bool:
+        """As the codec of keys."""
+        return self.keys.needs_neighbours
+
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """That of `keys`."""
         return self.keys.keys_method(site)
@@ -393,6 +403,11 @@ class Layers(Quantize):
                 raise OptionError(f"{where}: {codec!r} is not accepted; accepted: methods such as kvpack.KIVI(bits=4)")
             if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool)):
                 raise OptionError(f"others: {layer!r} is not accepted; accepted: whole numbers of layers")
+
+    @property
+    def needs_neighbours(self) -> bool:
+        """As any of the codecs."""
+        return any(codec.needs_neighbours for codec in (self.default, *self.others.values()))
 
     def codec(self, site: Site | None) -> Quantize:
         """The codec of a layer.
