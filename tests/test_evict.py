@@ -14,7 +14,8 @@ import kvpack
 import pytest
 import torch
 from reference import attention
-from support import Tabled, (
+from support import (
+    Tabled,
     causal_mask,
     forward,
     left_padding,
