@@ -555,6 +555,36 @@ def test_bad_options_are_named(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("evict", [kvpack.KeyDiff(budget=0.5), kvpack.AdaKV(kvpack.L2Norm(budget=0.5))], ids=name)
+def test_another_caches_tokens_are_chosen_when_it_is_packed(evict: Any) -> None:
+    model, mask = tiny_model(), left_padding([60, 41])
+    ids = ids_of(2, 60)
+    full = DynamicCache(config=model.config)
+    model(ids, past_key_values=full, attention_mask=mask)
+    loaded = kvpack.PackedCache.from_cache(full, model, evict=evict, attention_mask=mask)
+    read = kvpack.PackedCache(model, evict=evict)
+    model(ids, past_key_values=read, attention_mask=mask)
+    assert [kept(loaded, 1, row) for row in range(2)] == [kept(read, 1, row) for row in range(2)]
+    more = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+    step = ids_of(2, 1)
+    logits = [model(step, past_key_values=cache, attention_mask=more).logits for cache in (loaded, read)]
+    assert torch.equal(*logits)
+
+
+def test_asking_for_memory_in_between_changes_nothing() -> None:
+    model = tiny_model(attention="sdpa")
+    ids, step = ids_of(1, 60), ids_of(1, 1)
+    logits = []
+    for asks in (False, True):
+        cache = kvpack.PackedCache(model, evict=kvpack.KeyDiff(budget=0.5))
+        model(ids, past_key_values=cache)
+        if asks:
+            cache.memory()
+        logits.append(model(step, past_key_values=cache).logits)
+        assert len(cache.kept(0, 0)) == 31
+    assert torch.equal(*logits)
+
+
 def test_keys_before_rope_lose_no_token() -> None:
     """KVQuant's pages hold consecutive positions, alone, for keys only, or in one layer."""
     codec = Tabled(bits=3)

@@ -99,7 +99,6 @@ class PackedLayer(CacheLayerMixin):
         """
         keys, values = plain("keys", key_states), plain("values", value_states)
         if self._pending is not None:
-            self._outside |= not self._seen
             self.absorb()
         gone = self._gone()
         self._store.check(describe(keys), describe(values))
@@ -117,13 +116,20 @@ class PackedLayer(CacheLayerMixin):
             LazyKV(self, "values", (batch, heads, length, values.shape[3]), dtype),
         )
 
-    def absorb(self, valid: Tensor | None = None, readers: Readers | None = None) -> None:
-        """Stores what is pending; `valid` `[B, q]` says which are no pads, `readers` is what attended to them."""
+    def absorb(self, valid: Tensor | None = None, readers: Readers | None = None, *, loaded: bool = False) -> None:
+        """Stores what is pending.
+
+        Args:
+            valid: `[B, q]`, which tokens are not pads.
+            readers: what attended to them.
+            loaded: whether they are another cache's, and nothing has attended to them here.
+        """
         valid = self._valid(valid)
         new = self._new(valid)
         if new is None:
             return
-        if not self._seen and self.evict is not None and readers is None:
+        if not self._seen and readers is None and not loaded:
+            self._outside = True  # kvpack's attention would have taken them by now
             self._check_outside()
         described = None
         if readers is not None and self._wants_queries:
@@ -135,7 +141,8 @@ class PackedLayer(CacheLayerMixin):
 
     def _check_outside(self) -> None:
         """Raises OptionError when tokens of this prompt cannot be chosen, as not kvpack's attention reads them."""
-        assert self._pending is not None
+        if self.evict is None or self._pending is None:
+            return
         keys = self._pending[0]
         if isinstance(self.evict, AdaKV | Longformer | PyramidKV):
             raise OptionError(
@@ -222,7 +229,7 @@ class PackedLayer(CacheLayerMixin):
                 raise ShapeError(f"attention mask: given {tuple(attention_mask.shape)}, expected {expected}")
             valid = attention_mask != 0
         self.update(keys.detach(), values.detach())
-        self.absorb(valid)
+        self.absorb(valid, loaded=True)
 
     def commit(self, version: int, valid: Tensor | None, readers: Readers) -> None:
         """Ends a prefill on an empty cache, after the attention of `readers`.
@@ -236,6 +243,7 @@ class PackedLayer(CacheLayerMixin):
                 "the cache was given: is another thread using it?"
             )
         self.counts["prefill"] += 1
+        self._outside = False
         self.absorb(valid, readers)
 
     # ---- reading -------------------------------------------------------------------------------------------------
@@ -419,12 +427,11 @@ class PackedLayer(CacheLayerMixin):
         """Tokens that were let go, where the model's own attention counts those that are held."""
         if self.evict is None or (not self._seen and self._pending is None):
             return 0
-        if self._pending is not None and not self._seen:
-            self._outside = True  # kvpack's attention would have taken them by now
+        # What is due goes now: this is asked before the forward's own tokens come.
+        if self._outside or not self._seen:
+            self.absorb()
         if not self._outside:
             return 0
-        # What is due goes now: this is asked before the forward's own tokens come.
-        self.absorb()
         if not self.record_past:
             self._store.settle()
         return self._seen - len(self._store.positions(0, 0))

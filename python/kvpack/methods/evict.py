@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from .. import _kvpack
 from ..errors import OptionError
-from .quantize import Site
+from .quantize import Site, check_whole
 
 Amount: TypeAlias = int | float
 Common: TypeAlias = tuple[Any, ...]
@@ -69,14 +69,6 @@ class Evict(ABC):
     ) -> Common:
         block = self.block if self.decode else None
         return _of_layer(budget, site), self.sinks, recent, block, floor, list(self.protect), pyramid
-
-
-def check_whole(method: Evict, **least: int) -> None:
-    """Raises OptionError for the first field that is no whole number from its least value on."""
-    for name, low in least.items():
-        value = getattr(method, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
-            raise OptionError(f"{name}={value!r} is not accepted; accepted: whole numbers from {low}")
 
 
 def _amount(name: str, value: Any, accepted: str) -> Amount:

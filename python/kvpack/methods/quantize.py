@@ -58,7 +58,7 @@ class Quantize(ABC):
         return _kvpack.Layer(self.keys_method(site), self.values_method(site), eviction)
 
 
-def check_whole(method: Quantize, **least: int) -> None:
+def check_whole(method: object, **least: int) -> None:
     """Raises OptionError for the first field that is no whole number from its least value on."""
     for name, low in least.items():
         value = getattr(method, name)
