@@ -395,6 +395,16 @@ def test_a_crop_reaches_what_can_be_undone_and_no_further(evict: Any) -> None:
     assert all(max(tokens) < 100 for tokens in kept(cache))
 
 
+def test_a_sequence_that_was_cropped_away_begins_anew() -> None:
+    key, value, query = prompt(20)
+    valid = left_padding([15, 20])[:1]
+    cache = cache_after(kvpack.StreamingLLM(budget=30), key, value, query, mask=causal_mask(valid, 20))
+    cache.crop(-20)
+    forward(cache, *prompt(60))
+    forward(cache, *prompt(1))
+    assert cache.kept(0, 0) == [0, 1, 2, 3, *range(34, 61)]
+
+
 @every_eviction
 def test_speculation_waits_with_the_choice_and_takes_votes_back(evict: Any) -> None:
     """Tokens that were offered and refused leave no trace."""

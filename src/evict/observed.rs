@@ -115,6 +115,10 @@ impl Observed {
 
     /// Forgets the queries at positions from `end` on, and all but the first `tokens` tokens.
     pub fn truncate(&mut self, end: usize, tokens: usize) {
+        if tokens == 0 {
+            *self = Self::default(); // a sequence begins anew
+            return;
+        }
         let row = self.queries.len() / self.positions.len().max(1);
         let kept = self.positions.partition_point(|&p| (p as usize) < end);
         self.positions.truncate(kept);
