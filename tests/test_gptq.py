@@ -382,6 +382,7 @@ def test_words_and_equality() -> None:
 def test_bad_options_are_named() -> None:
     for make, message in [
         (lambda: kvpack.GPTQ(damping=0), "damping=0 is not accepted"),
+        (lambda: kvpack.GPTQ(damping=1e-5), r"damping=1e-05 is not accepted; accepted: numbers from 0.0001"),
         (lambda: kvpack.GPTQ(threshold=-1), "threshold=-1"),
         (lambda: kvpack.GPTQ(keys=1), "keys=1 is not accepted; accepted: True, False"),
         (lambda: kvpack.GPTQ(key_metrics=3), r"key_metrics=3 are not accepted; accepted: a tensor \[layers"),

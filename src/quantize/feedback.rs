@@ -20,6 +20,9 @@ use crate::error::{Error, Result};
 /// Tokens of a prompt whose queries are looked at: so many tell as much as all.
 pub(crate) const SAMPLES: usize = 512;
 
+/// The least damping: what is left of a singular metric is well above what its sums lose in float32.
+const LEAST_DAMPING: f32 = 1e-4;
+
 /// The parameters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gptq {
@@ -39,8 +42,8 @@ impl Gptq {
     /// # Errors
     /// [`Error::Option`] for the first that does not fit.
     pub fn new(damping: f32, threshold: f32, act_order: bool, metrics: Option<Vec<Vec<f32>>>) -> Result<Self> {
-        if !(damping > 0.0 && damping.is_finite()) {
-            return refuse("damping", damping, "positive numbers");
+        if !(damping >= LEAST_DAMPING && damping.is_finite()) {
+            return refuse("damping", damping, format!("numbers from {LEAST_DAMPING}"));
         }
         if !(threshold >= 0.0 && threshold.is_finite()) {
             return refuse("threshold", threshold, "0 and positive numbers");
@@ -273,11 +276,14 @@ mod tests {
     fn a_singular_metric_gives_finite_factors() {
         let q: Vec<f32> = (0..32).map(|i| 1e3 * wave(i, 5)).collect();
         let h: Vec<f32> = (0..32 * 32).map(|n| q[n / 32] * q[n % 32]).collect();
-        for damping in [1e-30, 1e-9, 0.1] {
+        for damping in [LEAST_DAMPING, 1e-2, 0.1] {
             let factor =
                 Gptq::new(damping, 0.0, true, Some(vec![h.clone()])).unwrap().factor(0, &[], None, true).unwrap();
             assert!(factor.gain > 1.0 && factor.gain.is_finite(), "{damping}: {}", factor.gain);
-            assert!(factor.rows.iter().all(|t| t.abs() < 1e6), "{damping}");
+            assert!(factor.rows.iter().all(|t| t.abs() < 1e3), "{damping}");
+        }
+        for damping in [0.0, LEAST_DAMPING / 2.0, f32::NAN, f32::INFINITY] {
+            assert!(Gptq::new(damping, 0.0, true, None).is_err(), "{damping}");
         }
     }
 

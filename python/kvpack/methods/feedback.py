@@ -16,6 +16,10 @@ from ..errors import OptionError
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "out_lin", "attention_output")
 
 
+LEAST_DAMPING = 1e-4
+"""Below this rounding in float32 would decide."""
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class GPTQ:
     """Error feedback as GPTQ's (Frantar et al. 2022, arXiv 2210.17323) on a codec: `KIVI(bits=3, feedback=GPTQ())`.
@@ -30,7 +34,7 @@ class GPTQ:
     and no data. `cache.info()` says how many heads have feedback.
 
     Attributes:
-        damping: what is added to the diagonal of `H`, as a share of its mean.
+        damping: what is added to the diagonal of `H`, as a share of its mean; from 0.0001.
         threshold: a head has feedback where the arithmetic mean of the eigenvalues of the damped `H` is at least so
             many times the geometric one: the most that the expected square of an error can fall by.
         act_order: whether channels that weigh more are rounded first. In keys of KIVI and Graded; where a token has
@@ -49,12 +53,10 @@ class GPTQ:
     key_metrics: Tensor | Sequence[Tensor] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        for name, above in (("damping", True), ("threshold", False)):
+        for name, low in (("damping", LEAST_DAMPING), ("threshold", 0)):
             x = getattr(self, name)
-            if isinstance(x, bool) or not isinstance(x, int | float) or not 0 <= x < 1e6 or (above and x == 0):
-                raise OptionError(
-                    f"{name}={x!r} is not accepted; accepted: numbers from 0{' on, not 0' if above else ''}"
-                )
+            if isinstance(x, bool) or not isinstance(x, int | float) or not low <= x < 1e6:
+                raise OptionError(f"{name}={x!r} is not accepted; accepted: numbers from {low}, below 1e6")
         for name in ("act_order", "keys", "values"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not accepted; accepted: True, False")
@@ -137,11 +139,14 @@ def _checked_metric(metric: Any) -> Tensor:
         raise OptionError("key_metrics: numbers that are not finite are not accepted; accepted: finite ones")
     mean = metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     metric = torch.where(mean > 0, metric / mean, metric)
-    if (metric - metric.mT).abs().max() > _ROUNDING or torch.linalg.eigvalsh(metric).min() < -_ROUNDING:
+    eigenvalues, vectors = torch.linalg.eigh((metric + metric.mT) / 2)
+    if (metric - metric.mT).abs().max() > _ROUNDING or eigenvalues.min() < -_ROUNDING:
         raise OptionError(
             "key_metrics: a matrix that is not symmetric and positive semi-definite is not accepted; accepted: "
             "second moments of queries"
         )
+    if eigenvalues.min() < 0:
+        metric = vectors * eigenvalues.clamp(min=0)[:, None] @ vectors.mT
     return metric.float()
 
 
