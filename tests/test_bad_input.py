@@ -126,7 +126,9 @@ def test_a_codec_that_is_none(make: Callable[[Any], Any], quantize: Any) -> None
 
 
 def test_options_of_the_cache_that_do_not_exist() -> None:
-    with pytest.raises(TypeError, match="evict"):
+    with pytest.raises(TypeError, match="share"):
+        kvpack.PackedCache(tiny_config(), share=3)
+    with pytest.raises(kvpack.OptionError, match="evict=3 is not accepted"):
         kvpack.PackedCache(tiny_config(), evict=3)
 
 
