@@ -116,8 +116,11 @@ pub(super) unsafe fn add_codes<V: Vector, const BITS: u8, const TABLE: bool>(
     });
 }
 
-/// Cache lines that are asked for beside a block.
-const LINES: usize = 2;
+/// Cache lines that are asked for beside `vectors` of a block: as many as these are, what is read next being about as long.
+const fn lines(bytes: usize) -> usize {
+    let lines = bytes.div_ceil(Ahead::LINE);
+    if lines < 2 { 2 } else { lines }
+}
 
 /// Rows of integers from `first` on, and the factors of the lanes.
 #[derive(Clone, Copy)]
@@ -154,7 +157,7 @@ unsafe fn add_tile<V: Vector, const BITS: u8, const TABLE: bool, const G: usize,
         let mut words = codes.words().as_ptr().add(2 * lane);
         let mut w_block = w.words.as_ptr().add(first * w.stride);
         for _ in 0..codes.outer() / in_block {
-            ahead.fetch(LINES);
+            ahead.fetch(const { lines(N * V::LANES * size_of::<f32>()) });
             let mut blocks = [Block::<V> { pairs: V::integer_zero(), third: V::integer_zero() }; N];
             for v in 0..N {
                 blocks[v] = Block::load::<BITS>(words.add(2 * v * V::LANES), lanes, lane + v * V::LANES);
