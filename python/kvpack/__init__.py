@@ -30,6 +30,7 @@ from .errors import (
     StaleHandleError,
 )
 from .evaluation import Evaluation, evaluate
+from .lazy import LazyLLM
 from .memory import Memory
 from .methods import (
     A2SF,
@@ -83,6 +84,7 @@ __all__ = [
     "KvpackError",
     "L2Norm",
     "Layers",
+    "LazyLLM",
     "Longformer",
     "Memory",
     "ModelMismatchError",

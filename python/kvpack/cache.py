@@ -13,13 +13,14 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from . import _kvpack
+from ._lazy import Lazy
 from ._threads import threads
-from .errors import ConcurrencyError, DeviceError, KvpackError, ModelMismatchError, OptionError, ShapeError
+from .errors import ConcurrencyError, CropError, DeviceError, KvpackError, ModelMismatchError, OptionError, ShapeError
 from .layer import PackedLayer
 from .memory import Memory, readable_bytes
 from .methods import EVICT, QUANTIZE, Evict, Exact, Quantize, Site
 
-_PARTS = ("codes", "scales", "exact", "index", "other layers")
+_PARTS = ("codes", "scales", "exact", "index", "auxiliary", "other layers")
 
 
 class PackedCache(Cache):
@@ -66,6 +67,8 @@ class PackedCache(Cache):
         self._last_layer = max((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), default=-1)
         # The thread whose forward is between its first and its last layer.
         self._forward_of: int | None = None
+        # What LazyLLM left out, where it filled this cache.
+        self.lazy: Lazy | None = None
 
     @classmethod
     def from_cache(
@@ -119,7 +122,12 @@ class PackedCache(Cache):
         Raises:
             ModelMismatchError: there is no such layer: the cache was made for a model of fewer layers.
             ConcurrencyError: another thread is in the middle of a forward with this cache.
+            OptionError: LazyLLM filled the cache, and this forward is outside of it.
         """
+        if self.lazy is not None and not self.lazy.running:
+            raise OptionError(
+                "this cache was filled within kvpack.LazyLLM: given a forward outside, expected one in it"
+            )
         if not 0 <= layer_idx < len(self.layers):
             raise ModelMismatchError(
                 f"layer_idx: given {layer_idx}, expected less than {len(self.layers)}, the layers of the model that "
@@ -142,6 +150,9 @@ class PackedCache(Cache):
 
     def _take_back(self, failed: int, error: KvpackError) -> None:
         """Undoes a forward that failed with `error` in layer `failed`, in the layers before it."""
+        if self.lazy is not None:
+            error.add_note("LazyLLM's forwards cannot be undone: reset() the cache before using it again.")
+            return
         length = self.layers[failed].get_seq_length()
         ahead = [i for i in range(failed) if self._length(i) > length]
         kept = [i for i in ahead if not (isinstance(self.layers[i], PackedLayer) and self.layers[i].take_back(length))]
@@ -164,8 +175,12 @@ class PackedCache(Cache):
 
         Raises:
             CropError: tokens that are packed with loss would be cut and `activate_past_recording()` was not
-                called before; no layer has changed then.
+                called before, or LazyLLM filled the cache; no layer has changed then.
         """
+        if self.lazy is not None:
+            raise CropError(
+                "crop: given a cache that LazyLLM filled, whose layers hold different tokens; expected another"
+            )
         for layer in self._packed:
             layer.check_crop(tokens_to_remove)
         super().crop(int(tokens_to_remove))
@@ -174,11 +189,23 @@ class PackedCache(Cache):
         """Makes row `i` what row `beam_idx[i]` was (beam search); pages are shared, not copied."""
         self._check_select(beam_idx)
         super().reorder_cache(beam_idx)
+        self._select_lazy(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows at `indices`; pages are shared, not copied."""
         self._check_select(indices)
         super().batch_select_indices(indices)
+        self._select_lazy(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times; pages are shared, not copied."""
+        super().batch_repeat_interleave(repeats)
+        if self.lazy is not None:
+            self._select_lazy(torch.arange(len(self.lazy.ids)).repeat_interleave(repeats))
+
+    def _select_lazy(self, indices: Tensor) -> None:
+        if self.lazy is not None:
+            self.lazy = self.lazy.select(indices)
 
     def _check_select(self, indices: Tensor) -> None:
         for layer in self._packed:
@@ -188,6 +215,7 @@ class PackedCache(Cache):
     def reset(self) -> None:
         """Forgets all tokens and frees their memory."""
         self._forward_of = None
+        self.lazy = None
         super().reset()
 
     def fork(self) -> PackedCache:
@@ -198,6 +226,7 @@ class PackedCache(Cache):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._forward_of = None
+        other.lazy = None if self.lazy is None else self.lazy.fork()
         other.layers = [
             layer.fork() if isinstance(layer, PackedLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
@@ -232,6 +261,7 @@ class PackedCache(Cache):
             for part, n in held.items():
                 parts[part] += n
             layers.append(sum(held.values()))
+        parts["auxiliary"] += 0 if self.lazy is None else self.lazy.bytes()
         return Memory(parts, layers)
 
     def lossy_share(self, new: int = 0) -> float:
@@ -254,6 +284,8 @@ class PackedCache(Cache):
             packed = [i for i, own in enumerate(self.layers) if isinstance(own, PackedLayer)]
             raise ShapeError(f"layer: given {layer}, expected one of the packed layers {packed}")
         positions: list[int] = self.layers[layer].positions(row, head)
+        if self.lazy is not None:
+            positions = sorted(self.lazy.held[layer][row, positions].tolist())
         return positions
 
     def info(self) -> dict[str, Any]:

@@ -68,6 +68,9 @@ class PackedLayer(CacheLayerMixin):
         # Whether the model's own attention reads this layer, which then sees what is held and not what was seen.
         self._outside = False
         self._pending: tuple[Tensor, Tensor] | None = None
+        # Whether what the newest query attends to is wanted, and what that was.
+        self.watched = False
+        self._attention: Tensor | None = None
 
     def check_dims(self, head_dim: int | None) -> None:
         """Raises OptionError when the codec does not fit keys and values of `head_dim` numbers, if that is known."""
@@ -245,6 +248,9 @@ class PackedLayer(CacheLayerMixin):
         self.counts["prefill"] += 1
         self._outside = False
         self.absorb(valid, readers)
+        if self.watched:
+            query, scaling, softcap, sinks = readers
+            self._watch(query, scaling, softcap, sinks)
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -297,7 +303,23 @@ class PackedLayer(CacheLayerMixin):
         self.counts["fused"] += 1
         if new > self._patience and not (self.record_past or self.shared):
             self._store.settle()  # a long chunk would otherwise be held exactly in all layers at once
+        if self.watched:
+            self._watch(query, scaling, softcap, None if sinks is None else sinks.detach().float().tolist())
         return out
+
+    def _watch(self, query: Tensor, scaling: float, softcap: float | None, sinks: list[float] | None) -> None:
+        """Remembers what the newest of some queries `[B, Hq, q, Dk]` attends to."""
+        out = torch.zeros(query.shape[0], 1, 1, self._seen)
+        newest = plain("queries", query[:, :, -1:])
+        self._store.write_received(describe(newest), describe(out), scaling, softcap, sinks, torch.get_num_threads())
+        self._attention = out[:, 0, 0]
+
+    def take_attention(self) -> Tensor:
+        """What the newest query attended to, `[B, seen]`, the mean over its heads; of a layer that is `watched`."""
+        attention, self._attention = self._attention, None
+        if attention is None:
+            raise ShapeError("attention of the newest query: given none, expected a forward through kvpack's attention")
+        return attention
 
     def _value_dim(self) -> int:
         if self._pending is not None:

@@ -11,8 +11,9 @@ class Memory:
 
     Attributes:
         parts: bytes by part: `codes`, `scales` (with zero-points), `exact` (sinks, recent window and exact pages,
-            in the model's dtype), `index` (positions, lists of pages, headers), and `other layers` (what
-            transformers' own layer objects hold).
+            in the model's dtype), `index` (positions, lists of pages, headers), `auxiliary` (hidden states of tokens
+            that LazyLLM left out, and where they belong), and `other layers` (what transformers' own layer objects
+            hold).
         layers: bytes by layer of the model.
     """
 

@@ -196,6 +196,27 @@ impl Layer {
         })
     }
 
+    /// Writes to `out` `[B, 1, 1, seen]` what every position receives from a query `[B, Hq, 1, Dk]` of the newest one, the mean over
+    /// the heads; 0 where nothing is held.
+    fn write_received(
+        &self,
+        py: Python<'_>,
+        q: Tensor,
+        out: Tensor,
+        scaling: f32,
+        softcap: Option<f32>,
+        sinks: Option<Vec<f32>>,
+        threads: usize,
+    ) -> PyResult<()> {
+        pool::set_threads(threads);
+        // SAFETY: as in `attend`.
+        self.look(py, |layer| unsafe {
+            let (query, softmax) = (q.view("query")?, Softmax { scaling, softcap });
+            let request = Request { query, mask: None, softmax, sinks: sinks.as_deref(), received: true };
+            layer.write_received(&request, &mut out.view_mut("out")?, kernels()?)
+        })
+    }
+
     /// Writes all keys to `out` `[B, H, seen, Dk]`, dequantised.
     fn write_keys(&self, py: Python<'_>, out: Tensor) -> PyResult<()> {
         // SAFETY: as in `attend`.

@@ -70,6 +70,43 @@ impl Layer {
         Ok(received)
     }
 
+    /// Writes to `out` `[B, 1, 1, seen]` what every position receives from the one query of a request, the mean over the query
+    /// heads; 0 where a head holds nothing.
+    ///
+    /// # Errors
+    /// As [`Self::attend`].
+    pub fn write_received(
+        &self,
+        request: &Request<'_>,
+        out: &mut ViewMut<'_>,
+        kernels: &'static Kernels,
+    ) -> Result<()> {
+        let [batch, query_heads, queries, _] = request.query.shape();
+        expect("query: tokens", queries, 1)?;
+        let expected = [self.batch(), 1, 1, self.seen()];
+        if out.shape() != expected {
+            let given = format!("{:?}", out.shape());
+            return Err(Error::Shape { what: "out", given, expected: format!("{expected:?}") });
+        }
+        let value_dim = self.shape().map_or(0, |shape| shape.value_dim);
+        let mut attended = vec![0.0; batch * query_heads * value_dim];
+        let mut attended = ViewMut::of_slice(&mut attended, [batch, 1, query_heads, value_dim]);
+        let received = self.attend(&Request { received: true, ..*request }, &mut attended, kernels)?;
+        let (mut mean, mut held) = (vec![0.0; self.seen()], Vec::new());
+        let heads = received.len() / self.batch().max(1);
+        for (row, received) in received.chunks_exact(heads.max(1)).enumerate() {
+            mean.fill(0.0);
+            for (head, received) in self.rows[row].iter().zip(received) {
+                head.positions.collect_into(0, received.len(), &mut held);
+                for (&position, share) in held.iter().zip(received) {
+                    mean[position as usize] += share / query_heads as f32;
+                }
+            }
+            out.write_row([row, 0, 0], &mean);
+        }
+        Ok(())
+    }
+
     /// 0 for every token of every head, where one query's attention is wanted.
     fn nothing_received(&self, wanted: bool) -> Vec<Vec<f32>> {
         let heads = self.rows.iter().flat_map(|row| row.iter()).filter(|_| wanted);
