@@ -29,6 +29,32 @@ def accumulated(query: Tensor, key: Tensor, alpha: float) -> Tensor:
     return scores
 
 
+def turned(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Vectors `[n, D]` rotated to positions `[n]`: channel `i` and `i + D / 2` are a pair."""
+    angles = positions[:, None].double() * frequencies
+    z = torch.polar(torch.ones_like(angles), angles) * torch.complex(*x.double().chunk(2, dim=-1))
+    return torch.cat([z.real, z.imag], -1)
+
+
+def expected(
+    query: Tensor, key: Tensor, value: Tensor, frequencies: Tensor, future: int, sinks: int, covariance: bool
+) -> Tensor:
+    """Scores by the moments of the queries, which are rotated to each of the next positions and averaged there."""
+    tokens, dim = key.shape
+    after, attention = torch.arange(tokens, tokens + future), torch.zeros(tokens, dtype=torch.float64)
+    for own in query:
+        q = turned(own, -torch.arange(tokens), frequencies)[sinks:] / dim**0.5
+        mean, spread = q.mean(0), torch.cov(q.T, correction=0)
+        # A rotation of all positions, as matrices: its columns are the rotated unit vectors.
+        rotations = torch.stack([turned(torch.eye(dim), p.expand(dim), frequencies).T for p in after])
+        logits = key.double() @ (rotations @ mean).mean(0)
+        if covariance:
+            ahead = (rotations @ spread @ rotations.transpose(1, 2)).mean(0)
+            logits += torch.einsum("ti,ij,tj->t", key.double(), ahead, key.double()) / 2
+        attention[sinks:] += logits[sinks:].softmax(0) / query.shape[0]
+    return attention * value.double().norm(dim=-1)
+
+
 def keydiff(key: Tensor) -> Tensor:
     """Minus the cosine with the mean direction."""
     directions = torch.nn.functional.normalize(key.double(), dim=-1)

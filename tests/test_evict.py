@@ -27,6 +27,16 @@ from support import (
 from torch import Tensor
 from transformers import DynamicCache
 
+FREQUENCIES = 0.9 * 0.7 ** torch.arange(16)
+
+
+class Turned(kvpack.ExpectedAttention):
+    """Of a model whose rotary embedding is known: halves are pairs."""
+
+    def _rotation(self, site: Any) -> Any:
+        return [(i, i + 16) for i in range(16)], FREQUENCIES.tolist()
+
+
 EVICTIONS = [
     kvpack.SnapKV(budget=0.25, window=16),
     kvpack.SnapKV(budget=60, window=8, kernel=3, pooling="max", decode=True, block=32),
@@ -36,10 +46,12 @@ EVICTIONS = [
     kvpack.TOVA(budget=0.25, block=32),
     kvpack.StreamingLLM(budget=64, block=32),
     kvpack.Longformer(window=24, dilation=3, block=32),
+    Turned(budget=0.25),
     kvpack.KeyDiff(budget=0.25),
     kvpack.L2Norm(budget=0.25, recent=4, decode=True, block=32),
     kvpack.Random(budget=0.25, seed=3),
     kvpack.AdaKV(kvpack.SnapKV(budget=0.25, window=16)),
+    kvpack.AdaKV(Turned(budget=0.25)),
     kvpack.AdaKV(kvpack.H2O(budget=0.25, block=32), floor=0.5),
 ]
 CODECS = [kvpack.Exact(), kvpack.KIVI(bits=8, window=32), kvpack.Q8(), kvpack.Rotated(bits=8, window=16)]
@@ -125,6 +137,29 @@ def test_a_prompts_tokens_are_those_of_the_papers_equations(evict: Any, tokens: 
     for head, held in enumerate(kept(cache)):
         own = query[0, 3 * head : 3 * head + 3]
         assert held == slow_choice(evict, key[0, head], own, head)
+
+
+@pytest.mark.parametrize("covariance", [True, False])
+@pytest.mark.parametrize("tokens", [150, 37])
+def test_expected_attention_is_that_of_rotated_moments(tokens: int, covariance: bool) -> None:
+    key, value, query = prompt(tokens, heads=2, groups=3)
+    query += torch.randn(6, 1, 32)  # queries that have a mean
+    evict = Turned(budget=0.3, future=20, covariance=covariance)
+    cache = cache_after(evict, key, value, query)
+    for head, held in enumerate(kept(cache)):
+        own = query[0, 3 * head : 3 * head + 3]
+        scores = slow.expected(own, key[0, head], value[0, head], FREQUENCIES, 20, 4, covariance)
+        assert held == slow.best(scores, int(0.3 * tokens), 0, list(range(4)))
+
+
+def test_expected_attention_finds_the_rotation_of_a_model() -> None:
+    model = tiny_model()
+    ids = ids_of(1, 60)
+    cache = kvpack.PackedCache(model, evict=kvpack.ExpectedAttention(budget=0.5))
+    model(ids, past_key_values=cache)
+    assert [len(tokens) for tokens in kept(cache, 1)] == [30, 30]
+    with pytest.raises(kvpack.OptionError, match="made from a configuration"):
+        kvpack.PackedCache(model.config, evict=kvpack.ExpectedAttention())
 
 
 def test_tova_decides_once_for_all_heads() -> None:
@@ -454,7 +489,13 @@ def test_a_prompt_in_chunks_is_held_in_the_budget(evict: Any) -> None:
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
-QUERY_BASED = [kvpack.SnapKV(budget=0.5), kvpack.H2O(budget=0.5), kvpack.A2SF(budget=20), kvpack.TOVA(budget=0.5)]
+QUERY_BASED = [
+    kvpack.SnapKV(budget=0.5),
+    kvpack.H2O(budget=0.5),
+    kvpack.A2SF(budget=20),
+    kvpack.TOVA(budget=0.5),
+    kvpack.ExpectedAttention(budget=0.5),
+]
 KEY_BASED = [
     kvpack.KeyDiff(budget=0.5),
     kvpack.L2Norm(budget=0.5),
@@ -551,6 +592,9 @@ def test_every_way_of_generating(evict: Any, mode: str) -> None:
         (lambda: kvpack.H2O(block=0), "block=0"),
         (lambda: kvpack.H2O(recent=-0.5), "recent=-0.5"),
         (lambda: kvpack.A2SF(alpha=2), "alpha=2 is not accepted; accepted: 0 to 1"),
+        (lambda: kvpack.ExpectedAttention(future=0), "future=0"),
+        (lambda: kvpack.ExpectedAttention(epsilon=-1), "epsilon=-1"),
+        (lambda: kvpack.ExpectedAttention(values=1), "values=1 is not accepted; accepted: True, False"),
         (lambda: kvpack.AdaKV(kvpack.TOVA()), "all heads of a layer keep the same"),
         (lambda: kvpack.AdaKV(kvpack.SnapKV(), floor=3), "floor=3"),
         (lambda: kvpack.AdaKV(7), "method=7 is not accepted"),

@@ -77,6 +77,16 @@ class Eviction:
     @staticmethod
     def keydiff(common: _Common) -> Eviction: ...
     @staticmethod
+    def expected(
+        common: _Common,
+        future: int,
+        covariance: bool,
+        values: bool,
+        epsilon: float,
+        pairs: list[tuple[int, int]],
+        frequencies: list[float],
+    ) -> Eviction: ...
+    @staticmethod
     def newest(common: _Common) -> Eviction: ...
     @staticmethod
     def dilated(common: _Common, dilation: int) -> Eviction: ...

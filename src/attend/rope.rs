@@ -102,6 +102,21 @@ impl Rope {
         }
     }
 
+    /// The pairs of channels, with the angle from one position to the next.
+    pub fn pairs(&self) -> Vec<(usize, usize, f64)> {
+        let both = self.pairs.iter().zip(&self.frequencies);
+        both.map(|(&(a, b), &f)| (usize::from(a), usize::from(b), f64::from(f))).collect()
+    }
+
+    /// Turns `x`, of position `p`, back to position 0.
+    pub fn turn_back(&self, p: u32, x: &mut [f32]) {
+        for (&(a, b), &frequency) in self.pairs.iter().zip(&self.frequencies) {
+            let (sin, cos) = sin_cos(f64::from(frequency) * f64::from(p));
+            let (a, b) = (usize::from(a), usize::from(b));
+            (x[a], x[b]) = (x[a] * cos + x[b] * sin, x[b] * cos - x[a] * sin);
+        }
+    }
+
     /// Bytes allocated.
     pub fn bytes(&self) -> usize {
         let starts = self.starts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 
 use super::errors::to_python;
+use crate::attend::Rope;
 use crate::error::{Error, Result};
-use crate::evict::{self, Amount, Attention, Budget, Keys, Pattern, Pooling, Pyramid, Scorer, SnapKv};
+use crate::evict::{self, Amount, Attention, Budget, Expected, Keys, Pattern, Pooling, Pyramid, Scorer, SnapKv};
 
 /// A checked way of choosing tokens.
 #[pyclass(frozen, module = "kvpack._kvpack")]
@@ -77,6 +78,24 @@ impl Eviction {
     #[staticmethod]
     fn attention(py: Python<'_>, common: Common, alpha: f32, shared: bool) -> PyResult<Self> {
         made(py, common, Ok(Scorer::Attention(Attention { alpha, shared })))
+    }
+
+    /// What queries to come would attend to: over so many positions, with the covariance, with the values' lengths; of the layer's
+    /// rotation: pairs of channels, and their angles from one position to the next.
+    #[staticmethod]
+    #[allow(clippy::too_many_arguments)]
+    fn expected(
+        py: Python<'_>,
+        common: Common,
+        future: usize,
+        covariance: bool,
+        values: bool,
+        epsilon: f32,
+        pairs: Vec<(u16, u16)>,
+        frequencies: Vec<f32>,
+    ) -> PyResult<Self> {
+        let rope = Rope::shared(&pairs, &frequencies);
+        made(py, common, Ok(Scorer::Expected(Expected { rope, future, covariance, values, epsilon })))
     }
 
     /// Small keys stay.

@@ -198,6 +198,7 @@ impl Layer {
 
     /// Writes to `out` `[B, 1, 1, seen]` what every position receives from a query `[B, Hq, 1, Dk]` of the newest one, the mean over
     /// the heads; 0 where nothing is held.
+    #[allow(clippy::too_many_arguments)]
     fn write_received(
         &self,
         py: Python<'_>,

@@ -58,10 +58,17 @@ impl KvHead {
             sinks: readers.sinks.map(|sinks| &sinks[h * group..(h + 1) * group]),
         };
         let mut observed = std::mem::take(&mut self.observed);
-        if let Scorer::Attention(_) = eviction.scorer {
-            observed.count(&self.view(), &queries, eviction.memory(), !prompt, &mut Scratch::new(chosen()));
-        } else {
-            observed.keep_queries(&queries, newest.max(most_of(eviction)));
+        match &eviction.scorer {
+            Scorer::Attention(_) => {
+                observed.count(&self.view(), &queries, eviction.memory(), !prompt, &mut Scratch::new(chosen()));
+            }
+            // Queries of decoding might be taken back again.
+            Scorer::Expected(expected) if prompt => {
+                let first = observed.origin.unwrap_or(0) + eviction.sinks as u32;
+                observed.moments.add(&queries, first, expected, chosen());
+            }
+            Scorer::Expected(_) => {}
+            _ => observed.keep_queries(&queries, newest.max(most_of(eviction))),
         }
         self.observed = observed;
     }

@@ -1,7 +1,7 @@
 //! What keys alone tell, for any model: no query is needed.
 
 use crate::attend::mat::MatMut;
-use crate::attend::{CHUNK, Head, Scratch, key_chunks, tile_rows};
+use crate::attend::{CHUNK, Head, Scratch, key_chunks, padded, tile_rows};
 
 /// The parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +41,7 @@ impl Keys {
 }
 
 /// Calls `see(token, key)` for all that `head` holds, dequantised.
-fn each_key(head: &Head<'_>, scratch: &mut Scratch, mut see: impl FnMut(usize, &[f32])) {
+pub(super) fn each_key(head: &Head<'_>, scratch: &mut Scratch, mut see: impl FnMut(usize, &[f32])) {
     let mut tile = vec![0.0; tile_rows(head.key_dim) * CHUNK];
     let mut key = vec![0.0; head.key_dim];
     for chunk in key_chunks(&head.keys) {
@@ -53,5 +53,25 @@ fn each_key(head: &Head<'_>, scratch: &mut Scratch, mut see: impl FnMut(usize, &
             }
             see(chunk.at + t, &key);
         }
+    }
+}
+
+/// Calls `see(token, value)` for all that `head` holds, dequantised.
+pub(super) fn each_value(head: &Head<'_>, scratch: &mut Scratch, mut see: impl FnMut(usize, &[f32])) {
+    let (dim, stride) = (head.value_dim, padded(head.value_dim));
+    let mut tile = vec![0.0; stride * CHUNK];
+    let mut at = 0;
+    for part in &head.values {
+        for first in (0..part.tokens).step_by(CHUNK) {
+            let n = CHUNK.min(part.tokens - first);
+            part.segment.tile(first, n, MatMut::new(&mut tile, n, stride), scratch);
+            for (t, value) in tile.chunks_exact_mut(stride).take(n).enumerate() {
+                if let Some(basis) = part.segment.basis() {
+                    basis.undo(&mut value[..dim]);
+                }
+                see(at + first + t, &value[..dim]);
+            }
+        }
+        at += part.tokens;
     }
 }

@@ -8,6 +8,7 @@
 
 mod attention;
 mod budget;
+mod expected;
 mod keys;
 mod observed;
 mod pattern;
@@ -16,6 +17,7 @@ mod snapkv;
 
 pub use attention::Attention;
 pub use budget::{Amount, Budget, Pyramid};
+pub use expected::{Expected, Moments};
 pub use keys::Keys;
 pub use observed::{NewQueries, Observed, Queries};
 pub use pattern::Pattern;
@@ -53,6 +55,8 @@ pub enum Scorer {
     SnapKv(SnapKv),
     /// Attention received so far, as much of it as is remembered.
     Attention(Attention),
+    /// Attention that queries to come would give (arXiv 2510.00636).
+    Expected(Expected),
     /// What keys alone tell.
     Keys(Keys),
     /// Where a token is.
@@ -90,6 +94,7 @@ impl Eviction {
         match &self.scorer {
             Scorer::SnapKv(snapkv) => snapkv.check()?,
             Scorer::Attention(attention) => attention.check()?,
+            Scorer::Expected(expected) => expected.check()?,
             Scorer::Keys(_) | Scorer::Pattern(_) => {}
         }
         Ok(self)
@@ -105,6 +110,7 @@ impl Eviction {
         match &self.scorer {
             Scorer::SnapKv(snapkv) => Queries::Newest(snapkv.window),
             Scorer::Attention(attention) => attention.queries(),
+            Scorer::Expected(_) => Queries::All,
             Scorer::Keys(_) | Scorer::Pattern(_) => Queries::None,
         }
     }
@@ -134,6 +140,7 @@ impl Eviction {
         match &self.scorer {
             Scorer::SnapKv(snapkv) => snapkv.scores(head, observed, scratch),
             Scorer::Attention(_) => observed.scores().to_vec(),
+            Scorer::Expected(expected) => expected.scores(head, place, self.sinks, &observed.moments, scratch),
             Scorer::Keys(keys) => keys.scores(head, scratch),
             Scorer::Pattern(pattern) => pattern.scores(head.positions, place),
         }

@@ -1,5 +1,6 @@
 //! What is remembered of the queries that met a KV head's tokens.
 
+use super::Moments;
 use crate::attend::mat::Mat;
 use crate::attend::{Head, Scratch, Voters, add_votes};
 
@@ -27,6 +28,8 @@ pub struct Observed {
     scores: Vec<f32>,
     /// What they received from each query of the last forward, which may be taken back, and its position.
     pending: Vec<(u32, Vec<f32>)>,
+    /// What is known of the distribution of a prompt's queries.
+    pub moments: Moments,
     /// Position of the first token of the sequence.
     pub origin: Option<u32>,
     /// Tokens of prompts, of which a budget may be a share.
@@ -175,6 +178,7 @@ impl Observed {
     pub fn bytes(&self) -> usize {
         let pending: usize = self.pending.iter().map(|(_, received)| received.capacity()).sum();
         (self.queries.capacity() + self.positions.capacity() + self.scores.capacity() + pending) * size_of::<f32>()
+            + self.moments.bytes()
             + self.pending.capacity() * size_of::<(u32, Vec<f32>)>()
     }
 }

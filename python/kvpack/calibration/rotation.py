@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,18 @@ def rotations(model: Any, ids: Tensor) -> list[Rotation]:
         _rotation(keys, {n: layers[i] for n, layers in moved.items()}) if keys is not None else Rotation((), ())
         for i, keys in enumerate(still)
     ]
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, list[Rotation]] = weakref.WeakKeyDictionary()
+
+
+def rotation_of(model: Any, layer: int) -> Rotation:
+    """Return the rotation of a layer's keys, which is found once for each model, from tokens drawn by lot."""
+    if model not in _KNOWN:
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+        _KNOWN[model] = rotations(model, ids)
+    return _KNOWN[model][layer]
 
 
 def _keys(model: Any, ids: Tensor, distance: int) -> list[Tensor | None]:

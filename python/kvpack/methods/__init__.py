@@ -1,7 +1,21 @@
 """The methods, one dataclass each with the paper's defaults, and a registry by name."""
 
 from .calibrated import Calibrated
-from .evict import A2SF, H2O, TOVA, AdaKV, Evict, KeyDiff, L2Norm, Longformer, PyramidKV, Random, SnapKV, StreamingLLM
+from .evict import (
+    A2SF,
+    H2O,
+    TOVA,
+    AdaKV,
+    Evict,
+    ExpectedAttention,
+    KeyDiff,
+    L2Norm,
+    Longformer,
+    PyramidKV,
+    Random,
+    SnapKV,
+    StreamingLLM,
+)
 from .feedback import GPTQ
 from .kvquant import KVQuant, KVQuantTables
 from .presets import PRESETS
@@ -24,6 +38,7 @@ __all__ = [
     "Calibrated",
     "Evict",
     "Exact",
+    "ExpectedAttention",
     "Graded",
     "KVQuant",
     "KVQuantTables",

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from .calibrated import Calibrated
-from .evict import A2SF, H2O, TOVA, AdaKV, Evict, KeyDiff, L2Norm, Longformer, PyramidKV, Random, SnapKV, StreamingLLM
+from .evict import (
+    A2SF,
+    H2O,
+    TOVA,
+    AdaKV,
+    Evict,
+    ExpectedAttention,
+    KeyDiff,
+    L2Norm,
+    Longformer,
+    PyramidKV,
+    Random,
+    SnapKV,
+    StreamingLLM,
+)
 from .kvquant import KVQuant
 from .quantize import KIVI, Q4, Q8, Exact, Graded, KVarN, Quantize, Rotated
 
@@ -14,5 +28,18 @@ QUANTIZE: dict[str, type[Quantize]] = {
 
 EVICT: dict[str, type[Evict]] = {
     method.name: method
-    for method in (SnapKV, PyramidKV, H2O, A2SF, TOVA, StreamingLLM, Longformer, KeyDiff, L2Norm, Random, AdaKV)
+    for method in (
+        SnapKV,
+        PyramidKV,
+        H2O,
+        A2SF,
+        TOVA,
+        StreamingLLM,
+        Longformer,
+        ExpectedAttention,
+        KeyDiff,
+        L2Norm,
+        Random,
+        AdaKV,
+    )
 }
