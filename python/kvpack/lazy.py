@@ -216,7 +216,7 @@ class LazyLLM:
     def _end(self, *_: Any) -> None:
         if self._cache is not None:
             self._lazy.running = False
-        self._cache = self._mask = None
+        self._cache, self._mask, self._cut = None, None, False
 
 
 def _checked_schedule(schedule: Mapping[int, float] | None, layers: int) -> dict[int, float]:
