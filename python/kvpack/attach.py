@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 from . import attention
 from .cache import PackedCache
 from .errors import OptionError
-from .methods import Evict, Quantize
+from .methods import Evict, Quantize, Select
 
 # What `generate` calls its cache: transformers 5.24 renamed it, and warns of the old name.
 CACHE_ARGUMENT = (
@@ -23,9 +23,10 @@ CACHE_ARGUMENT = (
 class Attachment:
     """What `attach` returns: a handle that undoes it, and a context manager that does so at its end."""
 
-    def __init__(self, model: Any, evict: Evict | None, quantize: Quantize | None) -> None:
+    def __init__(self, model: Any, evict: Evict | None, quantize: Quantize | None, select: Select | None) -> None:
         """Attaches; see `attach`."""
-        self.cache: PackedCache | None = PackedCache(model, evict=evict, quantize=quantize)  # also checks the options
+        options: dict[str, Any] = {"evict": evict, "quantize": quantize, "select": select}
+        self.cache: PackedCache | None = PackedCache(model, **options)  # also checks them
         self._model = model
         self._before = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
@@ -35,7 +36,7 @@ class Attachment:
         @functools.wraps(generate)
         def with_packed_cache(*args: Any, **kwargs: Any) -> Any:
             if _wants_our_cache(model, args, kwargs):
-                kwargs[CACHE_ARGUMENT] = self.cache = PackedCache(model, evict=evict, quantize=quantize)
+                kwargs[CACHE_ARGUMENT] = self.cache = PackedCache(model, **options)
             return generate(*args, **kwargs)
 
         with_packed_cache._kvpack = self  # type: ignore[attr-defined]
@@ -58,7 +59,9 @@ class Attachment:
         self.detach()
 
 
-def attach(model: Any, *, evict: Evict | None = None, quantize: Quantize | None = None) -> Attachment:
+def attach(
+    model: Any, *, evict: Evict | None = None, quantize: Quantize | None = None, select: Select | None = None
+) -> Attachment:
     """Makes `model.generate`, and pipelines around the model, use a fresh PackedCache at every call.
 
     A call that names its own cache, `cache_implementation` or `use_cache=False` is left alone.
@@ -67,6 +70,7 @@ def attach(model: Any, *, evict: Evict | None = None, quantize: Quantize | None 
         model: a transformers model on the CPU.
         evict: as in `PackedCache`.
         quantize: as in `PackedCache`.
+        select: as in `PackedCache`.
 
     Returns:
         A handle with `detach()` and `cache` (the last one made), also usable in a `with` statement.
@@ -78,7 +82,7 @@ def attach(model: Any, *, evict: Evict | None = None, quantize: Quantize | None 
         raise OptionError(f"model: given a {type(model).__name__}, expected a transformers model that generates")
     if hasattr(model.__dict__.get("generate"), "_kvpack"):
         raise OptionError("model: given one that kvpack is attached to already, expected detach() first")
-    return Attachment(model, evict, quantize)
+    return Attachment(model, evict, quantize, select)
 
 
 def _wants_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from ._threads import threads
 from .errors import ConcurrencyError, CropError, DeviceError, KvpackError, ModelMismatchError, OptionError, ShapeError
 from .layer import PackedLayer
 from .memory import Memory, readable_bytes
-from .methods import EVICT, QUANTIZE, Evict, Exact, Quantize, Site
+from .methods import EVICT, QUANTIZE, SELECT, Evict, Exact, Quantize, Select, Site
 
 _PARTS = ("codes", "scales", "exact", "index", "auxiliary", "other layers")
 
@@ -31,13 +31,21 @@ class PackedCache(Cache):
     are packed; sliding, linear and other layers keep transformers' own objects (`repr(cache)` says which).
     """
 
-    def __init__(self, model_or_config: Any, *, evict: Evict | None = None, quantize: Quantize | None = None) -> None:
+    def __init__(
+        self,
+        model_or_config: Any,
+        *,
+        evict: Evict | None = None,
+        quantize: Quantize | None = None,
+        select: Select | None = None,
+    ) -> None:
         """An empty cache for one model.
 
         Args:
             model_or_config: the transformers model on the CPU, or its configuration.
             evict: which tokens stay; without it all.
             quantize: how tokens are stored; without it `Exact()`: nothing is lossy unless asked for.
+            select: which tokens a step of decoding reads; without it all.
 
         Raises:
             OptionError: an option is not accepted, or does not fit the model.
@@ -46,6 +54,7 @@ class PackedCache(Cache):
         config = _text_config(model_or_config)
         self.quantize = _checked(quantize)
         self.evict = _checked_eviction(evict, self.quantize)
+        self.select = _checked_select(select)
         self.config = config
         # transformers decides the structure (sliding, linear, layers that share keys and values ...);
         # exactly the plain full-attention layers are replaced.
@@ -54,7 +63,8 @@ class PackedCache(Cache):
         layers: list[Any] = DynamicCache(config=config).layers
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                layers[i] = PackedLayer(self.quantize, Site(i, len(layers), config, model), evict=evict, shared=shared)
+                site = Site(i, len(layers), config, model)
+                layers[i] = PackedLayer(self.quantize, site, evict=evict, select=select, shared=shared)
                 layers[i].check_dims(_head_dim(config))
         if not any(isinstance(layer, PackedLayer) for layer in layers):
             kinds = sorted({type(layer).__name__ for layer in layers})
@@ -78,6 +88,7 @@ class PackedCache(Cache):
         *,
         evict: Evict | None = None,
         quantize: Quantize | None = None,
+        select: Select | None = None,
         attention_mask: Tensor | None = None,
     ) -> PackedCache:
         """Packs what a DynamicCache holds; that one stays as it is.
@@ -89,6 +100,7 @@ class PackedCache(Cache):
             model_or_config: the model, or its configuration.
             evict: as in the constructor; its first tokens are chosen here.
             quantize: as in the constructor.
+            select: as in the constructor.
             attention_mask: `[B, tokens]`, 0 where a token is a pad; without it all tokens are real.
 
         Raises:
@@ -98,7 +110,7 @@ class PackedCache(Cache):
         """
         if not isinstance(cache, DynamicCache):
             raise OptionError(f"cache: given a {type(cache).__name__}, expected a transformers DynamicCache")
-        packed = cls(model_or_config, evict=evict, quantize=quantize)
+        packed = cls(model_or_config, evict=evict, quantize=quantize, select=select)
         if len(cache.layers) > len(packed.layers):
             raise ModelMismatchError(
                 f"cache: given one of {len(cache.layers)} layers, expected at most the model's {len(packed.layers)}"
@@ -297,6 +309,7 @@ class PackedCache(Cache):
             **threads(),
             "evict": repr(self.evict),
             "quantize": repr(self.quantize),
+            "select": repr(self.select),
             "layers": [type(layer).__name__ for layer in self.layers],
             "tokens": self.get_seq_length(),
             **_feedback(packed),
@@ -308,7 +321,7 @@ class PackedCache(Cache):
         for layer in self.layers:
             kinds[type(layer).__name__] = kinds.get(type(layer).__name__, 0) + 1
         layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-        methods = ", ".join(repr(method) for method in (self.evict, self.quantize) if method is not None)
+        methods = ", ".join(repr(method) for method in (self.evict, self.select, self.quantize) if method is not None)
         return (
             f"PackedCache({methods}, {self.get_seq_length()} tokens, "
             f"{readable_bytes(self.memory().total)}, layers: {layers})"
@@ -364,6 +377,14 @@ def _checked_eviction(evict: Evict | None, quantize: Quantize) -> Evict | None:
             "consecutive positions; accepted: codecs that hold keys as they are attended to"
         )
     return evict
+
+
+def _checked_select(select: Select | None) -> Select | None:
+    """The selection."""
+    if select is not None and not isinstance(select, Select):
+        accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in SELECT.values())
+        raise OptionError(f"select={select!r} is not accepted; accepted: {accepted}, or None to read all tokens")
+    return select
 
 
 def _head_dim(config: Any) -> int | None:

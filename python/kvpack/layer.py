@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ._tensors import DTYPES, New, describe, plain, readable
 from .errors import CropError, KvpackError, OptionError, ShapeError, StaleHandleError
 from .handle import LazyKV
-from .methods import AdaKV, Evict, Longformer, PyramidKV, Quantize, Site
+from .methods import AdaKV, Evict, Longformer, PyramidKV, Quantize, Select, Site
 
 Readers: TypeAlias = tuple[Tensor, float, float | None, list[float] | None]
 """Queries, and scaling, cap and learned sinks of their logits."""
@@ -41,6 +41,7 @@ class PackedLayer(CacheLayerMixin):
         site: Site | None = None,
         *,
         evict: Evict | None = None,
+        select: Select | None = None,
         shared: bool = False,
     ) -> None:
         """An empty layer.
@@ -49,18 +50,22 @@ class PackedLayer(CacheLayerMixin):
             quantize: the codec.
             site: where in which model it is.
             evict: what chooses the tokens that stay.
+            select: what chooses those that a step of decoding reads.
             shared: whether other layers of the model read this layer's keys and values, so that packing waits
                 until the forward is over.
         """
         self.quantize = quantize
         self.evict = evict
+        self.select = select
         self.config = None if site is None else site.config
         self.shared = shared
         self.record_past = False
         self.is_initialized = False
         self.version = 0
         self.counts = {"prefill": 0, "fused": 0, "materialised": 0}
-        self._store = quantize.make_store(site, None if evict is None else evict.make(site))
+        self._store = quantize.make_store(
+            site, None if evict is None else evict.make(site), None if select is None else select.make(site)
+        )
         # Chunks up to this length wait for the next forward to be packed, so that they can be cropped.
         self._patience = self._store.window()
         self._wants_queries = self._store.wants_queries()
@@ -78,7 +83,7 @@ class PackedLayer(CacheLayerMixin):
             self._store.check_dims(head_dim, head_dim)
 
     def __repr__(self) -> str:
-        methods = ", ".join(repr(method) for method in (self.evict, self.quantize) if method is not None)
+        methods = ", ".join(repr(method) for method in (self.evict, self.select, self.quantize) if method is not None)
         return f"PackedLayer({methods}, {self.get_seq_length()} tokens)"
 
     # ---- writing -------------------------------------------------------------------------------------------------
@@ -144,6 +149,11 @@ class PackedLayer(CacheLayerMixin):
 
     def _check_outside(self) -> None:
         """Raises OptionError when tokens of this prompt cannot be chosen, as not kvpack's attention reads them."""
+        if self.select is not None:
+            raise OptionError(
+                f"select={self.select!r} is not accepted: this layer's attention does not run in kvpack, and reads "
+                "everything; accepted: None, or a model that was loaded with attn_implementation='kvpack'"
+            )
         if self.evict is None or self._pending is None:
             return
         keys = self._pending[0]

@@ -20,7 +20,10 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
     let mut scores = vec![0.0; heads * CHUNK];
     let (mut held, mut weighed) = (Vec::new(), Vec::with_capacity(heads));
     let all_visible = queries.visible.all(0, head.positions.last().unwrap_or(0));
-    let mut chunks = key_chunks(&head.keys);
+    let mut chunks = match head.pages {
+        Some((quest, bounds)) => bounds.chosen(quest, &head.keys, q, scratch),
+        None => key_chunks(&head.keys),
+    };
     chunks.retain(|chunk| tokens.contains(&chunk.at));
     for (i, &KeyChunk { segment, first, tokens: n, at }) in chunks.iter().enumerate() {
         // What is wanted next comes from memory while this is computed: values behind scores, the next keys behind values.

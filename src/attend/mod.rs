@@ -15,6 +15,7 @@ pub mod mat;
 pub mod packed;
 mod partial;
 mod positions;
+mod quest;
 mod received;
 mod rope;
 mod visibility;
@@ -25,6 +26,7 @@ pub use decode::attend_one;
 pub use many::attend_many;
 pub use partial::Partial;
 pub use positions::Positions;
+pub use quest::{Bounds, Quest};
 pub use received::Received;
 pub use rope::{Rope, SPAN};
 pub use visibility::{BoolView, Mask, MaskData, Visibility};
@@ -147,6 +149,8 @@ pub struct Head<'a> {
     pub values: Vec<Part<'a, dyn ValueSegment>>,
     /// Their positions.
     pub positions: &'a Positions,
+    /// Which of them one query reads, if not all.
+    pub pages: Option<(Quest, &'a Bounds)>,
     /// Numbers of a key.
     pub key_dim: usize,
     /// Numbers of a value.

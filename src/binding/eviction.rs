@@ -15,7 +15,7 @@ pub(super) struct Eviction(pub(super) Arc<evict::Eviction>);
 
 /// Tokens, or a share.
 #[derive(FromPyObject)]
-enum Given {
+pub(super) enum Given {
     Tokens(usize),
     Share(f64),
 }

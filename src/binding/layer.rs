@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, RwLock};
 use pyo3::prelude::*;
 
 use super::errors::to_python;
-use super::eviction::Eviction;
+use super::eviction::{Eviction, Given};
 use super::method::Method;
 use super::tensors::Tensor;
-use crate::attend::Softmax;
 use crate::attend::kernels::{self, Kernels};
+use crate::attend::{Quest, Softmax};
 use crate::cache::{self, Readers, Request};
 use crate::error::{Error, Result};
 use crate::pool;
@@ -103,13 +103,22 @@ fn kernels() -> Result<&'static Kernels> {
 
 #[pymethods]
 impl Layer {
-    /// A layer that packs keys and values so, and keeps the tokens that an eviction chooses.
+    /// A layer that packs keys and values so, keeps the tokens that an eviction chooses, and of which a step of decoding reads
+    /// pages of so many tokens, so many or such a share of all in all.
     #[new]
-    #[pyo3(signature = (keys, values, eviction=None))]
-    fn new(py: Python<'_>, keys: &Method, values: &Method, eviction: Option<&Eviction>) -> PyResult<Self> {
+    #[pyo3(signature = (keys, values, eviction=None, quest=None))]
+    fn new(
+        py: Python<'_>,
+        keys: &Method,
+        values: &Method,
+        eviction: Option<&Eviction>,
+        quest: Option<(Given, usize)>,
+    ) -> PyResult<Self> {
         let codec = Codec::new(keys.0.clone(), values.0.clone()).and_then(|codec| kernels().map(|_| codec));
         let layer = cache::Layer::new(codec.map_err(|e| to_python(py, &e))?);
-        Ok(Self::holding(layer.with_eviction(eviction.map(|eviction| Arc::clone(&eviction.0)))))
+        let quest = quest.map(|(budget, page)| Quest { budget: budget.into(), page });
+        let layer = layer.with_eviction(eviction.map(|eviction| Arc::clone(&eviction.0)));
+        Ok(Self::holding(layer.with_quest(quest)))
     }
 
     /// Raises `OptionError` when the methods do not fit keys and values of such head dims.

@@ -40,6 +40,11 @@ impl<P: Page> Column<P> {
         self.segments.iter().map(|s| s.len).sum()
     }
 
+    /// Tokens of the segments that do not grow any more.
+    pub(super) fn closed(&self) -> usize {
+        self.sealed() - self.segments.last().filter(|last| last.is_open()).map_or(0, |last| last.len)
+    }
+
     /// Tokens in pages that do not hold them exactly.
     pub(super) fn lossy(&self) -> usize {
         self.segments.iter().filter(|s| s.page.as_exact().is_none()).map(|s| s.len).sum()

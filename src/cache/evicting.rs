@@ -2,7 +2,7 @@
 
 use super::head::KvHead;
 use super::layer::{Layer, New, Sequence, chosen};
-use crate::attend::Scratch;
+use crate::attend::{Bounds, Scratch};
 use crate::evict::{Candidates, Eviction, NewQueries, Place, Queries, Scorer, select};
 use crate::pool;
 use crate::quantize::SHORT;
@@ -111,6 +111,7 @@ impl KvHead {
             self.keys.retain(keep);
             self.values.retain(keep);
             self.positions = self.positions.take(|token, _| keep[token]);
+            self.bounds = Bounds::default();
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::column::Column;
 use super::layer::chosen;
 use crate::attend::mat::MatMut;
-use crate::attend::{CHUNK, Head, KeyChunk, Positions, Scratch, key_chunks, padded, tile_rows};
+use crate::attend::{Bounds, CHUNK, Head, KeyChunk, Positions, Quest, Scratch, key_chunks, padded, tile_rows};
 use crate::evict::Observed;
 use crate::quantize::{Codec, KeyPage, SAMPLES, SHORT, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
@@ -19,6 +19,8 @@ pub struct KvHead {
     pub(super) positions: Positions,
     /// What an eviction remembers.
     pub(super) observed: Observed,
+    /// The pages among which queries choose.
+    pub(super) bounds: Bounds,
 }
 
 impl KvHead {
@@ -29,6 +31,7 @@ impl KvHead {
             values: Column::new(head, Rows::new(dtype, value_dim)),
             positions: Positions::default(),
             observed: Observed::default(),
+            bounds: Bounds::default(),
         }
     }
 
@@ -124,6 +127,7 @@ impl KvHead {
         self.values.truncate(kept);
         self.positions.truncate(end);
         self.observed.truncate(end, kept);
+        self.bounds.truncate(kept);
     }
 
     /// The head as the reading side sees it.
@@ -132,8 +136,27 @@ impl KvHead {
             keys: self.keys.parts(),
             values: self.values.parts(),
             positions: &self.positions,
+            pages: None,
             key_dim: self.keys.tail.dim(),
             value_dim: self.values.tail.dim(),
+        }
+    }
+
+    /// Tokens of whole pages that are not known yet to those who choose.
+    pub(super) fn uncovered(&self) -> usize {
+        self.keys.closed() - self.bounds.covered()
+    }
+
+    /// Makes them known.
+    pub(super) fn cover(&mut self, quest: Quest) {
+        let (mut at, covered, dim) = (0, self.bounds.covered(), self.keys.tail.dim());
+        let closed = self.keys.closed();
+        for part in self.keys.parts() {
+            let tokens = part.tokens;
+            if at >= covered && at < closed {
+                self.bounds.cover(quest, part, dim, &mut Scratch::new(chosen()));
+            }
+            at += tokens;
         }
     }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::head::KvHead;
 use super::memory::{ARC_HEADER, Counter, Memory};
-use crate::attend::Softmax;
 use crate::attend::kernels::{self, Kernels};
+use crate::attend::{Quest, Softmax};
 use crate::error::{Error, Result};
 use crate::evict::Eviction;
 use crate::pool;
@@ -73,6 +73,8 @@ pub(super) type Sequence = Vec<KvHead>;
 pub struct Layer {
     codec: Codec,
     pub(super) eviction: Option<Arc<Eviction>>,
+    /// How much one query reads, if not all.
+    pub(super) quest: Option<Quest>,
     shape: Option<Shape>,
     pub(super) rows: Vec<Arc<Sequence>>,
     /// Positions seen, pads included: the logical length.
@@ -84,13 +86,19 @@ pub struct Layer {
 impl Layer {
     /// An empty layer that keeps all tokens.
     pub fn new(codec: Codec) -> Self {
-        Self { codec, eviction: None, shape: None, rows: Vec::new(), seen: 0, final_to: 0 }
+        Self { codec, eviction: None, quest: None, shape: None, rows: Vec::new(), seen: 0, final_to: 0 }
     }
 
     /// The layer, with an eviction that chooses tokens.
     #[must_use]
     pub fn with_eviction(self, eviction: Option<Arc<Eviction>>) -> Self {
         Self { eviction, ..self }
+    }
+
+    /// The layer, of which one query reads only some pages.
+    #[must_use]
+    pub fn with_quest(self, quest: Option<Quest>) -> Self {
+        Self { quest, ..self }
     }
 
     /// What chooses tokens, if anything does.
@@ -263,6 +271,7 @@ impl Layer {
         if settle && eviction.is_some() {
             self.settle();
         }
+        self.cover();
         Ok(())
     }
 
@@ -289,6 +298,21 @@ impl Layer {
                 let heads: Vec<_> = rows.into_iter().flatten().collect();
                 let due: usize = heads.iter().map(|head| head.numbers_due(&codec)).sum();
                 pool::map(due * packing(&codec), heads, |head| head.settle(&codec));
+            },
+        );
+        self.cover();
+    }
+
+    /// Makes new pages known to those who choose among them.
+    fn cover(&mut self) {
+        let Some(quest) = self.quest else { return };
+        let dim = self.shape.map_or(0, |shape| shape.key_dim);
+        self.each_unique(
+            |row| row.iter().any(|head| head.uncovered() > 0),
+            |rows| {
+                let heads: Vec<_> = rows.into_iter().flatten().collect();
+                let tokens: usize = heads.iter().map(|head| head.uncovered()).sum();
+                pool::map(tokens * dim * COPYING, heads, |head| head.cover(quest));
             },
         );
     }
@@ -365,7 +389,7 @@ impl Layer {
 
     /// Forgets everything but the codec.
     pub fn reset(&mut self) {
-        *self = Self::new(self.codec.clone()).with_eviction(self.eviction.clone());
+        *self = Self::new(self.codec.clone()).with_eviction(self.eviction.clone()).with_quest(self.quest);
     }
 
     /// The share of the numbers of all tokens, the newest `new` positions aside, that are not what the model made, or gone.

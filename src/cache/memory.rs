@@ -48,7 +48,7 @@ pub(super) struct Counter {
 
 impl Counter {
     pub(super) fn head(&mut self, head: &KvHead) {
-        self.memory.index += size_of::<KvHead>() + head.positions.bytes() + head.observed.bytes();
+        self.memory.index += size_of::<KvHead>() + head.positions.bytes() + head.observed.bytes() + head.bounds.bytes();
         self.column(&head.keys);
         self.column(&head.values);
     }

@@ -5,7 +5,9 @@ use std::ops::Range;
 use super::head::KvHead;
 use super::layer::{COPYING, Layer, Shape, expect};
 use crate::attend::kernels::Kernels;
-use crate::attend::{CHUNK, Mask, Partial, Queries, Received, Scratch, Softmax, Visibility, attend_many, attend_one};
+use crate::attend::{
+    CHUNK, Head, Mask, Partial, Queries, Received, Scratch, Softmax, Visibility, attend_many, attend_one,
+};
 use crate::error::{Error, Result};
 use crate::pool;
 use crate::tensor::{View, ViewMut};
@@ -151,7 +153,8 @@ impl Layer {
         };
         let mut scratch = Scratch::new(kernels);
         if request.query.shape()[2] == 1 {
-            attend_one(&head.view(), &queries, task.tokens.clone(), &mut scratch)
+            let pages = self.quest.map(|quest| (quest, &head.bounds));
+            attend_one(&Head { pages, ..head.view() }, &queries, task.tokens.clone(), &mut scratch)
         } else {
             attend_many(&head.view(), &queries, task.tokens.clone(), &mut scratch)
         }

@@ -20,7 +20,8 @@ from .feedback import GPTQ
 from .kvquant import KVQuant, KVQuantTables
 from .presets import PRESETS
 from .quantize import KIVI, Q4, Q8, Apart, Exact, Graded, KVarN, Layers, Quantize, Rotated, Site
-from .registry import EVICT, QUANTIZE
+from .registry import EVICT, QUANTIZE, SELECT
+from .select import Quest, Select
 
 __all__ = [
     "A2SF",
@@ -32,6 +33,7 @@ __all__ = [
     "Q4",
     "Q8",
     "QUANTIZE",
+    "SELECT",
     "TOVA",
     "AdaKV",
     "Apart",
@@ -49,8 +51,10 @@ __all__ = [
     "Longformer",
     "PyramidKV",
     "Quantize",
+    "Quest",
     "Random",
     "Rotated",
+    "Select",
     "Site",
     "SnapKV",
     "StreamingLLM",

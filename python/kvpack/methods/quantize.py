@@ -53,9 +53,14 @@ class Quantize(ABC):
         """Whether keys are held in runs of consecutive positions, so that none of them can go."""
         return False
 
-    def make_store(self, site: Site | None = None, eviction: _kvpack.Eviction | None = None) -> _kvpack.Layer:
-        """An empty store of one layer, which keeps the tokens that an eviction chooses."""
-        return _kvpack.Layer(self.keys_method(site), self.values_method(site), eviction)
+    def make_store(
+        self,
+        site: Site | None = None,
+        eviction: _kvpack.Eviction | None = None,
+        quest: tuple[int | float, int] | None = None,
+    ) -> _kvpack.Layer:
+        """An empty store of one layer, which keeps the tokens that an eviction chooses, and reads pages of them."""
+        return _kvpack.Layer(self.keys_method(site), self.values_method(site), eviction, quest)
 
 
 def check_whole(method: object, **least: int) -> None:

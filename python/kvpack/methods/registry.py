@@ -20,6 +20,7 @@ from .evict import (
 )
 from .kvquant import KVQuant
 from .quantize import KIVI, Q4, Q8, Exact, Graded, KVarN, Quantize, Rotated
+from .select import Quest, Select
 
 # Apart and Layers have no names of their own in texts: they are written as several methods.
 QUANTIZE: dict[str, type[Quantize]] = {
@@ -43,3 +44,5 @@ EVICT: dict[str, type[Evict]] = {
         AdaKV,
     )
 }
+
+SELECT: dict[str, type[Select]] = {method.name: method for method in (Quest,)}

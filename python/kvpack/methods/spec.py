@@ -18,9 +18,9 @@ from .calibrated import Calibrated
 from .evict import AdaKV
 from .presets import PRESETS
 from .quantize import Apart, Layers
-from .registry import EVICT, QUANTIZE
+from .registry import EVICT, QUANTIZE, SELECT
 
-FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE, "evict": EVICT}
+FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE, "evict": EVICT, "select": SELECT}
 """The registry: the methods of each family by name. A family is also the name of PackedCache's argument."""
 _PATH = f"{Calibrated.name}:path="
 

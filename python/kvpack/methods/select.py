@@ -1,0 +1,67 @@
+"""The `select` family: which of the tokens that are held a step of decoding reads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import OptionError
+from .evict import Amount
+from .quantize import Site, check_whole
+
+
+class Select(ABC):
+    """A method that reads less: it deletes nothing, and saves time and no memory.
+
+    Attributes:
+        name: in the registry, and in methods written as text (`quest:budget=0.25`).
+        standard: settings, as text, at which it is measured beside others.
+    """
+
+    name: ClassVar[str]
+    standard: ClassVar[Sequence[str]]
+
+    @abstractmethod
+    def make(self, site: Site | None = None) -> tuple[Amount, int] | None:
+        """How much the layer reads: tokens, or a share of them, and tokens of a page; None for all."""
+
+
+@dataclass(frozen=True)
+class Quest(Select):
+    """A step of decoding reads the pages that may matter to it (Tang et al. 2024, arXiv 2406.10774).
+
+    Of each page the largest and the least number of every key channel are known, and so a bound on the logits that a
+    query finds there. Each KV head reads the pages of the largest bounds, of all its query heads together, and always
+    the first page and the newest tokens. Prompts, and chunks of more than one token, are read whole. It is the lazy
+    selection of tokens at each step and layer of LazyLLM's decoding (arXiv 2407.14057), by pages, over a cache that
+    keeps everything: what is not read now can be read later.
+
+    Attributes:
+        budget: tokens that a step reads of each KV head, or a share of those that are held.
+        page: tokens of a page. Codecs that pack more tokens together have pages of so many.
+        dense_layers: layers at the beginning that read everything.
+    """
+
+    name: ClassVar[str] = "quest"
+    standard: ClassVar[Sequence[str]] = ("quest:budget=0.5", "quest:budget=0.25", "quest:budget=0.1")
+
+    budget: Amount = 0.25
+    page: int = 16
+    dense_layers: int = 2
+
+    def __post_init__(self) -> None:
+        check_whole(self, page=1, dense_layers=0)
+        whole = isinstance(self.budget, int) and not isinstance(self.budget, bool) and 1 <= self.budget < 2**31
+        if not whole and not (isinstance(self.budget, float) and 0 < self.budget <= 1):
+            raise OptionError(
+                f"budget={self.budget!r} is not accepted; accepted: a whole number of tokens from 1, or a share above "
+                "0 up to 1.0"
+            )
+        if self.page > 256:
+            raise OptionError(f"page={self.page} is not accepted; accepted: 1 to 256")
+
+    def make(self, site: Site | None = None) -> tuple[Amount, int] | None:
+        """As the store knows it."""
+        return None if site is not None and site.layer < self.dense_layers else (self.budget, self.page)

@@ -1,0 +1,170 @@
+//! Reading only the pages that matter (Quest, Tang et al. 2024, arXiv 2406.10774): nothing is deleted, a step of decoding reads less.
+//!
+//! ```text
+//! bound[g, p] = sum_c max(q_g[c] most_p[c], q_g[c] least_p[c])    no logit of page p is larger
+//! score[p]    = sum over the KV head's query heads of  softmax_p(bound[g, p])
+//! ```
+//!
+//! The best pages are read, and always the first one, and what is newer than the last whole page. A page is a run of tokens that
+//! can be read alone: at least so many as are asked for.
+
+#![forbid(unsafe_code)]
+
+use half::f16;
+
+use super::kernels::Weighed;
+use super::mat::{Mat, MatMut};
+use super::{CHUNK, KeyChunk, KeySegment, Part, Scratch, key_chunks, tile_rows};
+use crate::evict::Amount;
+use crate::tensor::Slice;
+
+/// The parameters.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Quest {
+    /// Tokens that a step reads.
+    pub budget: Amount,
+    /// Tokens of a page, or as many more as its codec packs together.
+    pub page: usize,
+}
+
+/// The extremes of the keys of each page.
+#[derive(Clone, Debug, Default)]
+pub struct Bounds {
+    /// First token and tokens of each page.
+    pages: Vec<(u32, u32)>,
+    /// `[pages, 2, dim]`: the largest, then the least number of each channel.
+    ends: Vec<f16>,
+    /// Tokens of the pages.
+    covered: usize,
+}
+
+impl Quest {
+    fn page_of(self, segment: &dyn KeySegment) -> usize {
+        self.page.max(1).next_multiple_of(segment.unit()).min(CHUNK / segment.unit() * segment.unit())
+    }
+}
+
+impl Bounds {
+    /// Tokens whose pages are known.
+    pub fn covered(&self) -> usize {
+        self.covered
+    }
+
+    /// Forgets all when there are only `tokens` tokens left, fewer than it knows.
+    pub fn truncate(&mut self, tokens: usize) {
+        if tokens < self.covered {
+            *self = Self::default();
+        }
+    }
+
+    /// Adds the pages of one more segment, the first that is not covered.
+    pub fn cover(
+        &mut self,
+        quest: Quest,
+        Part { segment, tokens }: Part<'_, dyn KeySegment>,
+        dim: usize,
+        scratch: &mut Scratch,
+    ) {
+        let (step, mut key) = (quest.page_of(segment), vec![0.0; dim]);
+        let mut tile = vec![0.0; tile_rows(dim) * CHUNK];
+        for first in (0..tokens).step_by(step) {
+            let n = step.min(tokens - first);
+            segment.tile(first, n, MatMut::new(&mut tile, tile_rows(dim), CHUNK), scratch);
+            let (mut most, mut least) = (vec![f32::NEG_INFINITY; dim], vec![f32::INFINITY; dim]);
+            for t in 0..n {
+                key.iter_mut().zip(tile.chunks_exact(CHUNK)).for_each(|(x, row)| *x = row[t]);
+                if let Some(basis) = segment.basis() {
+                    basis.undo(&mut key);
+                }
+                for ((most, least), &x) in most.iter_mut().zip(&mut least).zip(&key) {
+                    (*most, *least) = (most.max(x), least.min(x));
+                }
+            }
+            self.pages.push(((self.covered + first) as u32, n as u32));
+            self.ends.extend(most.into_iter().chain(least).map(f16::from_f32));
+        }
+        self.covered += tokens;
+    }
+
+    /// The chunks of `keys` that queries `q` `[G, dim]` are to read, in their order.
+    pub fn chosen<'a>(
+        &self,
+        quest: Quest,
+        keys: &[Part<'a, dyn KeySegment>],
+        q: Mat<'_>,
+        scratch: &mut Scratch,
+    ) -> Vec<KeyChunk<'a>> {
+        let all: usize = keys.iter().map(|part| part.tokens).sum();
+        let fixed = all - self.covered + self.pages.first().map_or(0, |&(_, n)| n as usize);
+        let mut left = quest.budget.tokens(all).saturating_sub(fixed);
+        if self.pages.len() < 2 || fixed + left >= all {
+            return key_chunks(keys);
+        }
+        let scores = self.scores(q, scratch);
+        let mut order: Vec<usize> = (1..self.pages.len()).collect();
+        order.sort_unstable_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+        let mut read = vec![false; self.pages.len()];
+        read[0] = true;
+        for page in order {
+            if left == 0 {
+                break;
+            }
+            read[page] = true;
+            left = left.saturating_sub(self.pages[page].1 as usize);
+        }
+        self.chunks(&read, keys)
+    }
+
+    /// What each page is worth.
+    fn scores(&self, q: Mat<'_>, scratch: &mut Scratch) -> Vec<f32> {
+        let (dim, pages) = (self.ends.len() / self.pages.len() / 2, self.pages.len());
+        let mut split = vec![0.0; q.rows * 2 * dim];
+        for (g, split) in split.chunks_exact_mut(2 * dim).enumerate() {
+            for (c, &q) in q.row(g)[..dim].iter().enumerate() {
+                (split[c], split[dim + c]) = (q.max(0.0), q.min(0.0));
+            }
+        }
+        let stride = super::padded(pages);
+        let mut bounds = vec![0.0; q.rows * stride];
+        let (q, ends) = (Mat::new(&split, q.rows, 2 * dim), Slice::F16(&self.ends));
+        let out = MatMut::new(&mut bounds, q.rows, stride);
+        (scratch.kernels.dot_rows)(q, ends, 2 * dim, out, &mut super::Ahead::new(&[]));
+        let mut weighed = vec![Weighed::before(f32::NEG_INFINITY); q.rows];
+        (scratch.kernels.softmax)(MatMut::new(&mut bounds, q.rows, stride), pages, &mut weighed);
+        let mut scores = vec![0.0; pages];
+        for (row, weighed) in bounds.chunks_exact(stride).zip(&weighed) {
+            scores.iter_mut().zip(row).for_each(|(score, x)| *score += x / weighed.sum);
+        }
+        scores
+    }
+
+    /// The chosen pages and all that is not covered, pages beside each other as one chunk.
+    fn chunks<'a>(&self, read: &[bool], keys: &[Part<'a, dyn KeySegment>]) -> Vec<KeyChunk<'a>> {
+        let mut chunks: Vec<KeyChunk<'a>> = Vec::new();
+        let mut pages = self.pages.iter().zip(read).map(|(&(at, n), &read)| (at as usize, n as usize, read)).peekable();
+        let mut base = 0;
+        for &Part { segment, tokens } in keys {
+            while let Some((at, n, read)) = pages.next_if(|&(at, ..)| at < base + tokens) {
+                let follows = chunks
+                    .last_mut()
+                    .filter(|last| last.at >= base && last.at + last.tokens == at && last.tokens + n <= CHUNK);
+                match follows {
+                    _ if !read => {}
+                    Some(last) => last.tokens += n,
+                    None => chunks.push(KeyChunk { segment, first: at - base, tokens: n, at }),
+                }
+            }
+            if base >= self.covered {
+                let whole = key_chunks(&[Part { segment, tokens }]);
+                chunks.extend(whole.into_iter().map(|chunk| KeyChunk { at: base + chunk.at, ..chunk }));
+            }
+            base += tokens;
+        }
+        chunks
+    }
+
+    /// Bytes allocated.
+    pub fn bytes(&self) -> usize {
+        self.pages.capacity() * size_of::<(u32, u32)>() + self.ends.capacity() * size_of::<f16>()
+    }
+}
