@@ -191,8 +191,14 @@ impl ValueSegment for TokenValues {
         self.format.basis()
     }
 
-    fn bytes(&self, _: usize, _: usize) -> &[u8] {
-        bytes_of(&self.words)
+    fn bytes(&self, first: usize, n: usize) -> &[u8] {
+        if n == self.tokens {
+            return bytes_of(&self.words);
+        }
+        // Of a part the codes, which are most of it.
+        let (bits, lanes) = (self.format.bits(), padded(self.format.dim));
+        let at = |token: usize| token / block(bits) * block_words(bits, lanes);
+        bytes_of(&self.words[at(first)..at((first + n).next_multiple_of(block(bits)))])
     }
 
     fn accumulate(
