@@ -63,6 +63,9 @@ def evaluate(
     filler: Annotated[
         str, typer.Option(help="what tasks are hidden in: noise (the same sentences), or text")
     ] = "noise",
+    ask: Annotated[
+        str, typer.Option(help="when their question is read: after the text was packed, or with it")
+    ] = "after",
     greedy: Annotated[int, typer.Option(help="tokens of the greedy continuations; 0 leaves them out")] = 64,
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="of the tasks and the intervals")] = 0,
@@ -90,6 +93,7 @@ def evaluate(
         "seed": seed,
         "samples": samples,
         "filler": filler,
+        "ask": ask,
         "tasks": tuple(TASKS) if tasks == "all" else _names(tasks),
         "task_contexts": tuple(map(_whole, _names(task_contexts))),
     }

@@ -19,6 +19,10 @@ class DtypeError(KvpackError, TypeError):
     """A tensor's dtype is not supported, or not the one that the cache holds."""
 
 
+class ModelNeededError(OptionError):
+    """An option is accepted for a cache that is made from a model, not from its configuration alone."""
+
+
 class DeviceError(KvpackError, ValueError):
     """A model or a tensor is not in CPU memory, or not a plain strided tensor."""
 

@@ -102,7 +102,11 @@ def notes(rows: Sequence[Row], identity: dict[str, Any]) -> str:
     if "task_samples" in full:
         lines.append(
             f"- Tasks: {full['task_samples']} samples a method; the share of the expected answers that were given. "
-            "The text is packed before the question is read."
+            + (
+                "The question is the end of the prompt."
+                if identity.get("ask") == "with"
+                else "The text is packed before the question is read."
+            )
         )
     failed = {row["method"]: row["task_failed"] for row in rows if row.get("task_failed")}
     if failed:

@@ -141,7 +141,7 @@ def _tasks(
 
             def ask(tick: Tick, cell: Record = cell, contender: Contender = contender) -> list[Record]:
                 words = settings.filler_of(text.words)
-                measure = partial(answer, model, tokenizer, contender, words, cell, settings.seed)
+                measure = partial(answer, model, tokenizer, contender, words, cell, settings.seed, settings.ask)
                 record = _attempt(contender, {"kind": "task", "method": contender.label, **cell}, measure)
                 tick()
                 return [record]

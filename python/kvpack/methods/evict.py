@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 from .. import _kvpack
-from ..errors import OptionError
+from ..errors import ModelNeededError, OptionError
 from .quantize import Site, check_whole
 
 Amount: TypeAlias = int | float
@@ -356,7 +356,7 @@ class ExpectedAttention(Evict):
     def _rotation(self, site: Site) -> tuple[Sequence[tuple[int, int]], Sequence[float]]:
         """Pairs of channels that a layer's rotary embedding turns, and their angles from one position to the next."""
         if site.model is None:
-            raise OptionError(
+            raise ModelNeededError(
                 "evict=ExpectedAttention(...) is not accepted for a cache made from a configuration; accepted: "
                 "PackedCache(model, ...), as the model's rotary embedding has to be known"
             )

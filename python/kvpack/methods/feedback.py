@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import _kvpack
-from ..errors import OptionError
+from ..errors import ModelNeededError, OptionError
 
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "out_lin", "attention_output")
 
@@ -174,7 +174,7 @@ def output_metrics(site: Any) -> Tensor:
         OptionError: there is no model, or its output projection is not found.
     """
     if site.model is None:
-        raise OptionError(
+        raise ModelNeededError(
             "feedback=GPTQ(values=True) is not accepted for a cache that was made from a configuration; accepted: "
             "PackedCache(model, ...), or GPTQ(values=False)"
         )

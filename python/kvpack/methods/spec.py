@@ -123,11 +123,6 @@ def names() -> list[str]:
     return [*(name for methods in FAMILIES.values() for name in methods), *PRESETS]
 
 
-def standard_settings() -> list[str]:
-    """Return the settings, as text, at which the registered methods are measured beside each other."""
-    return [setting for methods in FAMILIES.values() for method in methods.values() for setting in method.standard]
-
-
 def split_parameters(text: str) -> tuple[str, dict[str, Any]]:
     """Split `name:parameter=value:...` into the name and the parameters; values are Python literals, or strings.
 
