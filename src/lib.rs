@@ -18,6 +18,7 @@
 //! [`cache::Layer::attend`] reads sealed pages and tails as they are, [`cache::Layer::settle`] seals what the codec's
 //! rule says is due.
 
+pub mod amount;
 pub mod attend;
 #[cfg(feature = "python")]
 mod binding;

@@ -161,6 +161,34 @@ def test_tasks_tell_a_cache_that_forgets(float32_models: SimpleNamespace, tokeni
     assert scores["window:tokens=256"] == 0.25  # the needle in the last quarter
 
 
+def test_a_question_in_the_prompt_says_what_to_keep(
+    float32_models: SimpleNamespace, tokenizer: Any, document: str
+) -> None:
+    scores = {}
+    for ask in ("with", "after"):
+        result = evaluate(
+            float32_models.reference,
+            tokenizer,
+            document,
+            "snapkv:budget=0.1:window=8,expected:budget=0.5",
+            progress=False,
+            context=1024,
+            tokens=1024,
+            greedy=0,
+            costs=False,
+            tasks=["passkey"],
+            task_contexts=[1024],
+            depths=[0.2, 0.5, 0.8],
+            samples=1,
+            ask=ask,
+        )
+        scores[ask] = {method: row["task_passkey"] for method, row in rows(result).items()}
+        assert ("end of the prompt" in result.markdown()) == (ask == "with")
+    assert scores["with"]["full"] == scores["after"]["full"] == 1
+    assert scores["with"]["snapkv:budget=0.1:window=8"] == 1 > scores["after"]["snapkv:budget=0.1:window=8"]
+    assert "expected:budget=0.5" in scores["with"]
+
+
 # ---- on disk -------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +367,7 @@ def test_models_of_other_kinds(name: str, tokenizer: Any) -> None:
         (["--context", "8000", "--tokens", "8000"], ["8028", "4096"]),
         (["--tasks", "riddle"], ["riddle", "passkey"]),
         (["--filler", "sand"], ["sand", "noise"]),
+        (["--ask", "never"], ["never", "after", "with"]),
         (["--task-contexts", "many"], ["many"]),
         (["--dtype", "int8"], ["int8", "float32"]),
         (["--out", "/proc/nothing"], ["/proc/nothing", "written"]),

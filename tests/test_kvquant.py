@@ -9,8 +9,8 @@ import kvpack
 import pytest
 import torch
 from kvpack.calibration.kvquant import levels, measure, value_ranges
-from kvpack.calibration.rotation import rotations
 from kvpack.methods import KVQuant, KVQuantTables
+from kvpack.rotation import rotations
 from support import Tabled, filled_layer, forward, random_kv, tiny_config, tiny_model
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -210,7 +210,7 @@ def test_the_rotation_is_found(kind: str) -> None:
     )
     plain = []
     for first in (0, 777):
-        cache = kvpack.calibration.forward.forward(model, ids, first=first)[0]
+        cache = kvpack.forward.forward(model, ids, first=first)[0]
         plain.append(found[1].undo(cache.layers[1].keys, torch.arange(first, first + 100)))
     torch.testing.assert_close(plain[0], plain[1], rtol=1e-3, atol=1e-3)
 

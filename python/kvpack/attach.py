@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import functools
-from inspect import signature
 from types import TracebackType
 from typing import Any
-
-from transformers import GenerationMixin
 
 from . import attention
 from .cache import PackedCache
 from .errors import OptionError
+from .forward import CACHE_ARGUMENT
 from .methods import Evict, Quantize, Select
-
-# What `generate` calls its cache: transformers 5.24 renamed it, and warns of the old name.
-CACHE_ARGUMENT = (
-    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
-)
 
 
 class Attachment:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attach import CACHE_ARGUMENT, attach
+from .attach import attach
 from .attention import NAME
 from .cache import PackedCache
 from .errors import OptionError
+from .forward import CACHE_ARGUMENT
 from .methods.spec import parse_spec
 
 try:

@@ -15,7 +15,7 @@ use half::f16;
 use super::kernels::Weighed;
 use super::mat::{Mat, MatMut};
 use super::{CHUNK, KeyChunk, KeySegment, Part, Scratch, key_chunks, tile_rows};
-use crate::evict::Amount;
+use crate::amount::Amount;
 use crate::tensor::Slice;
 
 /// The parameters.

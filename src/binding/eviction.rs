@@ -5,9 +5,10 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 
 use super::errors::to_python;
+use crate::amount::Amount;
 use crate::attend::Rope;
 use crate::error::{Error, Result};
-use crate::evict::{self, Amount, Attention, Budget, Expected, Keys, Pattern, Pooling, Pyramid, Scorer, SnapKv};
+use crate::evict::{self, Attention, Budget, Expected, Keys, Pattern, Pooling, Pyramid, Scorer, SnapKv};
 
 /// A checked way of choosing tokens.
 #[pyclass(frozen, module = "kvpack._kvpack")]

@@ -1,16 +1,8 @@
 //! How many tokens may stay.
 
 use super::refuse;
+use crate::amount::Amount;
 use crate::error::Result;
-
-/// A number of tokens, or a share of some.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Amount {
-    /// So many.
-    Tokens(usize),
-    /// From 0 to 1.
-    Share(f64),
-}
 
 /// What a KV head may hold.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -32,26 +24,6 @@ pub struct Pyramid {
     pub layers: usize,
     /// Tokens that every layer has beside its share: the window that votes.
     pub window: usize,
-}
-
-impl Amount {
-    /// In tokens, where a share is one of `all`; parts of a token do not count.
-    pub fn tokens(self, all: usize) -> usize {
-        match self {
-            Self::Tokens(n) => n,
-            Self::Share(share) => (share * all as f64) as usize,
-        }
-    }
-
-    pub(super) fn check(self, name: &'static str, none: bool) -> Result<()> {
-        match self {
-            Self::Tokens(0) if !none => refuse(name, 0, "whole numbers of tokens from 1, or a share above 0 up to 1.0"),
-            Self::Share(share) if !(share <= 1.0 && (share > 0.0 || none && share == 0.0)) => {
-                refuse(name, share, "a share above 0 up to 1.0, or a whole number of tokens")
-            }
-            _ => Ok(()),
-        }
-    }
 }
 
 impl Budget {

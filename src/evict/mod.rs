@@ -16,7 +16,7 @@ mod select;
 mod snapkv;
 
 pub use attention::Attention;
-pub use budget::{Amount, Budget, Pyramid};
+pub use budget::{Budget, Pyramid};
 pub use expected::{Expected, Moments};
 pub use keys::Keys;
 pub use observed::{NewQueries, Observed, Queries};
@@ -26,6 +26,7 @@ pub use snapkv::{Pooling, SnapKv};
 
 use std::ops::Range;
 
+use crate::amount::Amount;
 use crate::attend::{Head, Scratch};
 use crate::error::{Error, Result};
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from ..forward import forward
 from ..methods import KVQuant, KVQuantTables
-from .forward import forward
-from .rotation import Rotation, rotations
+from ..rotation import Rotation, rotations
 
 # Bins of the histogram that stands for a layer's normalised numbers, and steps of the k-means on it (the paper's 50).
 _BINS = 8192

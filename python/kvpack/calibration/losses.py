@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import attention
-from ..attach import CACHE_ARGUMENT
 from ..cache import PackedCache
+from ..forward import CACHE_ARGUMENT
 from ..layer import PackedLayer
 from ..methods import KIVI, Apart, Exact, Graded, Layers, Quantize
 from .budget import CHUNK, Choices, Option, Side, allocate

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import attention
-from ..attach import CACHE_ARGUMENT
+from ..forward import CACHE_ARGUMENT
 from .contenders import Contender
 
 

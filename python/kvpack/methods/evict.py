@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from .. import _kvpack
 from ..errors import ModelNeededError, OptionError
+from ..rotation import rotation_of
 from .quantize import Site, check_whole
 
 Amount: TypeAlias = int | float
@@ -360,8 +361,6 @@ class ExpectedAttention(Evict):
                 "evict=ExpectedAttention(...) is not accepted for a cache made from a configuration; accepted: "
                 "PackedCache(model, ...), as the model's rotary embedding has to be known"
             )
-        from ..calibration.rotation import rotation_of  # it runs models, and so knows the methods itself
-
         rotation = rotation_of(site.model, site.layer)
         return rotation.pairs, rotation.frequencies
 

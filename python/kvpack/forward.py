@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin
 
-from ..attach import CACHE_ARGUMENT
+# What `generate` calls its cache: transformers 5.24 renamed it, and warns of the old name.
+CACHE_ARGUMENT = (
+    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+)
 
 
 def forward(model: Any, ids: Tensor, *, first: int = 0, gradients: bool = False) -> tuple[Cache, Tensor]:
