@@ -13,6 +13,7 @@ import evict_reference as slow
 import kvpack
 import pytest
 import torch
+import transformers
 from reference import attention
 from support import (
     Tabled,
@@ -535,6 +536,32 @@ def test_keys_and_positions_are_enough_with_other_attention_functions(evict: Any
     assert caches[1].info()["materialised"] > 0
     assert len(caches[1].kept(0, 0)) < 60
     assert caches[0].kept(1, 1) == caches[1].kept(1, 1)
+
+
+def test_latent_attention_shows_no_queries() -> None:
+    """MLA attends outside: keys and positions are enough, queries are not seen."""
+    from test_architectures import BASE, MLA
+
+    config = transformers.DeepseekV3Config(**{**BASE, **MLA})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    for evict in KEY_BASED:
+        cache = kvpack.PackedCache(model, evict=evict)
+        out = model.generate(input_ids=ids_of(1, 40), past_key_values=cache, max_new_tokens=10, min_new_tokens=10)
+        assert out.shape[1] == 50
+        assert len(cache.kept(0, 0)) < 40
+    for evict in QUERY_BASED:
+        with pytest.raises(kvpack.OptionError, match="scores tokens by the queries"):
+            model.generate(
+                input_ids=ids_of(1, 40), past_key_values=kvpack.PackedCache(model, evict=evict), max_new_tokens=2
+            )
+
+
+def test_models_with_alibi_are_refused() -> None:
+    falcon = transformers.FalconConfig(num_hidden_layers=2, alibi=True)
+    for config in (transformers.BloomConfig(n_layer=2), transformers.MptConfig(n_layers=2), falcon):
+        with pytest.raises(kvpack.OptionError, match="with ALiBi"):
+            kvpack.PackedCache(config, evict=kvpack.KeyDiff())
+    kvpack.PackedCache(transformers.FalconConfig(num_hidden_layers=2), evict=kvpack.KeyDiff())
 
 
 def test_what_another_attention_could_not_read_is_refused() -> None:

@@ -53,7 +53,7 @@ class PackedCache(Cache):
         """
         config = _text_config(model_or_config)
         self.quantize = _checked(quantize)
-        self.evict = _checked_eviction(evict, self.quantize)
+        self.evict = _checked_eviction(evict, self.quantize, config)
         self.select = _checked_select(select)
         self.config = config
         # transformers decides the structure (sliding, linear, layers that share keys and values ...);
@@ -366,8 +366,8 @@ def _checked(quantize: Quantize | None) -> Quantize:
     return quantize
 
 
-def _checked_eviction(evict: Evict | None, quantize: Quantize) -> Evict | None:
-    """The eviction, if it goes with the codec."""
+def _checked_eviction(evict: Evict | None, quantize: Quantize, config: Any) -> Evict | None:
+    """The eviction, if it goes with the codec and the model."""
     if evict is not None and not isinstance(evict, Evict):
         accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in EVICT.values())
         raise OptionError(f"evict={evict!r} is not accepted; accepted: {accepted}, or None to keep all tokens")
@@ -375,6 +375,16 @@ def _checked_eviction(evict: Evict | None, quantize: Quantize) -> Evict | None:
         raise OptionError(
             f"evict={evict!r} is not accepted with {type(quantize).__name__}: its keys before RoPE are held in runs of "
             "consecutive positions; accepted: codecs that hold keys as they are attended to"
+        )
+    attention = getattr(config, "attn_config", None)
+    if evict is not None and (
+        getattr(config, "model_type", None) == "bloom"
+        or getattr(config, "alibi", False)
+        or getattr(attention, "alibi", 0)
+    ):
+        raise OptionError(
+            f"evict={evict!r} is not accepted for a model of type {config.model_type!r} with ALiBi: logits are biased "
+            "by the number of tokens in between, of which some would be gone; accepted: None"
         )
     return evict
 
