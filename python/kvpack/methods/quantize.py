@@ -131,7 +131,14 @@ class KIVI(_Fed):
     """
 
     name: ClassVar[str] = "kivi"
-    standard: ClassVar[tuple[str, ...]] = ("kivi:bits=8", "kivi:bits=4", "kivi:bits=3", "kivi:bits=2")
+    standard: ClassVar[tuple[str, ...]] = (
+        "kivi:bits=8",
+        "kivi:bits=8:group=64",
+        "kivi:bits=4",
+        "kivi:bits=3",
+        "kivi:bits=3:feedback=gptq",
+        "kivi:bits=2",
+    )
 
     bits: int = 4
     group: int = 32
@@ -223,6 +230,7 @@ class Rotated(_Fed):
     name: ClassVar[str] = "rotated"
     standard: ClassVar[tuple[str, ...]] = (
         "rotated:bits=4",
+        "rotated:bits=4:feedback=gptq",
         "rotated:bits=3",
         "rotated:bits=3:levels=lloyd-max",
         "kivi:bits=4:group=128/rotated:bits=2",
@@ -272,6 +280,7 @@ class Graded(Quantize):
 
     name: ClassVar[str] = "graded"
     standard: ClassVar[tuple[str, ...]] = (
+        "graded:key_bits=8:value_bits=8",
         "graded:key_bits=4.5:value_bits=4",
         "graded:key_bits=3.5:value_bits=4",
         "graded:key_bits=3:value_bits=3",
@@ -326,7 +335,13 @@ class KVarN(Quantize):
     """
 
     name: ClassVar[str] = "kvarn"
-    standard: ClassVar[tuple[str, ...]] = ("kvarn:bits=4", "kvarn:bits=3", "kvarn:bits=4/kvarn:bits=2", "kvarn:bits=2")
+    standard: ClassVar[tuple[str, ...]] = (
+        "kvarn:bits=8",
+        "kvarn:bits=4",
+        "kvarn:bits=3",
+        "kvarn:bits=4/kvarn:bits=2",
+        "kvarn:bits=2",
+    )
 
     bits: int = 2
     sinks: int = 4
