@@ -47,6 +47,7 @@ CODECS = [
     kvpack.Q8(),
     kvpack.Rotated(bits=3, group=16, window=32),
     kvpack.Rotated(bits=4, levels="lloyd-max"),
+    kvpack.Rotated(bits=4, window=32, center=True),
     Tabled(bits=3, outliers=0.02, window=16),
     kvpack.Graded(key_bits=2.5, value_bits=2),
     kvpack.Apart(kvpack.KIVI(bits=4, group=64), kvpack.Rotated(bits=8)),
@@ -63,6 +64,8 @@ def codec_id(codec: Any) -> str:
         return f"{codec_id(codec.keys)}/{codec_id(codec.values)}"
     if getattr(codec, "feedback", None):
         return f"gptq-{codec_id(dataclasses.replace(codec, feedback=None))}"
+    if getattr(codec, "center", False):
+        return f"centred-{codec_id(dataclasses.replace(codec, center=False))}"
     if getattr(codec, "levels", "uniform") != "uniform":
         return f"{codec.levels}{codec.bits}"
     bits = [getattr(codec, name) for name in ("bits", "key_bits", "value_bits") if hasattr(codec, name)]

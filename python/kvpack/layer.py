@@ -73,6 +73,10 @@ class PackedLayer(CacheLayerMixin):
         # Whether the model's own attention reads this layer, which then sees what is held and not what was seen.
         self._outside = False
         self._pending: tuple[Tensor, Tensor] | None = None
+        # What keys are held less of, `[B, Hkv, 1, Dk]`, if their codec wants that; and what the store was handed last.
+        self._centers = quantize.centers(site)
+        self._mean: Tensor | None = None
+        self._centred: Tensor | None = None
         # Whether what the newest query attends to is wanted, and what that was.
         self.watched = False
         self._attention: Tensor | None = None
@@ -186,6 +190,8 @@ class PackedLayer(CacheLayerMixin):
         if self._pending is None:
             return None
         keys, values = self._pending
+        if self._centers:
+            keys = self._center(keys, valid)
         pack = not self.record_past
         return (
             describe(keys),
@@ -195,8 +201,25 @@ class PackedLayer(CacheLayerMixin):
             pack and not self._seen,
         )
 
+    def _center(self, keys: Tensor, valid: Tensor | None) -> Tensor:
+        """The keys less the mean of the first ones; `valid` `[B, 1, 1, q]`."""
+        if self._mean is None or not self._seen:
+            weights = torch.ones(1, 1, keys.shape[2], 1) if valid is None else valid.transpose(2, 3).float()
+            self._mean = (keys.float() * weights).sum(2, keepdim=True) / weights.sum(2, keepdim=True).clamp(min=1)
+        self._centred = (keys.float() - self._mean).to(keys.dtype)
+        return self._centred
+
+    def _check_center(self, softcap: float | None, sinks: Any) -> None:
+        """Raises OptionError when attention would change if all keys moved."""
+        if self._centers and (softcap is not None or sinks is not None):
+            raise OptionError(
+                "center=True is not accepted for a model with learned sinks or capped logits, which do not move with "
+                "the keys; accepted: center=False"
+            )
+
     def _absorbed(self) -> None:
         """Counts what was pending, now that it is stored."""
+        self._centred = None
         if self._pending is not None:
             self._seen += self._pending[0].shape[2]
             self._pending = None
@@ -255,6 +278,11 @@ class PackedLayer(CacheLayerMixin):
                 f"the keys of this prefill (given version {version}, expected {self.version}) are not the last that "
                 "the cache was given: is another thread using it?"
             )
+        try:
+            self._check_center(*readers[2:])
+        except OptionError:
+            self.discard()
+            raise
         self.counts["prefill"] += 1
         self._outside = False
         self.absorb(valid, readers)
@@ -286,6 +314,7 @@ class PackedLayer(CacheLayerMixin):
         Returns:
             `[B, q, Hq, Dv]`, contiguous, in the query's dtype.
         """
+        self._check_center(softcap, sinks)
         query = plain("queries", query)
         if mask is not None:
             mask = _four_dimensional(mask)
@@ -348,7 +377,12 @@ class PackedLayer(CacheLayerMixin):
         dim = key_dim if which == "keys" else value_dim
         out = torch.zeros((batch, heads, self._seen, dim), dtype=_TORCH_DTYPES[dtype])
         write = self._store.write_keys if which == "keys" else self._store.write_values
+        mean = self._mean.to(out.dtype) if which == "keys" and self._mean is not None else None
+        if mean is not None:
+            out -= mean  # what is not written stays 0
         write(describe(out))
+        if mean is not None:
+            out += mean
         self.counts["materialised"] += which == "keys"
         return out
 
@@ -529,6 +563,8 @@ class PackedLayer(CacheLayerMixin):
     def _select(self, indices: list[int]) -> None:
         self.absorb()
         self._store.select(indices)
+        if self._mean is not None:
+            self._mean = self._mean[indices]
         self.batch_size = len(indices)
         self.version += 1
 
@@ -555,7 +591,7 @@ class PackedLayer(CacheLayerMixin):
         self.record_past = False
 
     def _clear(self) -> None:
-        self._pending = None
+        self._pending = self._mean = None
         self._store.reset()
         self._seen = 0
         self.version += 1
@@ -579,6 +615,7 @@ class PackedLayer(CacheLayerMixin):
         held = dict(zip(("codes", "scales", "exact", "index"), self._store.memory(), strict=True))
         if self._seen:  # what was calibrated is the codec's, and counted with the tokens that are held by it
             held["scales"] += self._store.tables()[0]
+            held["scales"] += 0 if self._mean is None else self._mean.untyped_storage().nbytes()
         return held
 
     def angles(self) -> tuple[int, int] | None:

@@ -39,6 +39,7 @@ class Evict(ABC):
 
     name: ClassVar[str]
     standard: ClassVar[tuple[str, ...]]
+    reads_keys: ClassVar[bool] = False  # other than by attention
 
     sinks: int = 0
     protect: tuple[tuple[int, int], ...] = ()
@@ -329,6 +330,7 @@ class ExpectedAttention(Evict):
     """
 
     name: ClassVar[str] = "expected"
+    reads_keys: ClassVar[bool] = True
     standard: ClassVar[tuple[str, ...]] = ("expected:budget=0.5", "expected:budget=0.25", "expected:budget=0.1")
 
     budget: Amount | Sequence[Amount] = 0.5
@@ -377,6 +379,7 @@ class KeyDiff(Evict):
     """
 
     name: ClassVar[str] = "keydiff"
+    reads_keys: ClassVar[bool] = True
     standard: ClassVar[tuple[str, ...]] = ("keydiff:budget=0.5", "keydiff:budget=0.25", "keydiff:budget=0.1")
 
     budget: Amount | Sequence[Amount] = 0.5
@@ -420,6 +423,7 @@ class Random(KeyDiff):
     """
 
     name: ClassVar[str] = "random"
+    reads_keys: ClassVar[bool] = False
     standard: ClassVar[tuple[str, ...]] = ("random:budget=0.5", "random:budget=0.25", "random:budget=0.1")
 
     seed: int = 0

@@ -53,6 +53,10 @@ class Quantize(ABC):
         """Whether keys are held in runs of consecutive positions, so that none of them can go."""
         return False
 
+    def centers(self, site: Site | None = None) -> bool:
+        """Whether a layer's keys are held less their mean."""
+        return False
+
     def make_store(
         self,
         site: Site | None = None,
@@ -225,12 +229,16 @@ class Rotated(_Fed):
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
         seed: of the random signs.
         feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
+        center: whether keys are held less the mean key of the first prompt, one a KV head. Attention does not change
+            when all keys move by the same vector, and what is left is smaller, and rounded better. Not for models with
+            learned sinks or capped logits, nor with evictions that look at keys.
     """
 
     name: ClassVar[str] = "rotated"
     standard: ClassVar[tuple[str, ...]] = (
         "rotated:bits=4",
         "rotated:bits=4:feedback=gptq",
+        "rotated:bits=4:center=True",
         "rotated:bits=3",
         "rotated:bits=3:levels=lloyd-max",
         "kivi:bits=4:group=128/rotated:bits=2",
@@ -243,14 +251,21 @@ class Rotated(_Fed):
     sinks: int = 4
     seed: int = 0
     feedback: GPTQ | None = None
+    center: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "feedback", checked(self.feedback))
+        if not isinstance(self.center, bool):
+            raise OptionError(f"center={self.center!r} is not accepted; accepted: True, False")
         check_whole(self, bits=1, group=0, window=0, sinks=0, seed=0)
         check_bits(self, "bits", (2, 3, 4, 8))
         if self.levels not in ("uniform", "lloyd-max"):
             raise OptionError(f"levels={self.levels!r} is not accepted; accepted: 'uniform', 'lloyd-max'")
         self._method()
+
+    def centers(self, site: Site | None = None) -> bool:
+        """Whether a layer's keys are held less their mean."""
+        return self.center
 
     def _method(self) -> _kvpack.Method:
         return _kvpack.Method.rotated(self.bits, self.levels, self.group, self.window, self.sinks, self.seed)
@@ -387,6 +402,10 @@ class Apart(Quantize):
         """As the codec of keys."""
         return self.keys.needs_neighbours
 
+    def centers(self, site: Site | None = None) -> bool:
+        """As the codec of keys."""
+        return self.keys.centers(site)
+
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """That of `keys`."""
         return self.keys.keys_method(site)
@@ -445,6 +464,11 @@ class Layers(Quantize):
         if len(by_number) < len(self.others):
             raise OptionError(f"others: {list(self.others)} name a layer twice in a model of {site.layers} layers")
         return by_number.get(site.layer, self.default)
+
+    def centers(self, site: Site | None = None) -> bool:
+        """As the layer's codec; without a site as any."""
+        codecs = (self.default, *self.others.values()) if site is None else (self.codec(site),)
+        return any(codec.centers(site) for codec in codecs)
 
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """That of the layer."""
