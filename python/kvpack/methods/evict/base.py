@@ -1,0 +1,105 @@
+"""What all evictions have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+from ... import _kvpack
+from ...errors import OptionError
+from ..quantize import Site, check_whole
+
+Amount: TypeAlias = int | float
+Common: TypeAlias = tuple[Any, ...]
+
+_BUDGET = "a whole number of tokens from 1, a share of the prompt above 0 up to 1.0, or one of such for each layer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evict(ABC):
+    """A method that chooses which tokens of a KV head stay; what goes is freed.
+
+    Tokens are chosen when a prompt was read, before anything is packed: a forward of more than 16 tokens, or the first
+    one. With `decode` the budget is held while tokens are generated too: when it is exceeded by `block` tokens, as many
+    go. What was packed by then goes in the groups in which its codec packed it, by the mean of the tokens' scores.
+    Scores are of all KV heads apart, positions stay what they were, and a budget that has room for all changes nothing.
+
+    Attributes:
+        name: in the registry, and in methods written as text (`snapkv:budget=0.25`).
+        standard: settings, as text, at which it is measured beside others.
+        sinks: tokens at the beginning of each sequence that always stay, not counting pads.
+        protect: spans `(first, end)` of tokens that always stay, counted from the first token that is no pad: a system
+            prompt, for example.
+        decode: whether the budget is held while decoding too.
+        block: tokens by which it may be exceeded there.
+    """
+
+    name: ClassVar[str]
+    standard: ClassVar[tuple[str, ...]]
+    reads_keys: ClassVar[bool] = False  # other than by attention
+
+    sinks: int = 0
+    protect: tuple[tuple[int, int], ...] = ()
+    decode: bool = False
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        check_whole(self, sinks=0, block=1)
+        if not isinstance(self.decode, bool):
+            raise OptionError(f"decode={self.decode!r} is not accepted; accepted: True, False")
+        object.__setattr__(self, "protect", _spans(self.protect))
+        self._check()
+        self.make()  # Rust knows the rest of the rules
+
+    def _check(self) -> None:  # noqa: B027  # not every method has fields of its own
+        """Raises OptionError for the first field of a method's own that is not accepted."""
+
+    @abstractmethod
+    def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
+        """The method as the store of a layer knows it; with AdaKV's `floor` the layer's heads share one budget."""
+
+    def _common(
+        self,
+        site: Site | None,
+        floor: float | None,
+        budget: Amount | Sequence[Amount],
+        recent: Amount,
+        pyramid: tuple[int, int, int, int] | None = None,
+    ) -> Common:
+        block = self.block if self.decode else None
+        return _of_layer(budget, site), self.sinks, recent, block, floor, list(self.protect), pyramid
+
+
+def amount(name: str, value: Any, accepted: str) -> Amount:
+    """The number of tokens, or the share, that an option was given; OptionError when it is neither."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    if not whole and not (isinstance(value, float) and 0 <= value <= 1):
+        raise OptionError(f"{name}={value!r} is not accepted; accepted: {accepted}")
+    checked: Amount = value
+    return checked
+
+
+def _of_layer(budget: Amount | Sequence[Amount], site: Site | None) -> Amount:
+    """The budget of a layer; without a site that of the first, after all were checked."""
+    if not isinstance(budget, Sequence) or isinstance(budget, str):
+        return amount("budget", budget, _BUDGET)
+    amounts = [amount("budget", one, _BUDGET) for one in budget]
+    if not amounts or (site is not None and len(amounts) != site.layers):
+        layers = "at least one" if site is None else f"{site.layers}, as many as the model has layers"
+        raise OptionError(f"budget: given {len(amounts)} numbers; accepted: {layers}")
+    return amounts[0 if site is None else site.layer]
+
+
+def _spans(spans: Any) -> tuple[tuple[int, int], ...]:
+    accepted = "spans (first, end) of whole numbers with first < end"
+    try:
+        pairs = tuple((first, end) for first, end in spans)
+    except (TypeError, ValueError):
+        raise OptionError(f"protect={spans!r} is not accepted; accepted: {accepted}") from None
+    for first, end in pairs:
+        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (first, end))
+        if not whole or not 0 <= first < end < 2**31:
+            raise OptionError(f"protect: ({first!r}, {end!r}) is not accepted; accepted: {accepted}")
+    return pairs

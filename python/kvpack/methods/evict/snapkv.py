@@ -1,0 +1,76 @@
+"""Votes of the prompt's last queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ... import _kvpack
+from ...errors import OptionError
+from ..quantize import Site, check_whole
+from .base import Amount, Evict
+
+
+@dataclass(frozen=True)
+class SnapKV(Evict):
+    """What the last queries of the prompt look at stays (Li et al. 2024, arXiv 2404.14469).
+
+    The last `window` queries vote for the tokens before them with their attention; votes are averaged over the query
+    heads that read a KV head, and pooled over neighbouring tokens. The best tokens stay, and the window itself.
+
+    The question has to stand at the end of the prompt. The paper chooses once, after the first prompt; here tokens are
+    chosen again after every later prompt, and with `decode` from the last queries of the text generated so far.
+
+    Attributes:
+        budget: tokens that stay a KV head, the window included, or a share of the prompt; or one for each layer.
+        window: queries that vote.
+        kernel: votes that are pooled, an odd number.
+        pooling: "avg" or "max".
+    """
+
+    name: ClassVar[str] = "snapkv"
+    standard: ClassVar[tuple[str, ...]] = ("snapkv:budget=0.5", "snapkv:budget=0.25", "snapkv:budget=0.1")
+
+    budget: Amount | Sequence[Amount] = 2048
+    window: int = 32
+    kernel: int = 5
+    pooling: str = "avg"
+
+    def _check(self) -> None:
+        check_whole(self, window=1, kernel=1)
+        if self.pooling not in ("avg", "max"):
+            raise OptionError(f"pooling={self.pooling!r} is not accepted; accepted: 'avg', 'max'")
+
+    def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
+        """As the store knows it."""
+        common = self._common(site, floor, self.budget, self.window)
+        return _kvpack.Eviction.snapkv(common, self.window, self.kernel, self.pooling)
+
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV with budgets that fall from the first layer to the last (Cai et al. 2024, arXiv 2406.02069).
+
+    With the mean budget `C` and window `w` the last layer has `w + (C - w) / beta` tokens, the first as much more than
+    `C`, the others lie on the line between; no layer has more than the prompt.
+
+    Attributes:
+        beta: how steep it is.
+    """
+
+    name: ClassVar[str] = "pyramidkv"
+    standard: ClassVar[tuple[str, ...]] = ("pyramidkv:budget=0.25", "pyramidkv:budget=0.1")
+
+    window: int = 64
+    beta: int = 20
+
+    def _check(self) -> None:
+        super()._check()
+        check_whole(self, beta=1)
+
+    def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
+        """As the store knows it."""
+        layer, layers = (0, 1) if site is None else (site.layer, site.layers)
+        common = self._common(site, floor, self.budget, self.window, (self.beta, layer, layers, self.window))
+        return _kvpack.Eviction.snapkv(common, self.window, self.kernel, self.pooling)
