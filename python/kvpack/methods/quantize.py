@@ -138,6 +138,7 @@ class KIVI(_Fed):
     standard: ClassVar[tuple[str, ...]] = (
         "kivi:bits=8",
         "kivi:bits=8:group=64",
+        "kivi:bits=8:group=64:feedback=gptq",
         "kivi:bits=4",
         "kivi:bits=3",
         "kivi:bits=3:feedback=gptq",
@@ -301,6 +302,7 @@ class Graded(Quantize):
         "graded:key_bits=3:value_bits=3",
         "graded:key_bits=3:value_bits=2",
         "graded:key_bits=2.5:value_bits=2",
+        "graded:key_bits=2:value_bits=2",
     )
 
     key_bits: float = 3.0
