@@ -51,8 +51,8 @@ BOARDS = {
         """# Leaderboard
 
 Every codec at its standard settings, and some together with an eviction, beside the full cache, a cache that only keeps
-a window, and transformers' own quantised caches; [evictions](evictions.md) have a page of their own. `make leaderboard
-TEXT=...` measures what is new and writes this page; the numbers of every cell are in `results/leaderboard`.
+a window, and transformers' own quantised caches. `make leaderboard TEXT=...` measures what is new and writes this page;
+the numbers of every cell are in `results/leaderboard`.
 
 """,
         32_768,

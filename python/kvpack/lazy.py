@@ -30,11 +30,11 @@ class LazyLLM:
     hidden states go to an auxiliary store, from which they are revived when a later step wants them: a layer computes
     each token at most once. The first and the newest token always stay.
 
-    It shortens the time to the first token. It is no compression: the store's hidden states (`auxiliary` in
-    `cache.memory()`) may take more bytes than the keys and values that are not computed. A step of decoding attends to
-    all tokens that a layer has, where the paper's leaves out those that were pruned in this step; so it loses less, and
-    saves nothing there. Where tokens are left out, the model returns the newest token's output alone: `generate` needs
-    no more, but assisted decoding, `labels` and `output_hidden_states` do.
+    It shortens the time to the first token. It is no compression to rely on: a token that is left out is held as one
+    hidden state (`auxiliary` in `cache.memory()`) in place of keys and values in deeper layers, until it is revived. A
+    step of decoding attends to all tokens that a layer has, where the paper's leaves out those that were pruned in this
+    step; so it loses less, and saves nothing there. Where tokens are left out, the model returns the newest token's
+    output alone: `generate` needs no more, but assisted decoding, `labels` and `output_hidden_states` do.
 
         with kvpack.LazyLLM(model):
             model.generate(**inputs, past_key_values=kvpack.PackedCache(model))
