@@ -591,7 +591,8 @@ class PackedLayer(CacheLayerMixin):
         self.record_past = False
 
     def _clear(self) -> None:
-        self._pending = self._mean = None
+        self._pending = self._mean = self._attention = None
+        self.watched = False
         self._store.reset()
         self._seen = 0
         self.version += 1

@@ -148,7 +148,7 @@ class LazyLLM:
                 ids = lazy.ids.gather(1, self._rows)
                 kwargs["position_ids"] = ids
                 kwargs["position_embeddings"] = self._decoder.rotary_emb(hidden, position_ids=ids)
-            if self._cut or slots.shape[1] != lazy.held[0].shape[1] - (0 if i == 0 else self._new):
+            if i >= min(self.schedule, default=len(self.computed)):  # the model's mask is that of the first layer
                 kwargs["attention_mask"] = mask(lazy, slots, self._rows)
             lazy.held[i] = torch.cat([slots, self._rows], 1)
             self.computed[i] += self._rows.numel()
@@ -166,13 +166,13 @@ class LazyLLM:
         """Adds a forward's tokens to what the cache knows."""
         cache = self._cache
         assert cache is not None
-        batch, self._new, _ = hidden.shape
+        batch, new, _ = hidden.shape
         past = cache.get_seq_length()
         ids = kwargs["position_ids"].expand(batch, -1)
         valid = None if self._mask is None or bool(self._mask.all()) else self._mask != 0
-        if valid is not None and (valid.shape != (batch, past + self._new) or not bool(valid[:, -1].all())):
+        if valid is not None and (valid.shape != (batch, past + new) or not bool(valid[:, -1].all())):
             raise ShapeError(
-                f"attention_mask: given one of shape {tuple(valid.shape)}, expected {(batch, past + self._new)} with "
+                f"attention_mask: given one of shape {tuple(valid.shape)}, expected {(batch, past + new)} with "
                 "pads on the left: the newest token decides what is computed"
             )
         if cache.lazy is None:  # dense so far: every layer has all tokens
@@ -182,7 +182,7 @@ class LazyLLM:
         cache.lazy.running = True
         cache.lazy.ids = torch.cat([cache.lazy.ids, ids], 1)
         cache.lazy.valid = valid
-        self._rows = torch.arange(past, past + self._new).expand(batch, -1)
+        self._rows = torch.arange(past, past + new).expand(batch, -1)
         return cache.lazy
 
     def _prune(self, i: int, hidden: Tensor) -> Tensor:
@@ -216,6 +216,8 @@ class LazyLLM:
     def _end(self, *_: Any) -> None:
         if self._cache is not None:
             self._lazy.running = False
+            for layer in self._cache.layers:
+                layer.watched = False
         self._cache, self._mask, self._cut = None, None, False
 
 
