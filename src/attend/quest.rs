@@ -1,7 +1,7 @@
 //! Reading only the pages that matter (Quest, Tang et al. 2024, arXiv 2406.10774): nothing is deleted, a step of decoding reads less.
 //!
 //! ```text
-//! bound[g, p] = sum_c max(q_g[c] most_p[c], q_g[c] least_p[c])    no logit of page p is larger
+//! bound[g, p] = sum_c max(q_g[c] most_p[c], q_g[c] least_p[c])    no logit of page p is larger, but for half precision
 //! score[p]    = sum over the KV head's query heads of  softmax_p(bound[g, p])
 //! ```
 //!
@@ -81,7 +81,8 @@ impl Bounds {
                 }
             }
             self.pages.push(((self.covered + first) as u32, n as u32));
-            self.ends.extend(most.into_iter().chain(least).map(f16::from_f32));
+            let finite = |x: f32| f16::from_f32(x.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()));
+            self.ends.extend(most.into_iter().chain(least).map(finite));
         }
         self.covered += tokens;
     }
