@@ -35,12 +35,14 @@ class Board:
     Attributes:
         name: of its files.
         head: how the page begins.
+        context: tokens of a document of the text.
         tokens: of the text that are read.
         settings: of the evaluation, where they are not its defaults.
     """
 
     name: str
     head: str
+    context: int
     tokens: int
     settings: Callable[[int], dict[str, Any]]
 
@@ -55,6 +57,7 @@ a window, and transformers' own quantised caches. `make leaderboard TEXT=...` me
 the numbers of every cell are in `results/leaderboard`.
 
 """,
+        4096,
         32_768,
         lambda context: {
             "tasks": tuple(TASKS),
@@ -71,13 +74,14 @@ end of the prompt, where SnapKV and its like look. `make leaderboard TEXT=... AR
 new and writes this page; the numbers of every cell are in `results/evictions`.
 
 """,
+        2048,
         16_384,
         lambda context: {
             "tasks": ("passkey", "multikey"),
-            "task_contexts": (context // 2,),
+            "task_contexts": (context, 2 * context),
             "depths": (0.1, 0.5, 0.9),
             "ask": "with",
-            "chunk": 512,
+            "chunk": 256,
             "greedy": 0,
             "costs": False,
         },
@@ -89,7 +93,8 @@ def methods(family: str, context: int) -> list[str]:
     """Return what is compared: the registry's methods, and the references that are installed."""
     if family == "evict":
         own = [setting for method in EVICT.values() for setting in method.standard]
-        shared = [f"adakv({name}:budget=0.25)" for name in ("snapkv", "h2o", "expected", "keydiff")]
+        scores = ("snapkv", "h2o", "a2sf", "expected", "keydiff", "l2norm")
+        shared = [f"adakv({name}:budget={budget})" for name in scores for budget in (0.5, 0.25, 0.1)]
         return [*own, *shared]
     installed = [
         f"{backend.backend}:bits={bits}" for backend in (Hqq, Quanto) if backend.installed() for bits in (4, 2)
@@ -113,7 +118,9 @@ def main() -> int:
     parser.add_argument(
         "--tokens", type=int, help="tokens to read (default: 32768, of evictions 16384, or what the speech has)"
     )
-    parser.add_argument("--context", type=int, help="tokens of a document (default: 4096, of the speech 1024)")
+    parser.add_argument(
+        "--context", type=int, help="tokens of a document (default: 4096, of evictions 2048, of the speech 1024)"
+    )
     parser.add_argument("--samples", type=int, default=1, help="samples of each task, length and depth")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     options = parser.parse_args()
@@ -125,7 +132,7 @@ def main() -> int:
         return 1
     board = BOARDS[options.family]
     results, table = FOLDER / "results" / board.name, FOLDER / f"{board.name}.md"
-    context = options.context or (4096 if options.text else 1024)
+    context = options.context or (board.context if options.text else 1024)
     tokens = options.tokens or (board.tokens if options.text else 3 * context)
     if options.fresh:
         shutil.rmtree(results, ignore_errors=True)

@@ -26,7 +26,7 @@ def _ranged(name: str, form: str) -> Format:
     """A number with its interval, where it has one."""
 
     def show(row: Row) -> str:
-        if name not in row or row["method"] == FULL:
+        if name not in row:
             return ""
         if f"{name}_low" not in row:
             return form.format(row[name])
@@ -67,9 +67,11 @@ COLUMNS: dict[str, Format] = {
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return the heads of the columns that have something in them, and the cells."""
     columns = dict(COLUMNS)
-    for task in dict.fromkeys(name for row in rows for name in row if name.startswith("task_")):
-        if task not in ("task_samples", "task_failed"):
-            columns[task.removeprefix("task_").replace("_", " ")] = _number(task, "{:.2f}")
+    for low in dict.fromkeys(
+        name for row in rows for name in row if name.startswith("task_") and name.endswith("_low")
+    ):
+        task = low.removesuffix("_low")
+        columns[f"{task.removeprefix('task_').replace('_', ' ')} (95 %)"] = _ranged(task, "{:.2f}")
     cells = {head: [form(row) for row in rows] for head, form in columns.items()}
     used = [head for head, column in cells.items() if any(column)]
     return used, [[cells[head][i] for head in used] for i in range(len(rows))]
@@ -101,7 +103,8 @@ def notes(rows: Sequence[Row], identity: dict[str, Any]) -> str:
         )
     if "task_samples" in full:
         lines.append(
-            f"- Tasks: {full['task_samples']} samples a method; the share of the expected answers that were given. "
+            f"- Tasks: {full['task_samples']} samples a method; the share of the expected answers that were given, and "
+            "its Wilson interval. "
             + (
                 "The question is the end of the prompt."
                 if identity.get("ask") == "with"

@@ -24,7 +24,8 @@ def answer(
         filler: a text to hide the needles in.
         cell: `task`, `context`, `depth` and `sample`.
         seed: of all samples; a cell's text is the same for every contender.
-        ask: "after" the text, or "with" it: all but the last token of the question is then read at once with the text.
+        ask: "after" the text, or "with" it: one prompt, as `generate` reads it; the answer's first token is then found
+            before anything is packed.
 
     Returns:
         The cell with `score` (share of the expected strings in the answer) and `answer`.
@@ -32,9 +33,12 @@ def answer(
     name = f"{seed} {cell['context']} {cell['depth']} {cell['sample']}"
     sample = build(cell["task"], tokenizer, filler, cell["context"], cell["depth"], name)
     reader = Reader(model, contender)
-    cut = -1 if ask == "with" else 0
-    reader(torch.tensor(sample.text + sample.question[:cut]), keep=1)
-    found = tokenizer.decode(list(reader.greedy(torch.tensor(sample.question[cut:]), sample.length)))
+    prompt = sample.question
+    if ask == "with":
+        prompt = sample.text + sample.question
+    else:
+        reader(torch.tensor(sample.text), keep=1)
+    found = tokenizer.decode(list(reader.greedy(torch.tensor(prompt), sample.length)))
     return {
         "kind": "task",
         "method": contender.label,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,30 @@ class _Score:
         self.lossy = 0.0
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """What the full cache expects next: `p` `[n, vocabulary]`, the sum of `p log p`, and the likeliest token."""
+
+    p: Tensor
+    negative_entropy: Tensor
+    likeliest: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, total: Tensor) -> _Expected:
+        """Logits in float64, and the logarithm of the sum of their exponentials."""
+        p = (logits - total[:, None]).exp_()
+        return cls(p, _weighted(p, logits) - total, logits.argmax(-1))
+
+    def kl(self, logits: Tensor, total: Tensor) -> Tensor:
+        """`sum p log(p / q)` for other logits, in nats."""
+        return self.negative_entropy - _weighted(self.p, logits) + total
+
+
+def _weighted(p: Tensor, logits: Tensor) -> Tensor:
+    """`sum p x`, in which a token that cannot come counts nothing."""
+    return (p * logits).masked_fill_(p == 0, 0).sum(-1)
+
+
 def read_document(
     model: Any, contenders: Sequence[Contender], ids: Tensor, chunk: int, tick: Callable[[], None]
 ) -> list[Record]:
@@ -47,20 +72,20 @@ def read_document(
     for first in range(0, predicted, chunk):
         new = ids[first : min(first + chunk, predicted)]
         targets = ids[first + 1 : first + 1 + len(new)]
-        expected: Tensor | None = None
+        expected: _Expected | None = None
         for score in scores:
             logits = score.reader(new)
             if first:
                 share = score.reader.contender.lossy_share(score.reader.cache, len(new), held_bytes(full.reader.cache))
                 score.lossy += share * len(new)
-            found = torch.log_softmax(logits.double(), -1)
-            score.nll.append(-found.gather(-1, targets[:, None])[:, 0])
+            found = logits.double()
+            total = found.logsumexp(-1)
+            score.nll.append(total - found.gather(-1, targets[:, None])[:, 0])
             if expected is None:
-                expected = found
+                expected = _Expected.of(found, total)
             else:
-                terms = expected.exp() * (expected - found)
-                score.kl.append(terms.masked_fill(expected == -torch.inf, 0).sum(-1))
-                score.agree += int((expected.argmax(-1) == found.argmax(-1)).sum())
+                score.kl.append(expected.kl(found, total))
+                score.agree += int((expected.likeliest == found.argmax(-1)).sum())
             tick()
     return [_record(score, predicted) for score in scores]
 

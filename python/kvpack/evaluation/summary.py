@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from .bootstrap import interval, quantile
+from .bootstrap import interval, quantile, wilson
 from .contenders import FULL
 from .store import Record
 
@@ -22,8 +22,9 @@ def summarise(records: Sequence[Record], seed: int = 0) -> list[Row]:
     (mean, nats a token), `kl_p95`, `agreement` (share of tokens with the same likeliest next one), `lossy` (share of
     the past that was compressed on average). The change, KL and agreement have `_low` and `_high`: 95 %, paired
     bootstrap over documents.
-    Continuations: `greedy` (mean tokens before the first difference), `greedy_of`. Tasks: `task_<name>` (mean score),
-    `task_samples`, `task_failed` (samples that the cache could not read: they are in no mean).
+    Continuations: `greedy` (mean tokens before the first difference), `greedy_of`.
+    Tasks: `task_<name>` (mean score) with `_low` and `_high` (95 %, Wilson), `task_samples`, `task_failed` (samples
+    that the cache could not read: they are in no mean).
     Cost: `bytes_per_token`, `of_fp16`, `ms` (median) with `ms_p10` and `ms_p90`, `speedup` (over the full
     cache in the same run), `prefill_ms`, `pack_ms`, `peak_bytes`.
     """
@@ -50,12 +51,10 @@ def _text(own: list[Record], full: list[Record], seed: int) -> Row:
     if not pairs:
         return {}
     tokens = sum(record["tokens"] for record, _ in pairs)
-    nll, full_nll = (sum(pair[i]["nll"] for pair in pairs) / tokens for i in (0, 1))
     row: Row = {
         "tokens": tokens,
         "documents": len(pairs),
-        "perplexity": math.exp(nll),
-        "perplexity_change": math.expm1(nll - full_nll),
+        "perplexity": math.exp(sum(record["nll"] for record, _ in pairs) / tokens),
         "lossy": sum(record["lossy"] * record["tokens"] for record, _ in pairs) / tokens,
     }
     if "kl" not in pairs[0][0]:
@@ -102,7 +101,11 @@ def _tasks(own: list[Record]) -> Row:
     for record in own:
         if "score" in record:
             scores[record["task"]].append(record["score"])
-    row: Row = {f"task_{task}": statistics.fmean(found) for task, found in scores.items()}
+    row: Row = {}
+    for task, found in scores.items():
+        name = f"task_{task}"
+        row[name] = statistics.fmean(found)
+        row[f"{name}_low"], row[f"{name}_high"] = wilson(row[name], len(found))
     if scores:
         row["task_samples"] = sum(map(len, scores.values()))
         row["task_failed"] = len(own) - row["task_samples"]

@@ -19,23 +19,25 @@ class SnapKV(Evict):
     The last `window` queries vote for the tokens before them with their attention; votes are averaged over the query
     heads that read a KV head, and pooled over neighbouring tokens. The best tokens stay, and the window itself.
 
-    The question has to stand at the end of the prompt. The paper chooses once, after the first prompt; here tokens are
+    The question has to stand at the end of the prompt, and the window should be no longer than it: what stands before
+    it votes too. Published settings have windows of 8 to 64, kernels of 5 and 7, and both kinds of pooling; with these
+    defaults the least was lost of short questions. The paper chooses once, after the first prompt; here tokens are
     chosen again after every later prompt, and with `decode` from the last queries of the text generated so far.
 
     Attributes:
         budget: tokens that stay a KV head, the window included, or a share of the prompt; or one for each layer.
         window: queries that vote.
         kernel: votes that are pooled, an odd number.
-        pooling: "avg" or "max".
+        pooling: "max" or "avg".
     """
 
     name: ClassVar[str] = "snapkv"
     standard: ClassVar[tuple[str, ...]] = ("snapkv:budget=0.5", "snapkv:budget=0.25", "snapkv:budget=0.1")
 
     budget: Amount | Sequence[Amount] = 2048
-    window: int = 32
+    window: int = 16
     kernel: int = 5
-    pooling: str = "avg"
+    pooling: str = "max"
 
     def _check(self) -> None:
         check_whole(self, window=1, kernel=1)
@@ -60,9 +62,12 @@ class PyramidKV(SnapKV):
     """
 
     name: ClassVar[str] = "pyramidkv"
-    standard: ClassVar[tuple[str, ...]] = ("pyramidkv:budget=0.25", "pyramidkv:budget=0.1")
+    standard: ClassVar[tuple[str, ...]] = (
+        "pyramidkv:budget=0.5",
+        "pyramidkv:budget=0.25",
+        "pyramidkv:budget=0.1",
+    )
 
-    window: int = 64
     beta: int = 20
 
     def _check(self) -> None:
