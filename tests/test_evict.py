@@ -14,6 +14,7 @@ import kvpack
 import pytest
 import torch
 import transformers
+from kvpack.rotation import Rotation
 from reference import attention
 from support import (
     Tabled,
@@ -29,13 +30,22 @@ from torch import Tensor
 from transformers import DynamicCache
 
 FREQUENCIES = 0.9 * 0.7 ** torch.arange(16)
+ROTATION = Rotation(tuple((i, i + 16) for i in range(16)), tuple(FREQUENCIES.tolist()))
 
 
-class Turned(kvpack.ExpectedAttention):
+class Rotary:
     """Of a model whose rotary embedding is known: halves are pairs."""
 
-    def _rotation(self, site: Any) -> Any:
-        return [(i, i + 16) for i in range(16)], FREQUENCIES.tolist()
+    def _rotations(self, site: Any) -> list[Rotation]:
+        return [ROTATION] * site.layers
+
+
+class Turned(Rotary, kvpack.ExpectedAttention):
+    """Expected attention of it."""
+
+
+class Streaming(Rotary, kvpack.StreamingLLM):
+    """Positions within the cache of it."""
 
 
 EVICTIONS = [
@@ -46,6 +56,7 @@ EVICTIONS = [
     kvpack.A2SF(budget=48, alpha=0.9, recent=8, block=32),
     kvpack.TOVA(budget=0.25, block=32),
     kvpack.StreamingLLM(budget=64, block=32),
+    Streaming(budget=64, block=32, rerotate=True),
     kvpack.Longformer(window=24, dilation=3, block=32),
     Turned(budget=0.25),
     kvpack.KeyDiff(budget=0.25),
@@ -163,6 +174,39 @@ def test_expected_attention_finds_the_rotation_of_a_model() -> None:
         kvpack.PackedCache(model.config, evict=kvpack.ExpectedAttention())
 
 
+def test_streaming_counts_positions_within_the_cache() -> None:
+    """With one layer keys are a token's and its position's alone, so a text of the tokens that stayed says the same."""
+    model = tiny_model(tiny_config(layers=1, heads=4, kv_heads=2, head_dim=32))
+    ids = torch.randint(0, model.config.vocab_size, (1, 400))
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    for rerotate, found in errors.items():
+        evict = kvpack.StreamingLLM(budget=60, block=16, rerotate=rerotate)
+        cache = kvpack.PackedCache(model, evict=evict)
+        model(ids[:, :200], past_key_values=cache)
+        for t in range(200, 400):
+            logits = model(ids[:, t : t + 1], past_key_values=cache).logits[0, -1]
+            if t % 40 == 0:
+                stayed = torch.tensor(kept(cache)[0])
+                assert stayed[3] == 3
+                assert stayed[4] > 100
+                found.append(relative_error(logits, model(ids[:, stayed]).logits[0, -1]))
+    assert max(errors[True]) < 1e-5 < min(errors[False]) / 10
+
+
+def test_positions_within_the_cache_need_a_rotary_embedding() -> None:
+    evict = kvpack.StreamingLLM(rerotate=True)
+    model = tiny_model(tiny_config(layers=1, heads=4, kv_heads=2, head_dim=32))
+    with pytest.raises(kvpack.OptionError, match="made from a configuration"):
+        kvpack.PackedCache(model.config, evict=evict)
+    plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=64, vocab_size=99))
+    with pytest.raises(kvpack.OptionError, match="no rotary embedding"):
+        kvpack.PackedCache(plain, evict=evict)
+    with pytest.raises(kvpack.OptionError, match="rerotate=1 is not accepted; accepted: True, False"):
+        kvpack.StreamingLLM(rerotate=1)  # type: ignore[arg-type]
+    with pytest.raises(kvpack.OptionError, match="it looks at keys"):
+        kvpack.PackedCache(model, evict=evict, quantize=kvpack.Rotated(center=True))
+
+
 def test_tova_decides_once_for_all_heads() -> None:
     key, value, query = prompt(200, heads=3, groups=2)
     cache = cache_after(kvpack.TOVA(budget=0.25), key, value, query)
@@ -174,7 +218,9 @@ def test_tova_decides_once_for_all_heads() -> None:
 def test_adakv_shares_out_a_layers_budget(floor: float) -> None:
     key, value, query = prompt(300, heads=3, groups=2)
     key[:, 0] *= 3  # a head that looks at few tokens
-    cache = cache_after(kvpack.AdaKV(kvpack.SnapKV(budget=0.25, window=16), floor=floor), key, value, query)
+    cache = cache_after(
+        kvpack.AdaKV(kvpack.SnapKV(budget=0.25, window=16, pooling="avg"), floor=floor), key, value, query
+    )
     budget, held = 75, kept(cache)
     scores = torch.stack([slow.snapkv(query[0, 2 * h : 2 * h + 2], key[0, h], 16) for h in range(3)])
     scores = torch.cat([scores, torch.full((3, 16), torch.inf)], 1)
@@ -279,7 +325,16 @@ def test_attention_is_that_over_the_tokens_that_stayed(evict: Any, codec: Any) -
             )
             assert relative_error(out[0].transpose(0, 1)[2 * head : 2 * head + 2], expected.transpose(0, 1)) < 1e-4
             # What stayed is what was given, but for the codec.
-            assert relative_error(seen_keys[0, head, held], key[0, head, held]) < (1e-6 if codec == CODECS[0] else 0.03)
+            given = as_read(evict, key[0, head, held], torch.tensor(held))
+            assert relative_error(seen_keys[0, head, held], given) < (1e-6 if codec == CODECS[0] else 0.03)
+
+
+def as_read(evict: Any, keys: Tensor, positions: Tensor) -> Tensor:
+    """Keys as an eviction lets them be read: moved behind what is missing after them, if it closes gaps."""
+    if not getattr(evict, "rerotate", False):
+        return keys
+    missing = (positions[-1] - positions) - (len(positions) - 1 - torch.arange(len(positions)))
+    return ROTATION.undo(keys, -missing)
 
 
 # ---- while decoding -------------------------------------------------------------------------------------------------
@@ -333,7 +388,7 @@ def test_decoding_holds_the_budget_by_the_attention_received(alpha: float) -> No
 
 def test_snapkv_votes_again_with_the_last_queries_of_decoding() -> None:
     key, value, query = prompt(120)
-    cache = cache_after(kvpack.SnapKV(budget=50, window=9, decode=True, block=30), key, value, query)
+    cache = cache_after(kvpack.SnapKV(budget=50, window=9, pooling="avg", decode=True, block=30), key, value, query)
     held = kept(cache)
     for _ in range(31):
         new = prompt(1)

@@ -22,7 +22,14 @@ def test_notebook(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert shown
     assert not [output for output in shown if output.output_type == "error"]
+    pictures = sum("image/png" in output.get("data", {}) for output in shown)
+    assert pictures == sum(".plot" in cell.source for cell in notebook.cells), "every plot is shown once"
 
 
 def test_there_are_notebooks() -> None:
-    assert {path.stem for path in NOTEBOOKS} == {"quick-start", "choose-a-method", "write-your-own-method"}
+    assert {path.stem for path in NOTEBOOKS} == {
+        "quick-start",
+        "choose-a-method",
+        "fewer-tokens",
+        "write-your-own-method",
+    }

@@ -78,7 +78,7 @@ new and writes this page; the numbers of every cell are in `results/evictions`.
         16_384,
         lambda context: {
             "tasks": ("passkey", "multikey"),
-            "task_contexts": (context, 2 * context),
+            "task_contexts": (context * 3 // 2,),
             "depths": (0.1, 0.5, 0.9),
             "ask": "with",
             "chunk": 256,
@@ -93,8 +93,9 @@ def methods(family: str, context: int) -> list[str]:
     """Return what is compared: the registry's methods, and the references that are installed."""
     if family == "evict":
         own = [setting for method in EVICT.values() for setting in method.standard]
-        scores = ("snapkv", "h2o", "a2sf", "expected", "keydiff", "l2norm")
-        shared = [f"adakv({name}:budget={budget})" for name in scores for budget in (0.5, 0.25, 0.1)]
+        shared = [f"adakv({name}:budget=0.25)" for name in ("h2o", "a2sf", "l2norm")]
+        scores = ("snapkv", "expected", "keydiff")
+        shared += [f"adakv({name}:budget={budget})" for name in scores for budget in (0.5, 0.25, 0.1)]
         return [*own, *shared]
     installed = [
         f"{backend.backend}:bits={bits}" for backend in (Hqq, Quanto) if backend.installed() for bits in (4, 2)

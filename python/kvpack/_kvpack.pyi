@@ -15,6 +15,7 @@ _Common: TypeAlias = tuple[
     list[tuple[int, int]],
     tuple[int, int, int, int] | None,
 ]
+_Rotation: TypeAlias = tuple[list[tuple[int, int]], list[float]]
 _Packed: TypeAlias = tuple[int, bytes, list[float], list[float], int]
 
 __all__ = [
@@ -87,7 +88,7 @@ class Eviction:
         frequencies: list[float],
     ) -> Eviction: ...
     @staticmethod
-    def newest(common: _Common) -> Eviction: ...
+    def newest(common: _Common, rotation: _Rotation | None) -> Eviction: ...
     @staticmethod
     def dilated(common: _Common, dilation: int) -> Eviction: ...
     @staticmethod

@@ -376,7 +376,7 @@ def _checked_eviction(evict: Evict | None, quantize: Quantize, config: Any) -> E
             f"evict={evict!r} is not accepted with {type(quantize).__name__}: its keys before RoPE are held in runs of "
             "consecutive positions; accepted: codecs that hold keys as they are attended to"
         )
-    if evict is not None and quantize.centers() and getattr(evict, "method", evict).reads_keys:
+    if evict is not None and quantize.centers() and evict.reads_keys:
         raise OptionError(
             f"evict={evict!r} is not accepted with {quantize!r}: it looks at keys, which are held less their mean; "
             "accepted: center=False, or evictions by attention or position"

@@ -46,7 +46,7 @@ def kept(
         ShapeError: there are fewer ids than the cache has seen, or no such sequence.
         OptionError: no layer is packed, or the span is not within the text.
     """
-    from matplotlib.figure import Figure  # only pictures need it
+    from matplotlib import pyplot  # only pictures need it; with it a notebook shows them
 
     own = torch.as_tensor(ids)
     own = own if own.dim() == 1 else own[row]
@@ -59,7 +59,7 @@ def kept(
         raise OptionError(f"span={span!r} is not accepted; accepted: (first, end) with 0 <= first < end <= {seen}")
     pieces = [tokenizer.decode([i]).replace("\n", "⏎") for i in own[:seen].tolist()]
     lines = _lines(pieces, first, end)[-_LINES:]
-    figure = Figure(figsize=(13, 3.2 + 0.2 * len(lines)), layout="constrained")
+    figure: Figure = pyplot.figure(figsize=(13, 3.2 + 0.2 * len(lines)), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[3, max(0.2 * len(lines), 0.5)])
     above.imshow(shares.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     above.set(xlabel="position", ylabel="packed layer", title=_title(cache, shares))

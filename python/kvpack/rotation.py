@@ -67,13 +67,13 @@ def rotations(model: Any, ids: Tensor) -> list[Rotation]:
 _KNOWN: weakref.WeakKeyDictionary[Any, list[Rotation]] = weakref.WeakKeyDictionary()
 
 
-def rotation_of(model: Any, layer: int) -> Rotation:
-    """Return the rotation of a layer's keys, which is found once for each model, from tokens drawn by lot."""
+def rotations_of(model: Any) -> list[Rotation]:
+    """Return the rotation of each layer's keys, which is found once for each model, from tokens drawn by lot."""
     if model not in _KNOWN:
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         ids = torch.randint(vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
         _KNOWN[model] = rotations(model, ids)
-    return _KNOWN[model][layer]
+    return _KNOWN[model]
 
 
 def _keys(model: Any, ids: Tensor, distance: int) -> list[Tensor | None]:

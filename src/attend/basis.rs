@@ -29,6 +29,8 @@ pub enum Basis {
         /// Cosine and sine of the angle by which a pair of `x` is ahead of that of `y`.
         turns: Box<[[f32; 2]]>,
     },
+    /// One after the other.
+    Both(Arc<Self>, Arc<Self>),
 }
 
 impl Basis {
@@ -47,6 +49,7 @@ impl Basis {
                 Self::Hadamard { signs, .. } => size_of_val(&**signs),
                 Self::Order(order) => size_of_val(&**order),
                 Self::Turned { turns, .. } => size_of_val(&**turns),
+                Self::Both(first, second) => first.bytes() + second.bytes(),
             }
     }
 
@@ -71,6 +74,10 @@ impl Basis {
                     (x[a], x[b]) = (x[a] * cos + x[b] * sin, x[b] * cos - x[a] * sin);
                 }
             }
+            Self::Both(first, second) => {
+                first.apply(x);
+                second.apply(x);
+            }
         }
     }
 
@@ -94,6 +101,10 @@ impl Basis {
                     let (a, b) = (usize::from(a), usize::from(b));
                     (y[a], y[b]) = (y[a] * cos - y[b] * sin, y[b] * cos + y[a] * sin);
                 }
+            }
+            Self::Both(first, second) => {
+                second.undo(y);
+                first.undo(y);
             }
         }
     }
@@ -151,10 +162,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn orthogonal(dim in 1usize..130, seed: u64, kind in 0usize..3) {
+        fn orthogonal(dim in 1usize..130, seed: u64, kind in 0usize..4) {
             let basis = match kind {
                 0 => Basis::Order((0..dim as u16).rev().collect()),
                 1 => Basis::hadamard(dim, seed),
+                2 => Basis::Both(Arc::new(Basis::hadamard(dim, seed)), Arc::new(Basis::Order((0..dim as u16).rev().collect()))),
                 _ => {
                     let pairs: Vec<(u16, u16)> = (0..dim as u16 / 2).map(|i| (i, i + dim as u16 / 2)).collect();
                     let frequencies: Vec<f32> = pairs.iter().map(|&(i, _)| 0.9f32.powi(i.into())).collect();

@@ -7,11 +7,17 @@ use std::ops::Range;
 use super::basis::Turned;
 use super::kernels::Ahead;
 use super::mat::{Mat, MatMut};
-use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, Weights, key_chunks};
+use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, Weights};
 
-/// Attention of one query for each of the `G` query heads of a KV head, over the chunks of its tokens that start
-/// in `tokens`.
-pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, scratch: &mut Scratch) -> Partial {
+/// Attention of one query for each of the `G` query heads of a KV head, over those of the `chunks` of its tokens that start in
+/// `tokens`, a range of all that are in them.
+pub fn attend_one(
+    head: &Head<'_>,
+    queries: &Queries<'_>,
+    mut chunks: Vec<KeyChunk<'_>>,
+    tokens: Range<usize>,
+    scratch: &mut Scratch,
+) -> Partial {
     let heads = queries.q.len() / head.key_dim;
     let q = Mat::new(&queries.q, heads, head.key_dim);
     let mut turned = Turned::default();
@@ -20,11 +26,12 @@ pub fn attend_one(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>, 
     let mut scores = vec![0.0; heads * CHUNK];
     let (mut held, mut weighed) = (Vec::new(), Vec::with_capacity(heads));
     let all_visible = queries.visible.all(0, head.positions.last().unwrap_or(0));
-    let mut chunks = match head.pages {
-        Some((quest, bounds)) => bounds.chosen(quest, &head.keys, q, scratch),
-        None => key_chunks(&head.keys),
-    };
-    chunks.retain(|chunk| tokens.contains(&chunk.at));
+    let mut start = 0;
+    chunks.retain(|chunk| {
+        let own = tokens.contains(&start);
+        start += chunk.tokens;
+        own
+    });
     for (i, &KeyChunk { segment, first, tokens: n, at }) in chunks.iter().enumerate() {
         // What is wanted next comes from memory while this is computed: values behind scores, the next keys behind values.
         let mut ahead = Ahead::new(cursor.next_bytes(at, n));

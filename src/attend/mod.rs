@@ -27,7 +27,7 @@ pub use many::attend_many;
 pub use partial::Partial;
 pub use positions::Positions;
 pub use quest::{Bounds, Quest};
-pub use received::Received;
+pub use received::{Attention, Received};
 pub use rope::{Rope, SPAN};
 pub use visibility::{BoolView, Mask, MaskData, Visibility};
 pub use votes::{Voters, add_votes};
@@ -149,8 +149,6 @@ pub struct Head<'a> {
     pub values: Vec<Part<'a, dyn ValueSegment>>,
     /// Their positions.
     pub positions: &'a Positions,
-    /// Which of them one query reads, if not all.
-    pub pages: Option<(Quest, &'a Bounds)>,
     /// Numbers of a key.
     pub key_dim: usize,
     /// Numbers of a value.

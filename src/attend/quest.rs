@@ -50,6 +50,11 @@ impl Bounds {
         self.covered
     }
 
+    /// Pages.
+    pub fn pages(&self) -> usize {
+        self.pages.len()
+    }
+
     /// Forgets all when there are only `tokens` tokens left, fewer than it knows.
     pub fn truncate(&mut self, tokens: usize) {
         if tokens < self.covered {
@@ -102,16 +107,18 @@ impl Bounds {
             return key_chunks(keys);
         }
         let scores = self.scores(q, scratch);
-        let mut order: Vec<usize> = (1..self.pages.len()).collect();
-        order.sort_unstable_by(|&a, &b| scores[b].total_cmp(&scores[a]));
         let mut read = vec![false; self.pages.len()];
         read[0] = true;
-        for page in order {
-            if left == 0 {
-                break;
+        let longest = self.pages.iter().map(|&(_, n)| n as usize).max().unwrap_or(1);
+        let mut rest: Vec<usize> = (1..self.pages.len()).collect();
+        while left > 0 && !rest.is_empty() {
+            // The best ones until nothing is left are at least so many.
+            let best = left.div_ceil(longest).min(rest.len());
+            rest.select_nth_unstable_by(best - 1, |&a, &b| scores[b].total_cmp(&scores[a]));
+            for page in rest.drain(..best) {
+                read[page] = true;
+                left = left.saturating_sub(self.pages[page].1 as usize);
             }
-            read[page] = true;
-            left = left.saturating_sub(self.pages[page].1 as usize);
         }
         self.chunks(&read, keys)
     }

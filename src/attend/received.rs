@@ -49,7 +49,7 @@ impl Received {
     }
 
     /// Adds to `out[token]` the attention of all rows, whose softmax over all tokens is `whole`.
-    pub fn add_to(&self, whole: &Partial, kernels: &Kernels, out: &mut [f32]) {
+    fn add_to(&self, whole: &Partial, kernels: &Kernels, out: &mut [f32]) {
         let rows = whole.rows();
         let mut weights = &self.weights[..];
         for (&(at, n), max) in self.chunks.iter().zip(self.max.chunks_exact(rows)) {
@@ -61,5 +61,21 @@ impl Received {
             let shares: Vec<f32> = max.iter().enumerate().map(share).collect();
             (kernels.matmul)(Mat::new(&shares, 1, rows), Mat::new(own, rows, n), n, MatMut::new(&mut out[at..], 1, n));
         }
+    }
+}
+
+/// What the tokens of one KV head received from one query of its readers.
+#[derive(Debug)]
+pub struct Attention {
+    /// Over all tokens.
+    pub whole: Partial,
+    /// Of parts of them.
+    pub parts: Vec<Received>,
+}
+
+impl Attention {
+    /// Adds it to `out`, token by token.
+    pub fn add_to(&self, kernels: &Kernels, out: &mut [f32]) {
+        self.parts.iter().for_each(|part| part.add_to(&self.whole, kernels, out));
     }
 }

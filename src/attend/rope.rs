@@ -77,12 +77,14 @@ impl Rope {
     pub fn basis(&self, start: usize) -> Arc<Basis> {
         let start = start as u32;
         let mut starts = self.starts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let basis = starts.entry(start).or_insert_with(|| {
-            let angles = self.frequencies.iter().map(|&f| sin_cos(f64::from(f) * f64::from(start)));
-            let turns = angles.map(|(sin, cos)| [cos, sin]).collect();
-            Arc::new(Basis::Turned { pairs: Arc::clone(&self.pairs), turns })
-        });
-        Arc::clone(basis)
+        Arc::clone(starts.entry(start).or_insert_with(|| Arc::new(self.turned(start))))
+    }
+
+    /// The coordinates of keys that are `distance` positions behind where they count as being.
+    pub fn turned(&self, distance: u32) -> Basis {
+        let angles = self.frequencies.iter().map(|&f| sin_cos(f64::from(f) * f64::from(distance)));
+        let turns = angles.map(|(sin, cos)| [cos, sin]).collect();
+        Basis::Turned { pairs: Arc::clone(&self.pairs), turns }
     }
 
     /// How un-rotated keys with these grids are opened from token `first` of a page on.

@@ -14,6 +14,9 @@ use crate::evict::{self, Attention, Budget, Expected, Keys, Pattern, Pooling, Py
 #[pyclass(frozen, module = "kvpack._kvpack")]
 pub(super) struct Eviction(pub(super) Arc<evict::Eviction>);
 
+/// Pairs of channels, and the angle from one position to the next of each.
+type Rotation = (Vec<(u16, u16)>, Vec<f32>);
+
 /// Tokens, or a share.
 #[derive(FromPyObject)]
 pub(super) enum Given {
@@ -44,12 +47,13 @@ struct Common(
 );
 
 impl Common {
-    fn with(self, scorer: Result<Scorer>) -> Result<evict::Eviction> {
+    fn with(self, scorer: Result<Scorer>, closing: Option<Arc<Rope>>) -> Result<evict::Eviction> {
         let Self(amount, sinks, recent, block, floor, protect, pyramid) = self;
         let pyramid = pyramid.map(|(beta, layer, layers, window)| Pyramid { beta, layer, layers, window });
         let budget = Budget { amount: amount.into(), pyramid };
         let protect = protect.into_iter().map(|(first, end)| first..end).collect();
-        evict::Eviction { scorer: scorer?, budget, sinks, recent: recent.into(), block, floor, protect }.checked()
+        let recent = recent.into();
+        evict::Eviction { scorer: scorer?, budget, sinks, recent, block, floor, protect, closing }.checked()
     }
 }
 
@@ -61,9 +65,13 @@ fn pooling(name: &str) -> Result<Pooling> {
     }
 }
 
-fn made(py: Python<'_>, common: Common, scorer: Result<Scorer>) -> PyResult<Eviction> {
-    let eviction = common.with(scorer).map_err(|e| to_python(py, &e))?;
+fn closed(py: Python<'_>, common: Common, scorer: Result<Scorer>, closing: Option<Arc<Rope>>) -> PyResult<Eviction> {
+    let eviction = common.with(scorer, closing).map_err(|e| to_python(py, &e))?;
     Ok(Eviction(Arc::new(eviction)))
+}
+
+fn made(py: Python<'_>, common: Common, scorer: Result<Scorer>) -> PyResult<Eviction> {
+    closed(py, common, scorer, None)
 }
 
 #[pymethods]
@@ -111,10 +119,12 @@ impl Eviction {
         made(py, common, Ok(Scorer::Keys(Keys::KeyDiff)))
     }
 
-    /// The newest tokens stay.
+    /// The newest tokens stay. With the layer's rotation, as in [`Self::expected`], keys are turned so that no position is missing
+    /// between the tokens that stay.
     #[staticmethod]
-    fn newest(py: Python<'_>, common: Common) -> PyResult<Self> {
-        made(py, common, Ok(Scorer::Pattern(Pattern::Newest)))
+    fn newest(py: Python<'_>, common: Common, rotation: Option<Rotation>) -> PyResult<Self> {
+        let closing = rotation.map(|(pairs, frequencies)| Rope::shared(&pairs, &frequencies));
+        closed(py, common, Ok(Scorer::Pattern(Pattern::Newest)), closing)
     }
 
     /// Every `dilation`-th token stays.

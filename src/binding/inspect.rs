@@ -12,8 +12,12 @@ pub(super) type Packed = (usize, Vec<u8>, Vec<f32>, Vec<f32>, usize);
 pub(super) fn keys(head: &KvHead) -> Packed {
     let mut out = Packed::default();
     for segment in head.pages().0 {
-        match &*segment.page {
-            KeyPage::Exact(_) => out.0 += segment.len,
+        let mut page = &*segment.page;
+        if let KeyPage::Moved(moved) = page {
+            page = moved.page();
+        }
+        match page {
+            KeyPage::Exact(_) | KeyPage::Moved(_) => out.0 += segment.len,
             KeyPage::Tokens(page) => {
                 let grid = |t, j| page.grid(t, j);
                 add(&mut out, segment.len, page.dim(), |t, c| page.code(t, c), page.groups(), grid);

@@ -197,9 +197,9 @@ impl Layer {
             let mask = mask.map(|m| m.mask()).transpose()?;
             let received = query.shape()[2] == 1 && layer.wants_attention();
             let request = Request { query, mask, softmax, sinks, received };
-            let received = layer.attend(&request, &mut out.view_mut("out")?, kernels()?)?;
-            if !received.is_empty() {
-                layer.receive(received);
+            let attention = layer.attend(&request, &mut out.view_mut("out")?, kernels()?)?;
+            if !attention.is_empty() {
+                layer.receive(attention, kernels()?);
             }
             Ok(())
         })

@@ -1,5 +1,6 @@
 //! The keys, or the values, of one KV head: sealed segments and an exact tail.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::attend::Part;
@@ -167,6 +168,43 @@ impl<P: Page> Column<P> {
         }
         self.segments.extend(made.into_iter().map(|(page, len)| Segment { page: Arc::new(page), len }));
         self.segments.shrink_to_fit();
+    }
+
+    /// Puts something else in place of the pages of `tokens`, which begin and end at whole units.
+    pub(super) fn turn(&mut self, tokens: Range<usize>, other: impl Fn(&Arc<P>) -> P) {
+        self.cut(tokens.start);
+        self.cut(tokens.end);
+        let mut at = 0;
+        for segment in &mut self.segments {
+            if tokens.contains(&at) {
+                segment.page = Arc::new(other(&segment.page));
+            }
+            at += segment.len;
+        }
+    }
+
+    /// Has a segment begin at token `at`, or the tail.
+    fn cut(&mut self, mut at: usize) {
+        for i in 0..self.segments.len() {
+            let Segment { page, len } = &self.segments[i];
+            if at == 0 {
+                return;
+            }
+            if at < *len {
+                let part = |tokens: Range<usize>| Segment {
+                    len: tokens.len(),
+                    page: Arc::new(page.part(&tokens.collect::<Vec<_>>())),
+                };
+                let both = [part(0..at), part(at..*len)];
+                self.segments.splice(i..=i, both);
+                return;
+            }
+            at -= len;
+        }
+        if at > 0 {
+            self.push(P::exact(self.tail.copy_front(at)));
+            self.tail.drop_front(at);
+        }
     }
 
     /// Segments and tail as the reading side sees them.

@@ -2,13 +2,17 @@
 
 use super::head::KvHead;
 use super::layer::{Layer, New, Sequence, chosen};
-use crate::attend::{Bounds, Scratch};
+use crate::attend::kernels::Kernels;
+use crate::attend::{Attention, Bounds, Rope, Scratch};
 use crate::evict::{Candidates, Eviction, NewQueries, Place, Queries, Scorer, select};
 use crate::pool;
-use crate::quantize::SHORT;
+use crate::quantize::{KeyPage, Moved, SHORT};
 
 /// Multiply-adds that take as long as scoring a token for one number of its key.
 const SCORING: usize = 8;
+
+/// And as long as taking in what a token received.
+const RECEIVING: usize = 128;
 
 impl KvHead {
     /// Tells an eviction of the tokens that were just appended to head `h` of batch row `b`, `seen` positions having been seen
@@ -112,6 +116,23 @@ impl KvHead {
             self.values.retain(keep);
             self.positions = self.positions.take(|token, _| keep[token]);
             self.bounds = Bounds::default();
+            if let Some(rope) = &eviction.closing {
+                self.close_gaps(rope);
+            }
+        }
+    }
+
+    /// Has keys read as if no position were missing between them and the newest token.
+    fn close_gaps(&mut self, rope: &Rope) {
+        let (mut end, mut missing, mut next) = (self.positions.len(), 0, None);
+        let runs: Vec<(u32, u32)> = self.positions.runs().collect();
+        for &(start, n) in runs.iter().rev() {
+            missing += next.map_or(0, |next| next - start - n);
+            let first = end - n as usize;
+            if missing > 0 && n > 0 {
+                self.keys.turn(first..end, |page| KeyPage::Moved(Moved::new(page, rope, missing)));
+            }
+            (end, next) = (first, Some(start));
         }
     }
 }
@@ -136,12 +157,15 @@ impl Layer {
     }
 
     /// Takes in what the tokens of each head received from the newest query, row by row.
-    pub fn receive(&mut self, received: Vec<Vec<f32>>) {
+    pub fn receive(&mut self, attention: Vec<Attention>, kernels: &'static Kernels) {
         let (Some(eviction), position) = (self.eviction.clone(), self.seen() as u32 - 1) else { return };
         let heads = self.rows.iter_mut().flat_map(|row| std::sync::Arc::make_mut(row).iter_mut());
-        for (head, received) in heads.zip(received) {
-            head.observed.receive(position, received, eviction.memory());
-        }
+        let heads: Vec<_> = heads.zip(attention).collect();
+        let work = heads.iter().map(|(head, _)| RECEIVING * head.positions.len()).sum();
+        pool::map(work, heads, |(head, attention)| {
+            let received = head.observed.receive(position, head.positions.len(), eviction.memory());
+            attention.add_to(kernels, received);
+        });
     }
 }
 

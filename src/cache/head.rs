@@ -136,7 +136,6 @@ impl KvHead {
             keys: self.keys.parts(),
             values: self.values.parts(),
             positions: &self.positions,
-            pages: None,
             key_dim: self.keys.tail.dim(),
             value_dim: self.values.tail.dim(),
         }

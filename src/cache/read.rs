@@ -5,8 +5,10 @@ use std::ops::Range;
 use super::head::KvHead;
 use super::layer::{COPYING, Layer, Shape, expect};
 use crate::attend::kernels::Kernels;
+use crate::attend::mat::Mat;
 use crate::attend::{
-    CHUNK, Head, Mask, Partial, Queries, Received, Scratch, Softmax, Visibility, attend_many, attend_one,
+    Attention, CHUNK, KeyChunk, Mask, Partial, Queries, Received, Scratch, Softmax, Visibility, attend_many,
+    attend_one, key_chunks,
 };
 use crate::error::{Error, Result};
 use crate::pool;
@@ -42,8 +44,8 @@ struct Task {
 }
 
 impl Layer {
-    /// Attention over all tokens held, written to `out` `[B, Q, Hq, Dv]`. Returns, if it is wanted, what each KV head's tokens
-    /// received from its readers, row by row and head by head.
+    /// Attention over all tokens held, or those that are chosen, written to `out` `[B, Q, Hq, Dv]`. Returns, if it is wanted, what
+    /// each KV head's tokens received from its readers, row by row and head by head.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Dtype`] when something of the request, or `out`, does not fit.
@@ -52,24 +54,44 @@ impl Layer {
         request: &Request<'_>,
         out: &mut ViewMut<'_>,
         kernels: &'static Kernels,
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<Vec<Attention>> {
         let shape = self.check_request(request, out)?;
         let [_, query_heads, queries, _] = request.query.shape();
-        let tokens: usize = self.rows.iter().flat_map(|row| row.iter()).map(|head| head.positions.len()).sum();
         let group = query_heads / shape.heads;
-        let work = group * queries * tokens * (shape.key_dim + shape.value_dim);
-        let tasks = self.tasks(queries, shape.heads, pool::threads_for(work));
+        let chosen = self.choose_pages(request, shape, group, kernels);
+        let all = || self.rows.iter().flat_map(|row| row.iter()).map(|head| head.positions.len()).collect::<Vec<_>>();
+        let read = |chunks: &Vec<KeyChunk<'_>>| chunks.iter().map(|chunk| chunk.tokens).sum::<usize>();
+        let tokens: Vec<usize> = chosen.as_ref().map_or_else(all, |chosen| chosen.iter().map(read).collect());
+        let work = group * queries * tokens.iter().sum::<usize>() * (shape.key_dim + shape.value_dim);
+        let tasks = tasks(&tokens, queries, shape.heads, pool::threads_for(work));
         let places: Vec<_> = tasks.iter().map(|task| (task.row, task.head, task.queries.start)).collect();
-        let partials = pool::map(work, tasks, |task| self.run(request, &task, group, kernels));
-        let mut received = self.nothing_received(request.received);
+        let partials = pool::map(work, tasks, |task| {
+            let chunks = chosen.as_ref().map(|chosen| chosen[task.row * shape.heads + task.head].clone());
+            self.run(request, &task, chunks, group, kernels)
+        });
         let merged = merged(places, partials, request.sinks, group);
-        for (i, (_, whole, parts)) in merged.iter().enumerate().filter(|_| request.received) {
-            for part in parts {
-                part.add_to(whole, kernels, &mut received[i]);
-            }
-        }
-        write_out(merged, group, shape.value_dim, out);
-        Ok(received)
+        write_out(&merged, group, shape.value_dim, out);
+        let attention = |(_, whole, parts)| Attention { whole, parts };
+        Ok(if request.received { merged.into_iter().map(attention).collect() } else { Vec::new() })
+    }
+
+    /// What one query reads of each head, row by row, where pages are chosen.
+    fn choose_pages(
+        &self,
+        request: &Request<'_>,
+        shape: Shape,
+        group: usize,
+        kernels: &'static Kernels,
+    ) -> Option<Vec<Vec<KeyChunk<'_>>>> {
+        let quest = self.quest.filter(|_| request.query.shape()[2] == 1)?;
+        let heads: Vec<(usize, usize)> =
+            (0..self.batch()).flat_map(|row| (0..shape.heads).map(move |head| (row, head))).collect();
+        let pages: usize = self.rows.iter().flat_map(|row| row.iter()).map(|head| head.bounds.pages()).sum();
+        Some(pool::map(2 * group * pages * shape.key_dim, heads, |(row, head)| {
+            let q = gather(request, &Task { row, head, tokens: 0..0, queries: 0..1 }, group);
+            let (own, q) = (&self.rows[row][head], Mat::new(&q, group, shape.key_dim));
+            own.bounds.chosen(quest, &own.keys.parts(), q, &mut Scratch::new(kernels))
+        }))
     }
 
     /// Writes to `out` `[B, 1, 1, seen]` what every position receives from the one query of a request, the mean over the query
@@ -93,12 +115,14 @@ impl Layer {
         let value_dim = self.shape().map_or(0, |shape| shape.value_dim);
         let mut attended = vec![0.0; batch * query_heads * value_dim];
         let mut attended = ViewMut::of_slice(&mut attended, [batch, 1, query_heads, value_dim]);
-        let received = self.attend(&Request { received: true, ..*request }, &mut attended, kernels)?;
+        let attention = self.attend(&Request { received: true, ..*request }, &mut attended, kernels)?;
         let (mut mean, mut held) = (vec![0.0; self.seen()], Vec::new());
-        let heads = received.len() / self.batch().max(1);
-        for (row, received) in received.chunks_exact(heads.max(1)).enumerate() {
+        let heads = attention.len() / self.batch().max(1);
+        for (row, attention) in attention.chunks_exact(heads.max(1)).enumerate() {
             mean.fill(0.0);
-            for (head, received) in self.rows[row].iter().zip(received) {
+            for (head, attention) in self.rows[row].iter().zip(attention) {
+                let mut received = vec![0.0; head.positions.len()];
+                attention.add_to(kernels, &mut received);
                 head.positions.collect_into(0, received.len(), &mut held);
                 for (&position, share) in held.iter().zip(received) {
                     mean[position as usize] += share / query_heads as f32;
@@ -109,39 +133,14 @@ impl Layer {
         Ok(())
     }
 
-    /// 0 for every token of every head, where one query's attention is wanted.
-    fn nothing_received(&self, wanted: bool) -> Vec<Vec<f32>> {
-        let heads = self.rows.iter().flat_map(|row| row.iter()).filter(|_| wanted);
-        heads.map(|head| vec![0.0; head.positions.len()]).collect()
-    }
-
-    /// Every KV head of every sequence; few heads are split further, so that all threads have the same share.
-    fn tasks(&self, queries: usize, heads: usize, threads: usize) -> Vec<Task> {
-        let wanted = parts(self.batch() * heads, threads);
-        let cut = |n: usize, least: usize| {
-            let parts = wanted.min(n / least).max(1);
-            let len = n.div_ceil(parts).max(1);
-            (0..n.max(1)).step_by(len).map(move |start| start..(start + len).min(n))
-        };
-        let mut tasks = Vec::new();
-        for row in 0..self.batch() {
-            for head in 0..heads {
-                let tokens = self.rows[row][head].positions.len();
-                if queries < 2 * QUERIES_A_TASK {
-                    let all = 0..queries;
-                    let task = |tokens| Task { row, head, tokens, queries: all.clone() };
-                    tasks.extend(cut(tokens, TOKENS_A_TASK).map(task));
-                } else {
-                    let all = 0..tokens;
-                    let task = |queries| Task { row, head, tokens: all.clone(), queries };
-                    tasks.extend(cut(queries, QUERIES_A_TASK).map(task));
-                }
-            }
-        }
-        tasks
-    }
-
-    fn run(&self, request: &Request<'_>, task: &Task, group: usize, kernels: &'static Kernels) -> Partial {
+    fn run(
+        &self,
+        request: &Request<'_>,
+        task: &Task,
+        chunks: Option<Vec<KeyChunk<'_>>>,
+        group: usize,
+        kernels: &'static Kernels,
+    ) -> Partial {
         let head: &KvHead = &self.rows[task.row][task.head];
         let queries = Queries {
             q: gather(request, task, group),
@@ -151,12 +150,12 @@ impl Layer {
             visible: Visibility::new(request.mask, task.row, self.seen(), request.query.shape()[2], &head.positions),
             received: request.received,
         };
-        let mut scratch = Scratch::new(kernels);
+        let (view, mut scratch) = (head.view(), Scratch::new(kernels));
         if request.query.shape()[2] == 1 {
-            let pages = self.quest.map(|quest| (quest, &head.bounds));
-            attend_one(&Head { pages, ..head.view() }, &queries, task.tokens.clone(), &mut scratch)
+            let chunks = chunks.unwrap_or_else(|| key_chunks(&view.keys));
+            attend_one(&view, &queries, chunks, task.tokens.clone(), &mut scratch)
         } else {
-            attend_many(&head.view(), &queries, task.tokens.clone(), &mut scratch)
+            attend_many(&view, &queries, task.tokens.clone(), &mut scratch)
         }
     }
 
@@ -236,6 +235,27 @@ impl Layer {
     }
 }
 
+/// Every KV head of every sequence, of which `tokens` says how many are read; few heads are split further, so that all threads
+/// have the same share.
+fn tasks(tokens: &[usize], queries: usize, heads: usize, threads: usize) -> Vec<Task> {
+    let wanted = parts(tokens.len(), threads);
+    let cut = |n: usize, least: usize| {
+        let parts = wanted.min(n / least).max(1);
+        let len = n.div_ceil(parts).max(1);
+        (0..n.max(1)).step_by(len).map(move |start| start..(start + len).min(n))
+    };
+    let mut tasks = Vec::new();
+    for (i, &tokens) in tokens.iter().enumerate() {
+        let (row, head) = (i / heads, i % heads);
+        if queries < 2 * QUERIES_A_TASK {
+            tasks.extend(cut(tokens, TOKENS_A_TASK).map(|tokens| Task { row, head, tokens, queries: 0..queries }));
+        } else {
+            tasks.extend(cut(queries, QUERIES_A_TASK).map(|queries| Task { row, head, tokens: 0..tokens, queries }));
+        }
+    }
+    tasks
+}
+
 /// In how many parts to cut each of `n` equal pieces of work so that `threads` threads end at about the same time: the
 /// fewest with which none is idle for more than an eighth of it, and each has at least two, as some start late.
 fn parts(n: usize, threads: usize) -> usize {
@@ -294,9 +314,9 @@ fn merged(
 }
 
 /// Writes what was found.
-fn write_out(merged: Vec<Merged>, group: usize, value_dim: usize, out: &mut ViewMut<'_>) {
+fn write_out(merged: &[Merged], group: usize, value_dim: usize, out: &mut ViewMut<'_>) {
     let mut row_out = vec![0.0; value_dim];
-    for ((row, head, first), partial, _) in merged {
+    for &((row, head, first), ref partial, _) in merged {
         let queries = partial.rows() / group;
         for i in 0..partial.rows() {
             partial.output(i, &mut row_out);

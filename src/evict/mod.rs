@@ -25,9 +25,10 @@ pub use select::{Candidates, select};
 pub use snapkv::{Pooling, SnapKv};
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::amount::Amount;
-use crate::attend::{Head, Scratch};
+use crate::attend::{Head, Rope, Scratch};
 use crate::error::{Error, Result};
 
 /// Which tokens stay, and how many.
@@ -47,6 +48,8 @@ pub struct Eviction {
     pub floor: Option<f32>,
     /// Tokens that always stay, counted from the first of the sequence.
     pub protect: Vec<Range<usize>>,
+    /// What keys are turned by so that no position is missing between the tokens that stay; without it they keep theirs.
+    pub closing: Option<Arc<Rope>>,
 }
 
 /// What a token is worth.

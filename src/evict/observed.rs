@@ -4,6 +4,9 @@ use super::Moments;
 use crate::attend::mat::Mat;
 use crate::attend::{Head, Scratch, Voters, add_votes};
 
+/// Numbers that there is room for beyond those that are wanted.
+const SPARE: usize = 64;
+
 /// Which queries of a forward a method wants to see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Queries {
@@ -96,21 +99,27 @@ impl Observed {
         }
     }
 
-    /// What the tokens received from the query at `position`, which may be taken back.
-    pub fn receive(&mut self, position: u32, received: Vec<f32>, alpha: f32) {
-        self.fold(alpha);
+    /// Room for what `tokens` tokens receive from the query at `position`, which may be taken back: 0 for each so far.
+    pub fn receive(&mut self, position: u32, tokens: usize, alpha: f32) -> &mut [f32] {
+        let mut received = self.fold(alpha).unwrap_or_default();
+        received.clear();
+        grow(&mut received, tokens);
         self.pending.push((position, received));
+        self.pending.last_mut().map_or(&mut [], |(_, received)| received)
     }
 
-    /// Counts what was kept apart.
-    pub fn fold(&mut self, alpha: f32) {
+    /// Counts what was kept apart; returns memory that is free then.
+    pub fn fold(&mut self, alpha: f32) -> Option<Vec<f32>> {
+        let mut free = None;
         for (_, received) in std::mem::take(&mut self.pending) {
             self.add(alpha, &received);
+            free = Some(received);
         }
+        free
     }
 
     fn add(&mut self, alpha: f32, received: &[f32]) {
-        self.scores.resize(received.len(), 0.0);
+        grow(&mut self.scores, received.len());
         for (score, received) in self.scores.iter_mut().zip(received) {
             *score = alpha * *score + received;
         }
@@ -181,4 +190,12 @@ impl Observed {
             + self.moments.bytes()
             + self.pending.capacity() * size_of::<(u32, Vec<f32>)>()
     }
+}
+
+/// Adds zeros until there are `n` numbers, with some room for the next tokens.
+fn grow(numbers: &mut Vec<f32>, n: usize) {
+    if numbers.capacity() < n {
+        numbers.reserve_exact(n + SPARE - numbers.len());
+    }
+    numbers.resize(n, 0.0);
 }

@@ -1,8 +1,8 @@
 //! Pages: what a method makes of tokens, as the cache and the reading side see it.
 
 use super::{
-    Block, ChannelKeys, Factor, Graded, Kivi, Method, Plan, Rotated, TokenKeys, TokenValues, UnrotatedKeys, exact,
-    kvarn,
+    Block, ChannelKeys, Factor, Graded, Kivi, Method, Moved, Plan, Rotated, TokenKeys, TokenValues, UnrotatedKeys,
+    exact, kvarn,
 };
 use crate::attend::{KeySegment, ValueSegment};
 use crate::tensor::Rows;
@@ -75,6 +75,8 @@ pub enum KeyPage {
     Tokens(TokenKeys),
     /// A static grid a channel, before RoPE.
     Unrotated(UnrotatedKeys),
+    /// Any of them, read as if at later positions.
+    Moved(Moved),
 }
 
 /// Sealed values.
@@ -95,6 +97,7 @@ impl Page for KeyPage {
             Self::Channels(page) => page,
             Self::Tokens(page) => page,
             Self::Unrotated(page) => page,
+            Self::Moved(page) => page,
         }
     }
 
@@ -118,7 +121,11 @@ impl Page for KeyPage {
     }
 
     fn as_exact(&self) -> Option<&Rows> {
-        if let Self::Exact(rows) = self { Some(rows) } else { None }
+        match self {
+            Self::Exact(rows) => Some(rows),
+            Self::Moved(moved) => moved.page().as_exact(),
+            _ => None,
+        }
     }
 
     fn seal(method: &Method, plan: &mut Plan, rows: &Rows, n: usize) -> (Self, usize) {
@@ -149,7 +156,7 @@ impl Page for KeyPage {
 
     fn room(&self) -> usize {
         match self {
-            Self::Exact(_) | Self::Channels(_) => 0,
+            Self::Exact(_) | Self::Channels(_) | Self::Moved(_) => 0,
             Self::Tokens(page) => page.room(),
             Self::Unrotated(page) => page.room(),
         }
@@ -159,7 +166,7 @@ impl Page for KeyPage {
         match self {
             Self::Tokens(page) => page.extend(rows, n, feedback),
             Self::Unrotated(page) => page.extend(rows, n),
-            Self::Exact(_) | Self::Channels(_) => assert_eq!(n, 0, "these key pages are sealed whole"),
+            Self::Exact(_) | Self::Channels(_) | Self::Moved(_) => assert_eq!(n, 0, "these key pages are sealed whole"),
         }
     }
 
@@ -169,6 +176,7 @@ impl Page for KeyPage {
             Self::Channels(page) => page.tokens(),
             Self::Tokens(page) => page.tokens(),
             Self::Unrotated(page) => page.tokens(),
+            Self::Moved(moved) => moved.page().tokens(),
         }
     }
 
@@ -178,6 +186,7 @@ impl Page for KeyPage {
             Self::Channels(page) => page.bytes(),
             Self::Tokens(page) => page.bytes(),
             Self::Unrotated(page) => page.bytes(),
+            Self::Moved(moved) => moved.page().bytes(),
         }
     }
 
@@ -187,6 +196,7 @@ impl Page for KeyPage {
             Self::Channels(page) => page.group(),
             // Its tokens are at consecutive positions.
             Self::Unrotated(page) => page.tokens(),
+            Self::Moved(moved) => moved.page().unit(),
         }
     }
 
@@ -196,6 +206,7 @@ impl Page for KeyPage {
             Self::Channels(page) => Self::Channels(page.part(tokens)),
             Self::Tokens(page) => Self::Tokens(page.part(tokens)),
             Self::Unrotated(page) => Self::Unrotated(page.clone()),
+            Self::Moved(page) => Self::Moved(page.part(tokens)),
         }
     }
 

@@ -50,6 +50,11 @@ class AdaKV(Evict):
     def __repr__(self) -> str:
         return f"AdaKV({self.method!r}, floor={self.floor!r})"
 
+    @property
+    def reads_keys(self) -> bool:
+        """As in `Evict`."""
+        return self.method.reads_keys
+
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
         return self.method.make(site, self.floor if floor is None else floor)

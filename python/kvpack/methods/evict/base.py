@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 from ... import _kvpack
-from ...errors import OptionError
+from ...errors import ModelNeededError, OptionError
+from ...rotation import Rotation, rotations_of
 from ..quantize import Site, check_whole
 
 Amount: TypeAlias = int | float
@@ -38,7 +39,6 @@ class Evict(ABC):
 
     name: ClassVar[str]
     standard: ClassVar[tuple[str, ...]]
-    reads_keys: ClassVar[bool] = False  # other than by attention
 
     sinks: int = 0
     protect: tuple[tuple[int, int], ...] = ()
@@ -56,6 +56,11 @@ class Evict(ABC):
     def _check(self) -> None:  # noqa: B027  # not every method has fields of its own
         """Raises OptionError for the first field of a method's own that is not accepted."""
 
+    @property
+    def reads_keys(self) -> bool:
+        """Whether keys count otherwise than by attention."""
+        return False
+
     @abstractmethod
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """The method as the store of a layer knows it; with AdaKV's `floor` the layer's heads share one budget."""
@@ -70,6 +75,15 @@ class Evict(ABC):
     ) -> Common:
         block = self.block if self.decode else None
         return _of_layer(budget, site), self.sinks, recent, block, floor, list(self.protect), pyramid
+
+    def _rotations(self, site: Site) -> list[Rotation]:
+        """The rotary embedding of each layer's keys; ModelNeededError when the cache is made from a configuration."""
+        if site.model is None:
+            raise ModelNeededError(
+                f"evict={self!r} is not accepted for a cache made from a configuration; accepted: PackedCache(model, "
+                "...), as the model's rotary embedding has to be known"
+            )
+        return rotations_of(site.model)
 
 
 def amount(name: str, value: Any, accepted: str) -> Amount:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ... import _kvpack
-from ...errors import ModelNeededError, OptionError
-from ...rotation import rotation_of
+from ...errors import OptionError
+from ...rotation import Rotation
 from ..quantize import Site, check_whole
 from .base import Amount, Evict
 
@@ -33,7 +33,6 @@ class ExpectedAttention(Evict):
     """
 
     name: ClassVar[str] = "expected"
-    reads_keys: ClassVar[bool] = True
     standard: ClassVar[tuple[str, ...]] = ("expected:budget=0.5", "expected:budget=0.25", "expected:budget=0.1")
 
     budget: Amount | Sequence[Amount] = 0.5
@@ -51,20 +50,21 @@ class ExpectedAttention(Evict):
         if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, int | float):
             raise OptionError(f"epsilon={self.epsilon!r} is not accepted; accepted: 0 and positive numbers")
 
+    @property
+    def reads_keys(self) -> bool:
+        """As in `Evict`."""
+        return True
+
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
-        pairs, frequencies = ((), ()) if site is None else self._rotation(site)
+        rotation = Rotation((), ()) if site is None else self._rotations(site)[site.layer]
         common = self._common(site, floor, self.budget, 0)
         return _kvpack.Eviction.expected(
-            common, self.future, self.covariance, self.values, self.epsilon, list(pairs), list(frequencies)
+            common,
+            self.future,
+            self.covariance,
+            self.values,
+            self.epsilon,
+            list(rotation.pairs),
+            list(rotation.frequencies),
         )
-
-    def _rotation(self, site: Site) -> tuple[Sequence[tuple[int, int]], Sequence[float]]:
-        """Pairs of channels that a layer's rotary embedding turns, and their angles from one position to the next."""
-        if site.model is None:
-            raise ModelNeededError(
-                "evict=ExpectedAttention(...) is not accepted for a cache made from a configuration; accepted: "
-                "PackedCache(model, ...), as the model's rotary embedding has to be known"
-            )
-        rotation = rotation_of(site.model, site.layer)
-        return rotation.pairs, rotation.frequencies

@@ -23,11 +23,15 @@ class KeyDiff(Evict):
     """
 
     name: ClassVar[str] = "keydiff"
-    reads_keys: ClassVar[bool] = True
     standard: ClassVar[tuple[str, ...]] = ("keydiff:budget=0.5", "keydiff:budget=0.25", "keydiff:budget=0.1")
 
     budget: Amount | Sequence[Amount] = 0.5
     recent: Amount = 0
+
+    @property
+    def reads_keys(self) -> bool:
+        """As in `Evict`."""
+        return True
 
     def _check(self) -> None:
         amount("recent", self.recent, "a whole number of tokens, or a share of the budget from 0 to 1.0")
@@ -67,10 +71,14 @@ class Random(KeyDiff):
     """
 
     name: ClassVar[str] = "random"
-    reads_keys: ClassVar[bool] = False
     standard: ClassVar[tuple[str, ...]] = ("random:budget=0.5", "random:budget=0.25", "random:budget=0.1")
 
     seed: int = 0
+
+    @property
+    def reads_keys(self) -> bool:
+        """As in `Evict`."""
+        return False
 
     def _check(self) -> None:
         super()._check()

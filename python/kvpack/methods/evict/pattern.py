@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ... import _kvpack
+from ...errors import OptionError
 from ..quantize import Site, check_whole
 from .base import Amount, Evict
 
@@ -15,11 +16,14 @@ from .base import Amount, Evict
 class StreamingLLM(Evict):
     """The first and the newest tokens stay (Xiao et al. 2023, arXiv 2309.17453).
 
-    Keys keep the positions at which they were cached. The paper counts positions within the cache instead, which lets a
-    text go on beyond the length that a model was trained for; that is not done here.
+    Without `rerotate` keys keep the positions at which they were cached. With it positions are counted within the
+    cache, as in the paper, so that a text may go on beyond the length that a model was trained for: what stayed before
+    a gap is read as if the gap were closed. No key is changed for that; queries are turned, by the model's rotary
+    embedding, which is found by a few short forwards.
 
     Attributes:
         budget: tokens that stay, sinks included, or a share of the prompt; or one for each layer.
+        rerotate: whether positions are counted within the cache.
     """
 
     name: ClassVar[str] = "streaming"
@@ -28,10 +32,27 @@ class StreamingLLM(Evict):
     budget: Amount | Sequence[Amount] = 1024
     sinks: int = 4
     decode: bool = True
+    rerotate: bool = False
+
+    def _check(self) -> None:
+        if not isinstance(self.rerotate, bool):
+            raise OptionError(f"rerotate={self.rerotate!r} is not accepted; accepted: True, False")
+
+    @property
+    def reads_keys(self) -> bool:
+        """As in `Evict`."""
+        return self.rerotate
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
-        return _kvpack.Eviction.newest(self._common(site, floor, self.budget, 0))
+        rotation = None
+        if self.rerotate and site is not None:
+            rotations = self._rotations(site)
+            if not any(found.pairs for found in rotations):
+                raise OptionError(f"evict={self!r} is not accepted: the model has no rotary embedding")
+            own = rotations[site.layer]
+            rotation = list(own.pairs), list(own.frequencies)
+        return _kvpack.Eviction.newest(self._common(site, floor, self.budget, 0), rotation)
 
 
 @dataclass(frozen=True)

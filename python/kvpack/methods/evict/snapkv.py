@@ -62,11 +62,7 @@ class PyramidKV(SnapKV):
     """
 
     name: ClassVar[str] = "pyramidkv"
-    standard: ClassVar[tuple[str, ...]] = (
-        "pyramidkv:budget=0.5",
-        "pyramidkv:budget=0.25",
-        "pyramidkv:budget=0.1",
-    )
+    standard: ClassVar[tuple[str, ...]] = ("pyramidkv:budget=0.25", "pyramidkv:budget=0.1")
 
     beta: int = 20
 
