@@ -9,12 +9,23 @@ use super::kernels::Ahead;
 use super::mat::{Mat, MatMut};
 use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, Weights};
 
-/// Attention of one query for each of the `G` query heads of a KV head, over those of the `chunks` of its tokens that start in
-/// `tokens`, a range of all that are in them.
+/// What is read of a KV head.
+pub struct Reading<'a> {
+    /// Its tokens, or some of them, in their order.
+    pub chunks: Vec<KeyChunk<'a>>,
+    /// Whether chunks are short and lie apart in memory.
+    pub scattered: bool,
+}
+
+/// Chunks between the one that is read and the one that is asked for, where they are scattered.
+const FAR: usize = 2;
+
+/// Attention of one query for each of the `G` query heads of a KV head, over the chunks that start in `tokens`, a range of all that
+/// are to be read.
 pub fn attend_one(
     head: &Head<'_>,
     queries: &Queries<'_>,
-    mut chunks: Vec<KeyChunk<'_>>,
+    Reading { mut chunks, scattered }: Reading<'_>,
     tokens: Range<usize>,
     scratch: &mut Scratch,
 ) -> Partial {
@@ -23,6 +34,7 @@ pub fn attend_one(
     let mut turned = Turned::default();
     let mut partial = Partial::new(heads, head.value_dim);
     let mut cursor = ValueCursor::new(&head.values);
+    let mut far = ValueCursor::new(&head.values);
     let mut scores = vec![0.0; heads * CHUNK];
     let (mut held, mut weighed) = (Vec::new(), Vec::with_capacity(heads));
     let all_visible = queries.visible.all(0, head.positions.last().unwrap_or(0));
@@ -34,6 +46,11 @@ pub fn attend_one(
     });
     for (i, &KeyChunk { segment, first, tokens: n, at }) in chunks.iter().enumerate() {
         // What is wanted next comes from memory while this is computed: values behind scores, the next keys behind values.
+        // The work on a short chunk takes less time than memory does.
+        if let Some(next) = chunks.get(i + FAR).filter(|_| scattered) {
+            Ahead::new(next.segment.bytes(next.first, next.tokens)).fetch_far();
+            Ahead::new(far.next_bytes(next.at, next.tokens)).fetch_far();
+        }
         let mut ahead = Ahead::new(cursor.next_bytes(at, n));
         let q = segment.basis().map_or(q, |basis| turned.in_basis(basis, q));
         segment.scores(q, first, n, MatMut::new(&mut scores, heads, CHUNK), scratch, &mut ahead);

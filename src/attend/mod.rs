@@ -22,7 +22,7 @@ mod visibility;
 mod votes;
 
 pub use basis::Basis;
-pub use decode::attend_one;
+pub use decode::{Reading, attend_one};
 pub use many::attend_many;
 pub use partial::Partial;
 pub use positions::Positions;

@@ -48,8 +48,8 @@ impl Received {
         (0..weights.rows).for_each(|row| self.weights.extend_from_slice(&weights.row(row)[..n]));
     }
 
-    /// Adds to `out[token]` the attention of all rows, whose softmax over all tokens is `whole`.
-    fn add_to(&self, whole: &Partial, kernels: &Kernels, out: &mut [f32]) {
+    /// Adds to `out`, of the tokens from `first` on, the attention of all rows, whose softmax over all tokens is `whole`.
+    fn add_to(&self, whole: &Partial, kernels: &Kernels, first: usize, out: &mut [f32]) {
         let rows = whole.rows();
         let mut weights = &self.weights[..];
         for (&(at, n), max) in self.chunks.iter().zip(self.max.chunks_exact(rows)) {
@@ -59,7 +59,8 @@ impl Received {
                 if whole.sum[row] > 0.0 { (max - whole.max[row]).exp() / whole.sum[row] } else { 0.0 }
             };
             let shares: Vec<f32> = max.iter().enumerate().map(share).collect();
-            (kernels.matmul)(Mat::new(&shares, 1, rows), Mat::new(own, rows, n), n, MatMut::new(&mut out[at..], 1, n));
+            let out = MatMut::new(&mut out[at - first..], 1, n);
+            (kernels.matmul)(Mat::new(&shares, 1, rows), Mat::new(own, rows, n), n, out);
         }
     }
 }
@@ -69,13 +70,45 @@ impl Received {
 pub struct Attention {
     /// Over all tokens.
     pub whole: Partial,
-    /// Of parts of them.
+    /// Of parts of them, in their order.
     pub parts: Vec<Received>,
 }
 
 impl Attention {
-    /// Adds it to `out`, token by token.
+    /// Where each part of `tokens` tokens begins, the first at 0: what is before the next one belongs to a part.
+    pub fn starts(&self, tokens: usize) -> Vec<usize> {
+        let mut starts = vec![tokens; self.parts.len()];
+        let mut next = tokens;
+        for (start, part) in starts.iter_mut().zip(&self.parts).rev() {
+            next = part.chunks.first().map_or(next, |&(at, _)| at);
+            *start = next;
+        }
+        starts.iter_mut().take(1).for_each(|first| *first = 0);
+        starts
+    }
+
+    /// Adds part `part` to `out`, of the tokens from `first` on.
+    pub fn add_part_to(&self, part: usize, kernels: &Kernels, first: usize, out: &mut [f32]) {
+        self.parts[part].add_to(&self.whole, kernels, first, out);
+    }
+
+    /// Adds all to `out`, token by token.
     pub fn add_to(&self, kernels: &Kernels, out: &mut [f32]) {
-        self.parts.iter().for_each(|part| part.add_to(&self.whole, kernels, out));
+        (0..self.parts.len()).for_each(|part| self.add_part_to(part, kernels, 0, out));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_all_tokens() {
+        let part =
+            |chunks: &[(usize, usize)]| Received { chunks: chunks.to_vec(), max: Vec::new(), weights: Vec::new() };
+        let starts = |parts: Vec<Received>| Attention { whole: Partial::new(1, 1), parts }.starts(9);
+        assert_eq!(starts(vec![part(&[(2, 3)]), part(&[(5, 1), (6, 3)])]), [0, 5]);
+        assert_eq!(starts(vec![part(&[(0, 4)]), part(&[]), part(&[(4, 5)]), part(&[])]), [0, 4, 4, 9]);
+        assert_eq!(starts(vec![part(&[])]), [0]);
     }
 }

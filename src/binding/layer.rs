@@ -199,7 +199,7 @@ impl Layer {
             let request = Request { query, mask, softmax, sinks, received };
             let attention = layer.attend(&request, &mut out.view_mut("out")?, kernels()?)?;
             if !attention.is_empty() {
-                layer.receive(attention, kernels()?);
+                layer.receive(&attention, kernels()?);
             }
             Ok(())
         })

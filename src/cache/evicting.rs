@@ -157,14 +157,22 @@ impl Layer {
     }
 
     /// Takes in what the tokens of each head received from the newest query, row by row.
-    pub fn receive(&mut self, attention: Vec<Attention>, kernels: &'static Kernels) {
+    pub fn receive(&mut self, attention: &[Attention], kernels: &'static Kernels) {
         let (Some(eviction), position) = (self.eviction.clone(), self.seen() as u32 - 1) else { return };
+        let (mut tasks, mut work) = (Vec::new(), 0);
         let heads = self.rows.iter_mut().flat_map(|row| std::sync::Arc::make_mut(row).iter_mut());
-        let heads: Vec<_> = heads.zip(attention).collect();
-        let work = heads.iter().map(|(head, _)| RECEIVING * head.positions.len()).sum();
-        pool::map(work, heads, |(head, attention)| {
-            let received = head.observed.receive(position, head.positions.len(), eviction.memory());
-            attention.add_to(kernels, received);
+        for (head, attention) in heads.zip(attention) {
+            let tokens = head.positions.len();
+            work += RECEIVING * tokens;
+            // The parts of a head are those in which it was read: as many as keep all threads busy.
+            let mut rest = head.observed.receive(position, tokens, eviction.memory());
+            for (part, start) in attention.starts(tokens).into_iter().enumerate().rev() {
+                tasks.push((attention, part, start, rest.split_off(start)));
+            }
+        }
+        pool::map(work, tasks, |(attention, part, start, mut slot)| {
+            slot.fold();
+            attention.add_part_to(part, kernels, start, slot.received);
         });
     }
 }

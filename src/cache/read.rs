@@ -7,7 +7,7 @@ use super::layer::{COPYING, Layer, Shape, expect};
 use crate::attend::kernels::Kernels;
 use crate::attend::mat::Mat;
 use crate::attend::{
-    Attention, CHUNK, KeyChunk, Mask, Partial, Queries, Received, Scratch, Softmax, Visibility, attend_many,
+    Attention, CHUNK, KeyChunk, Mask, Partial, Queries, Reading, Received, Scratch, Softmax, Visibility, attend_many,
     attend_one, key_chunks,
 };
 use crate::error::{Error, Result};
@@ -152,8 +152,9 @@ impl Layer {
         };
         let (view, mut scratch) = (head.view(), Scratch::new(kernels));
         if request.query.shape()[2] == 1 {
+            let scattered = chunks.is_some();
             let chunks = chunks.unwrap_or_else(|| key_chunks(&view.keys));
-            attend_one(&view, &queries, chunks, task.tokens.clone(), &mut scratch)
+            attend_one(&view, &queries, Reading { chunks, scattered }, task.tokens.clone(), &mut scratch)
         } else {
             attend_many(&view, &queries, task.tokens.clone(), &mut scratch)
         }

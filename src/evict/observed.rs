@@ -99,23 +99,24 @@ impl Observed {
         }
     }
 
-    /// Room for what `tokens` tokens receive from the query at `position`, which may be taken back: 0 for each so far.
-    pub fn receive(&mut self, position: u32, tokens: usize, alpha: f32) -> &mut [f32] {
-        let mut received = self.fold(alpha).unwrap_or_default();
-        received.clear();
+    /// Makes room for what `tokens` tokens receive from the query at `position`, which may be taken back.
+    pub fn receive(&mut self, position: u32, tokens: usize, alpha: f32) -> Slot<'_> {
+        let last = self.pending.pop();
+        self.fold(alpha);
+        let alpha = if last.is_some() { alpha } else { 1.0 };
+        let (_, mut received) = last.unwrap_or_default();
         grow(&mut received, tokens);
+        grow(&mut self.scores, tokens);
         self.pending.push((position, received));
-        self.pending.last_mut().map_or(&mut [], |(_, received)| received)
+        let received = self.pending.last_mut().map_or(&mut [][..], |(_, received)| received);
+        Slot { alpha, scores: &mut self.scores, received }
     }
 
-    /// Counts what was kept apart; returns memory that is free then.
-    pub fn fold(&mut self, alpha: f32) -> Option<Vec<f32>> {
-        let mut free = None;
+    /// Counts what was kept apart.
+    pub fn fold(&mut self, alpha: f32) {
         for (_, received) in std::mem::take(&mut self.pending) {
             self.add(alpha, &received);
-            free = Some(received);
         }
-        free
     }
 
     fn add(&mut self, alpha: f32, received: &[f32]) {
@@ -189,6 +190,32 @@ impl Observed {
         (self.queries.capacity() + self.positions.capacity() + self.scores.capacity() + pending) * size_of::<f32>()
             + self.moments.bytes()
             + self.pending.capacity() * size_of::<(u32, Vec<f32>)>()
+    }
+}
+
+/// Where consecutive tokens put what they receive from a query.
+pub struct Slot<'a> {
+    alpha: f32,
+    scores: &'a mut [f32],
+    /// What they received from the query before, and after [`Self::fold`] nothing.
+    pub received: &'a mut [f32],
+}
+
+impl Slot<'_> {
+    /// The part from token `at` on; the rest stays.
+    #[must_use]
+    pub fn split_off(&mut self, at: usize) -> Self {
+        let (scores, received) = (std::mem::take(&mut self.scores), std::mem::take(&mut self.received));
+        let ((scores, later_scores), (received, later)) = (scores.split_at_mut(at), received.split_at_mut(at));
+        (self.scores, self.received) = (scores, received);
+        Self { alpha: self.alpha, scores: later_scores, received: later }
+    }
+
+    /// Counts what was received from the query before.
+    pub fn fold(&mut self) {
+        for (score, received) in self.scores.iter_mut().zip(&mut *self.received) {
+            *score = self.alpha * *score + std::mem::take(received);
+        }
     }
 }
 

@@ -20,24 +20,35 @@ impl<'a> Ahead<'a> {
         self.0.len()
     }
 
+    /// Asks for all lines at once, for the second level of the cache only: the first would have lost them when they are read.
+    pub fn fetch_far(self) {
+        for line in self.0 {
+            prefetch::<SECOND_LEVEL>(&line[0]);
+        }
+    }
+
     /// Asks for the next `lines`, or so many as are left.
     #[inline]
     pub fn fetch(&mut self, lines: usize) {
         for _ in 0..lines {
             let Some((line, later)) = self.0.split_first() else { return };
-            prefetch(&line[0]);
+            prefetch::<FIRST_LEVEL>(&line[0]);
             self.0 = later;
         }
     }
 }
 
+const FIRST_LEVEL: i32 = 3;
+const SECOND_LEVEL: i32 = 2;
+
 #[cfg(target_arch = "x86_64")]
 #[inline]
-fn prefetch(byte: &u8) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+fn prefetch<const LEVEL: i32>(byte: &u8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+    const { assert!(FIRST_LEVEL == _MM_HINT_T0 && SECOND_LEVEL == _MM_HINT_T1) };
     // SAFETY: a prefetch touches nothing, whatever the address; every x86-64 CPU has it.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast()) };
+    unsafe { _mm_prefetch::<LEVEL>(std::ptr::from_ref(byte).cast()) };
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn prefetch(_: &u8) {}
+fn prefetch<const LEVEL: i32>(_: &u8) {}
