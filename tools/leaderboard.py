@@ -19,6 +19,7 @@ from typing import Any
 
 import kvpack
 import torch
+from kvpack.evaluation import Evaluation
 from kvpack.evaluation.contenders import Hqq, Quanto
 from kvpack.evaluation.tasks import TASKS
 from kvpack.methods.registry import EVICT, QUANTIZE
@@ -132,7 +133,7 @@ def main() -> int:
         print(f"leaderboard: {error}", file=sys.stderr)
         return 1
     board = BOARDS[options.family]
-    results, table = FOLDER / "results" / board.name, FOLDER / f"{board.name}.md"
+    results = FOLDER / "results" / board.name
     context = options.context or (board.context if options.text else 1024)
     tokens = options.tokens or (board.tokens if options.text else 3 * context)
     if options.fresh:
@@ -154,17 +155,23 @@ def main() -> int:
         print(f"leaderboard: {error}", file=sys.stderr)
         return 2
     print(result)
+    print(f"wrote {write(board, result)}")
+    return 0
+
+
+def write(board: Board, result: Evaluation) -> Path:
+    """Write a page and its pictures; returns the page."""
     shown = []
-    for path in result.save(results):
+    for path in result.save(FOLDER / "results" / board.name):
         if path.suffix == ".png":
             picture = FOLDER / f"{board.name}-{path.name}"
             path.replace(picture)
             shown.append(f"\n![{path.stem}]({picture.name})\n")
         else:
             path.unlink()
-    table.write_text(board.head + result.markdown() + "".join(shown), encoding="utf-8")
-    print(f"wrote {table}")
-    return 0
+    page = FOLDER / f"{board.name}.md"
+    page.write_text(board.head + result.markdown() + "".join(shown), encoding="utf-8")
+    return page
 
 
 if __name__ == "__main__":
