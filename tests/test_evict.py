@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,21 @@ def test_positions_within_the_cache_need_a_rotary_embedding() -> None:
         kvpack.StreamingLLM(rerotate=1)  # type: ignore[arg-type]
     with pytest.raises(kvpack.OptionError, match="it looks at keys"):
         kvpack.PackedCache(model, evict=evict, quantize=kvpack.Rotated(center=True))
+
+
+def test_threads_divide_the_attention_that_is_received(threads: Callable[[int], None]) -> None:
+    held = []
+    for n in (1, 4):
+        threads(n)
+        torch.manual_seed(3)
+        cache = cache_after(kvpack.H2O(budget=2000, block=4), *prompt(2000, batch=4, dim=64))
+        for _ in range(12):
+            forward(cache, *prompt(1, batch=4, dim=64))
+        held.append([set(tokens) for row in range(4) for tokens in kept(cache, row=row)])
+    for one, other in zip(*held, strict=True):
+        assert max(one) == 2011
+        assert len(one) < 2012
+        assert len(one ^ other) <= 2  # near ties
 
 
 def test_tova_decides_once_for_all_heads() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -76,6 +77,16 @@ def test_the_pages_of_the_largest_bounds_are_read(page: int, budget: float, toke
             keys, values = (x[0, head : head + 1, read] for x in (key, value))
             expected = attention(own, keys, values, torch.ones(1, len(read), dtype=torch.bool))
             assert relative_error(out[0, :, 2 * head : 2 * head + 2], expected) < 1e-4
+
+
+def test_threads_divide_what_is_read(threads: Callable[[int], None]) -> None:
+    outputs = []
+    for n in (1, 4):
+        threads(n)
+        torch.manual_seed(3)
+        cache, *_ = filled(quest(budget=0.25), None, 3000, batch=4)
+        outputs.append(torch.cat([forward(cache, *step(4)) for _ in range(3)]))
+    assert relative_error(*outputs) < 1e-5
 
 
 @every_codec

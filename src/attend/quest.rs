@@ -92,19 +92,19 @@ impl Bounds {
         self.covered += tokens;
     }
 
-    /// The chunks of `keys` that queries `q` `[G, dim]` are to read, in their order.
+    /// The chunks of `keys` that queries `q` `[G, dim]` are to read, in their order; `None` when they are to read all.
     pub fn chosen<'a>(
         &self,
         quest: Quest,
         keys: &[Part<'a, dyn KeySegment>],
         q: Mat<'_>,
         scratch: &mut Scratch,
-    ) -> Vec<KeyChunk<'a>> {
+    ) -> Option<Vec<KeyChunk<'a>>> {
         let all: usize = keys.iter().map(|part| part.tokens).sum();
         let fixed = all - self.covered + self.pages.first().map_or(0, |&(_, n)| n as usize);
         let mut left = quest.budget.tokens(all).saturating_sub(fixed);
         if self.pages.len() < 2 || fixed + left >= all {
-            return key_chunks(keys);
+            return None;
         }
         let scores = self.scores(q, scratch);
         let mut read = vec![false; self.pages.len()];
@@ -120,7 +120,7 @@ impl Bounds {
                 left = left.saturating_sub(self.pages[page].1 as usize);
             }
         }
-        self.chunks(&read, keys)
+        Some(self.chunks(&read, keys))
     }
 
     /// What each page is worth.

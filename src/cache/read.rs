@@ -59,15 +59,16 @@ impl Layer {
         let [_, query_heads, queries, _] = request.query.shape();
         let group = query_heads / shape.heads;
         let chosen = self.choose_pages(request, shape, group, kernels);
-        let all = || self.rows.iter().flat_map(|row| row.iter()).map(|head| head.positions.len()).collect::<Vec<_>>();
-        let read = |chunks: &Vec<KeyChunk<'_>>| chunks.iter().map(|chunk| chunk.tokens).sum::<usize>();
-        let tokens: Vec<usize> = chosen.as_ref().map_or_else(all, |chosen| chosen.iter().map(read).collect());
+        let read = |(head, chosen): (&KvHead, &Option<Vec<KeyChunk<'_>>>)| match chosen {
+            Some(chunks) => chunks.iter().map(|chunk| chunk.tokens).sum(),
+            None => head.positions.len(),
+        };
+        let tokens: Vec<usize> = self.heads().zip(&chosen).map(read).collect();
         let work = group * queries * tokens.iter().sum::<usize>() * (shape.key_dim + shape.value_dim);
         let tasks = tasks(&tokens, queries, shape.heads, pool::threads_for(work));
         let places: Vec<_> = tasks.iter().map(|task| (task.row, task.head, task.queries.start)).collect();
         let partials = pool::map(work, tasks, |task| {
-            let chunks = chosen.as_ref().map(|chosen| chosen[task.row * shape.heads + task.head].clone());
-            self.run(request, &task, chunks, group, kernels)
+            self.run(request, &task, chosen[task.row * shape.heads + task.head].clone(), group, kernels)
         });
         let merged = merged(places, partials, request.sinks, group);
         write_out(&merged, group, shape.value_dim, out);
@@ -75,23 +76,30 @@ impl Layer {
         Ok(if request.received { merged.into_iter().map(attention).collect() } else { Vec::new() })
     }
 
-    /// What one query reads of each head, row by row, where pages are chosen.
+    /// All heads, row by row.
+    fn heads(&self) -> impl Iterator<Item = &KvHead> {
+        self.rows.iter().flat_map(|row| row.iter())
+    }
+
+    /// What one query reads of each head, row by row; `None` where that is all.
     fn choose_pages(
         &self,
         request: &Request<'_>,
         shape: Shape,
         group: usize,
         kernels: &'static Kernels,
-    ) -> Option<Vec<Vec<KeyChunk<'_>>>> {
-        let quest = self.quest.filter(|_| request.query.shape()[2] == 1)?;
+    ) -> Vec<Option<Vec<KeyChunk<'_>>>> {
+        let Some(quest) = self.quest.filter(|_| request.query.shape()[2] == 1) else {
+            return self.heads().map(|_| None).collect();
+        };
         let heads: Vec<(usize, usize)> =
             (0..self.batch()).flat_map(|row| (0..shape.heads).map(move |head| (row, head))).collect();
-        let pages: usize = self.rows.iter().flat_map(|row| row.iter()).map(|head| head.bounds.pages()).sum();
-        Some(pool::map(2 * group * pages * shape.key_dim, heads, |(row, head)| {
+        let pages: usize = self.heads().map(|head| head.bounds.pages()).sum();
+        pool::map(2 * group * pages * shape.key_dim, heads, |(row, head)| {
             let q = gather(request, &Task { row, head, tokens: 0..0, queries: 0..1 }, group);
             let (own, q) = (&self.rows[row][head], Mat::new(&q, group, shape.key_dim));
             own.bounds.chosen(quest, &own.keys.parts(), q, &mut Scratch::new(kernels))
-        }))
+        })
     }
 
     /// Writes to `out` `[B, 1, 1, seen]` what every position receives from the one query of a request, the mean over the query
