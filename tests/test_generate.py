@@ -208,7 +208,9 @@ def assert_equal_up_to_a_tie(model: Any, tokens: torch.Tensor, expected: torch.T
     prefix = expected[:first][None]
     prefix = prefix[:, int((prefix[0] != pad).nonzero()[0]) :]
     best = model(prefix).logits[0, -1].float().topk(2)
-    assert (best.values[0] - best.values[1]).item() <= TIE
+    # From 16 on neighbours in bfloat16 are further apart than TIE; which CPU computes decides which one is reached.
+    neighbour = torch.finfo(torch.bfloat16).eps * 2 ** best.values[0].abs().log2().floor()
+    assert (best.values[0] - best.values[1]).item() <= max(TIE, neighbour.item())
     assert {int(tokens[first]), int(expected[first])} == set(best.indices.tolist())
 
 
