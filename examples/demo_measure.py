@@ -11,6 +11,7 @@ from typing import Any
 
 import kvpack
 import torch
+from kvpack.forward import CACHE_ARGUMENT
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -96,7 +97,7 @@ def prefill(model: PreTrainedModel, prompt: torch.Tensor, advance: Advance) -> t
     cache = DynamicCache(config=model.config)
     hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in attention_layers(model)]
     try:
-        logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits = model(input_ids=prompt, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits[0, -1]
     finally:
         for hook in hooks:
             hook.remove()
@@ -151,7 +152,7 @@ def teacher_forced(
             model.set_attn_implementation(engine.attention)
             cache = engine.new_cache(model) if empty else caches[engine.name]
             start = time.perf_counter()
-            output = model(input_ids=token, past_key_values=cache, use_cache=True).logits[0, -1]
+            output = model(input_ids=token, use_cache=True, **{CACHE_ARGUMENT: cache}).logits[0, -1]
             elapsed = 1e3 * (time.perf_counter() - start)
             if empty:
                 empty_ms.append(elapsed)
@@ -223,7 +224,7 @@ def generate(
     output = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=engine.new_cache(model),
+        **{CACHE_ARGUMENT: engine.new_cache(model)},
         max_new_tokens=tokens,
         do_sample=False,
         streamer=ticker,

@@ -202,8 +202,6 @@ def test_positions_within_the_cache_need_a_rotary_embedding() -> None:
     plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=64, vocab_size=99))
     with pytest.raises(kvpack.OptionError, match="no rotary embedding"):
         kvpack.PackedCache(plain, evict=evict)
-    with pytest.raises(kvpack.OptionError, match="rerotate=1 is not accepted; accepted: True, False"):
-        kvpack.StreamingLLM(rerotate=1)  # type: ignore[arg-type]
     with pytest.raises(kvpack.OptionError, match="it looks at keys"):
         kvpack.PackedCache(model, evict=evict, quantize=kvpack.Rotated(center=True))
 
@@ -684,6 +682,7 @@ def test_every_way_of_generating(evict: Any, mode: str) -> None:
         (lambda: kvpack.SnapKV(pooling="min"), "pooling='min' is not accepted; accepted: 'avg', 'max'"),
         (lambda: kvpack.SnapKV(window=0), "window=0"),
         (lambda: kvpack.SnapKV(sinks=-1), "sinks=-1"),
+        (lambda: kvpack.StreamingLLM(rerotate=1), "rerotate=1 is not accepted; accepted: True, False"),
         (lambda: kvpack.SnapKV(protect=((5, 2),)), r"protect: \(5, 2\) is not accepted"),
         (lambda: kvpack.SnapKV(protect=7), "protect=7 is not accepted"),
         (lambda: kvpack.H2O(decode="yes"), "decode='yes' is not accepted"),

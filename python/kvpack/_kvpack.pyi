@@ -15,7 +15,7 @@ _Common: TypeAlias = tuple[
     list[tuple[int, int]],
     tuple[int, int, int, int] | None,
 ]
-_Rotation: TypeAlias = tuple[list[tuple[int, int]], list[float]]
+_Rotation: TypeAlias = tuple[Sequence[tuple[int, int]], Sequence[float]]
 _Packed: TypeAlias = tuple[int, bytes, list[float], list[float], int]
 
 __all__ = [
@@ -84,8 +84,7 @@ class Eviction:
         covariance: bool,
         values: bool,
         epsilon: float,
-        pairs: list[tuple[int, int]],
-        frequencies: list[float],
+        rotation: _Rotation,
     ) -> Eviction: ...
     @staticmethod
     def newest(common: _Common, rotation: _Rotation | None) -> Eviction: ...

@@ -2,31 +2,21 @@
 
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
-
 use super::basis::Turned;
 use super::kernels::Ahead;
 use super::mat::{Mat, MatMut};
 use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, Weights};
 
-/// What is read of a KV head.
-pub struct Reading<'a> {
-    /// Its tokens, or some of them, in their order.
-    pub chunks: Vec<KeyChunk<'a>>,
-    /// Whether chunks are short and lie apart in memory.
-    pub scattered: bool,
-}
-
 /// Chunks between the one that is read and the one that is asked for, where they are scattered.
 const FAR: usize = 2;
 
-/// Attention of one query for each of the `G` query heads of a KV head, over the chunks that start in `tokens`, a range of all that
-/// are to be read.
+/// Attention of one query for each of the `G` query heads of a KV head, over some chunks of its tokens, in their order; `scattered`
+/// says whether they are short and lie apart in memory.
 pub fn attend_one(
     head: &Head<'_>,
     queries: &Queries<'_>,
-    Reading { mut chunks, scattered }: Reading<'_>,
-    tokens: Range<usize>,
+    chunks: &[KeyChunk<'_>],
+    scattered: bool,
     scratch: &mut Scratch,
 ) -> Partial {
     let heads = queries.q.len() / head.key_dim;
@@ -38,12 +28,6 @@ pub fn attend_one(
     let mut scores = vec![0.0; heads * CHUNK];
     let (mut held, mut weighed) = (Vec::new(), Vec::with_capacity(heads));
     let all_visible = queries.visible.all(0, head.positions.last().unwrap_or(0));
-    let mut start = 0;
-    chunks.retain(|chunk| {
-        let own = tokens.contains(&start);
-        start += chunk.tokens;
-        own
-    });
     for (i, &KeyChunk { segment, first, tokens: n, at }) in chunks.iter().enumerate() {
         // What is wanted next comes from memory while this is computed: values behind scores, the next keys behind values.
         // The work on a short chunk takes less time than memory does.

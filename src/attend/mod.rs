@@ -22,7 +22,7 @@ mod visibility;
 mod votes;
 
 pub use basis::Basis;
-pub use decode::{Reading, attend_one};
+pub use decode::attend_one;
 pub use many::attend_many;
 pub use partial::Partial;
 pub use positions::Positions;
@@ -32,6 +32,7 @@ pub use rope::{Rope, SPAN};
 pub use visibility::{BoolView, Mask, MaskData, Visibility};
 pub use votes::{Voters, add_votes};
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use folded::Folded;
@@ -254,6 +255,17 @@ pub struct KeyChunk<'a> {
     pub tokens: usize,
     /// First token in the head.
     pub at: usize,
+}
+
+/// Those of consecutive chunks that begin in `tokens`, a range of all that are in them.
+pub fn chunks_in<'c, 'a>(chunks: &'c [KeyChunk<'a>], tokens: &Range<usize>) -> &'c [KeyChunk<'a>] {
+    let (mut first, mut end, mut start) = (0, 0, 0);
+    for chunk in chunks {
+        first += usize::from(start < tokens.start);
+        end += usize::from(start < tokens.end);
+        start += chunk.tokens;
+    }
+    &chunks[first..end]
 }
 
 /// All keys, cut into chunks.

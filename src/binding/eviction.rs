@@ -14,7 +14,7 @@ use crate::evict::{self, Attention, Budget, Expected, Keys, Pattern, Pooling, Py
 #[pyclass(frozen, module = "kvpack._kvpack")]
 pub(super) struct Eviction(pub(super) Arc<evict::Eviction>);
 
-/// Pairs of channels, and the angle from one position to the next of each.
+/// A layer's rotary embedding: pairs of channels, and the angle of each from one position to the next.
 type Rotation = (Vec<(u16, u16)>, Vec<f32>);
 
 /// Tokens, or a share.
@@ -47,13 +47,13 @@ struct Common(
 );
 
 impl Common {
-    fn with(self, scorer: Result<Scorer>, closing: Option<Arc<Rope>>) -> Result<evict::Eviction> {
+    fn with(self, scorer: Scorer) -> Result<evict::Eviction> {
         let Self(amount, sinks, recent, block, floor, protect, pyramid) = self;
         let pyramid = pyramid.map(|(beta, layer, layers, window)| Pyramid { beta, layer, layers, window });
         let budget = Budget { amount: amount.into(), pyramid };
         let protect = protect.into_iter().map(|(first, end)| first..end).collect();
         let recent = recent.into();
-        evict::Eviction { scorer: scorer?, budget, sinks, recent, block, floor, protect, closing }.checked()
+        evict::Eviction { scorer, budget, sinks, recent, block, floor, protect, closing: None }.checked()
     }
 }
 
@@ -65,13 +65,12 @@ fn pooling(name: &str) -> Result<Pooling> {
     }
 }
 
-fn closed(py: Python<'_>, common: Common, scorer: Result<Scorer>, closing: Option<Arc<Rope>>) -> PyResult<Eviction> {
-    let eviction = common.with(scorer, closing).map_err(|e| to_python(py, &e))?;
-    Ok(Eviction(Arc::new(eviction)))
+fn shared((pairs, frequencies): &Rotation) -> Arc<Rope> {
+    Rope::shared(pairs, frequencies)
 }
 
-fn made(py: Python<'_>, common: Common, scorer: Result<Scorer>) -> PyResult<Eviction> {
-    closed(py, common, scorer, None)
+fn made(py: Python<'_>, eviction: Result<evict::Eviction>) -> PyResult<Eviction> {
+    Ok(Eviction(Arc::new(eviction.map_err(|e| to_python(py, &e))?)))
 }
 
 #[pymethods]
@@ -79,18 +78,18 @@ impl Eviction {
     /// Votes of the last queries.
     #[staticmethod]
     fn snapkv(py: Python<'_>, common: Common, window: usize, kernel: usize, pool: &str) -> PyResult<Self> {
-        let scorer = pooling(pool).map(|pooling| Scorer::SnapKv(SnapKv { window, kernel, pooling }));
-        made(py, common, scorer)
+        let scorer = |pooling| Scorer::SnapKv(SnapKv { window, kernel, pooling });
+        made(py, pooling(pool).and_then(|pooling| common.with(scorer(pooling))))
     }
 
     /// Attention received so far, of which a newer query leaves `alpha`; `shared`: the same for all heads of a layer.
     #[staticmethod]
     fn attention(py: Python<'_>, common: Common, alpha: f32, shared: bool) -> PyResult<Self> {
-        made(py, common, Ok(Scorer::Attention(Attention { alpha, shared })))
+        made(py, common.with(Scorer::Attention(Attention { alpha, shared })))
     }
 
-    /// What queries to come would attend to: over so many positions, with the covariance, with the values' lengths; of the layer's
-    /// rotation: pairs of channels, and their angles from one position to the next.
+    /// What queries to come would attend to: over so many positions, with the covariance, with the values' lengths; and the layer's
+    /// rotation.
     #[staticmethod]
     #[allow(clippy::too_many_arguments)]
     fn expected(
@@ -100,42 +99,42 @@ impl Eviction {
         covariance: bool,
         values: bool,
         epsilon: f32,
-        pairs: Vec<(u16, u16)>,
-        frequencies: Vec<f32>,
+        rotation: Rotation,
     ) -> PyResult<Self> {
-        let rope = Rope::shared(&pairs, &frequencies);
-        made(py, common, Ok(Scorer::Expected(Expected { rope, future, covariance, values, epsilon })))
+        let rope = shared(&rotation);
+        made(py, common.with(Scorer::Expected(Expected { rope, future, covariance, values, epsilon })))
     }
 
     /// Small keys stay.
     #[staticmethod]
     fn norm(py: Python<'_>, common: Common) -> PyResult<Self> {
-        made(py, common, Ok(Scorer::Keys(Keys::Norm)))
+        made(py, common.with(Scorer::Keys(Keys::Norm)))
     }
 
     /// Keys that are unlike the others stay.
     #[staticmethod]
     fn keydiff(py: Python<'_>, common: Common) -> PyResult<Self> {
-        made(py, common, Ok(Scorer::Keys(Keys::KeyDiff)))
+        made(py, common.with(Scorer::Keys(Keys::KeyDiff)))
     }
 
     /// The newest tokens stay. With the layer's rotation, as in [`Self::expected`], keys are turned so that no position is missing
     /// between the tokens that stay.
     #[staticmethod]
     fn newest(py: Python<'_>, common: Common, rotation: Option<Rotation>) -> PyResult<Self> {
-        let closing = rotation.map(|(pairs, frequencies)| Rope::shared(&pairs, &frequencies));
-        closed(py, common, Ok(Scorer::Pattern(Pattern::Newest)), closing)
+        let closing = rotation.as_ref().map(shared);
+        let eviction = common.with(Scorer::Pattern(Pattern::Newest));
+        made(py, eviction.map(|eviction| evict::Eviction { closing, ..eviction }))
     }
 
     /// Every `dilation`-th token stays.
     #[staticmethod]
     fn dilated(py: Python<'_>, common: Common, dilation: usize) -> PyResult<Self> {
-        made(py, common, Ok(Scorer::Pattern(Pattern::Dilated { dilation })))
+        made(py, common.with(Scorer::Pattern(Pattern::Dilated { dilation })))
     }
 
     /// Lots decide.
     #[staticmethod]
     fn random(py: Python<'_>, common: Common, seed: u64) -> PyResult<Self> {
-        made(py, common, Ok(Scorer::Pattern(Pattern::Random { seed })))
+        made(py, common.with(Scorer::Pattern(Pattern::Random { seed })))
     }
 }

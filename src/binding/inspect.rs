@@ -12,10 +12,10 @@ pub(super) type Packed = (usize, Vec<u8>, Vec<f32>, Vec<f32>, usize);
 pub(super) fn keys(head: &KvHead) -> Packed {
     let mut out = Packed::default();
     for segment in head.pages().0 {
-        let mut page = &*segment.page;
-        if let KeyPage::Moved(moved) = page {
-            page = moved.page();
-        }
+        let page = match &*segment.page {
+            KeyPage::Moved(moved) => moved.page(),
+            page => page,
+        };
         match page {
             KeyPage::Exact(_) | KeyPage::Moved(_) => out.0 += segment.len,
             KeyPage::Tokens(page) => {

@@ -333,18 +333,22 @@ impl Layer {
         self.rows.extend(which.into_iter().map(|i| Arc::clone(&unique[i])));
     }
 
+    /// All heads, row by row.
+    pub(super) fn heads(&self) -> impl Iterator<Item = &KvHead> {
+        self.rows.iter().flat_map(|row| row.iter())
+    }
+
     /// Checks that [`Self::crop`] can be done.
     ///
     /// # Errors
     /// [`Error::Crop`] when it can not.
     pub fn check_crop(&self, n: usize, lossy: bool) -> Result<()> {
-        let heads = || self.rows.iter().flat_map(|row| row.iter());
         let reachable = if n > self.seen {
             self.seen
         } else if lossy {
             n
         } else {
-            heads().map(|head| head.exactly_removable(n, self.seen)).min().unwrap_or(n)
+            self.heads().map(|head| head.exactly_removable(n, self.seen)).min().unwrap_or(n)
         };
         let reachable = reachable.min(self.seen - self.final_to);
         if reachable < n { Err(Error::Crop { asked: n, reachable }) } else { Ok(()) }
@@ -395,7 +399,7 @@ impl Layer {
     /// The share of the numbers of all tokens, the newest `new` positions aside, that are not what the model made, or gone.
     pub fn lossy_share(&self, new: usize) -> f64 {
         let (mut lossy, mut held) = (0, 0);
-        for head in self.rows.iter().flat_map(|row| row.iter()) {
+        for head in self.heads() {
             let (key_dim, value_dim) = (head.keys.tail.dim(), head.values.tail.dim());
             lossy += head.keys.lossy() * key_dim + head.values.lossy() * value_dim;
             let here = head.positions.count_below(self.seen().saturating_sub(new));

@@ -7,8 +7,8 @@ use super::layer::{COPYING, Layer, Shape, expect};
 use crate::attend::kernels::Kernels;
 use crate::attend::mat::Mat;
 use crate::attend::{
-    Attention, CHUNK, KeyChunk, Mask, Partial, Queries, Reading, Received, Scratch, Softmax, Visibility, attend_many,
-    attend_one, key_chunks,
+    Attention, CHUNK, KeyChunk, Mask, Partial, Queries, Received, Scratch, Softmax, Visibility, attend_many,
+    attend_one, chunks_in, key_chunks,
 };
 use crate::error::{Error, Result};
 use crate::pool;
@@ -68,17 +68,12 @@ impl Layer {
         let tasks = tasks(&tokens, queries, shape.heads, pool::threads_for(work));
         let places: Vec<_> = tasks.iter().map(|task| (task.row, task.head, task.queries.start)).collect();
         let partials = pool::map(work, tasks, |task| {
-            self.run(request, &task, chosen[task.row * shape.heads + task.head].clone(), group, kernels)
+            self.run(request, &task, chosen[task.row * shape.heads + task.head].as_deref(), group, kernels)
         });
         let merged = merged(places, partials, request.sinks, group);
         write_out(&merged, group, shape.value_dim, out);
         let attention = |(_, whole, parts)| Attention { whole, parts };
         Ok(if request.received { merged.into_iter().map(attention).collect() } else { Vec::new() })
-    }
-
-    /// All heads, row by row.
-    fn heads(&self) -> impl Iterator<Item = &KvHead> {
-        self.rows.iter().flat_map(|row| row.iter())
     }
 
     /// What one query reads of each head, row by row; `None` where that is all.
@@ -145,7 +140,7 @@ impl Layer {
         &self,
         request: &Request<'_>,
         task: &Task,
-        chunks: Option<Vec<KeyChunk<'_>>>,
+        chosen: Option<&[KeyChunk<'_>]>,
         group: usize,
         kernels: &'static Kernels,
     ) -> Partial {
@@ -160,9 +155,14 @@ impl Layer {
         };
         let (view, mut scratch) = (head.view(), Scratch::new(kernels));
         if request.query.shape()[2] == 1 {
-            let scattered = chunks.is_some();
-            let chunks = chunks.unwrap_or_else(|| key_chunks(&view.keys));
-            attend_one(&view, &queries, Reading { chunks, scattered }, task.tokens.clone(), &mut scratch)
+            let all;
+            let chunks = if let Some(chunks) = chosen {
+                chunks
+            } else {
+                all = key_chunks(&view.keys);
+                &all
+            };
+            attend_one(&view, &queries, chunks_in(chunks, &task.tokens), chosen.is_some(), &mut scratch)
         } else {
             attend_many(&view, &queries, task.tokens.clone(), &mut scratch)
         }
@@ -236,10 +236,13 @@ impl Layer {
             let given = format!("{:?}", out.shape());
             return Err(Error::Shape { what: "out", given, expected: format!("{expected:?}") });
         }
-        let heads = self.rows.iter().flat_map(|row| row.iter());
-        pool::map(COPYING * expected.iter().product::<usize>(), heads.zip(out.split()).collect(), |(head, mut out)| {
-            each(head, &mut out);
-        });
+        pool::map(
+            COPYING * expected.iter().product::<usize>(),
+            self.heads().zip(out.split()).collect(),
+            |(head, mut out)| {
+                each(head, &mut out);
+            },
+        );
         Ok(())
     }
 }

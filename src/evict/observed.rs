@@ -121,9 +121,7 @@ impl Observed {
 
     fn add(&mut self, alpha: f32, received: &[f32]) {
         grow(&mut self.scores, received.len());
-        for (score, received) in self.scores.iter_mut().zip(received) {
-            *score = alpha * *score + received;
-        }
+        count(alpha, &mut self.scores, received);
     }
 
     /// Forgets the queries at positions from `end` on, and all but the first `tokens` tokens.
@@ -213,9 +211,15 @@ impl Slot<'_> {
 
     /// Counts what was received from the query before.
     pub fn fold(&mut self) {
-        for (score, received) in self.scores.iter_mut().zip(&mut *self.received) {
-            *score = self.alpha * *score + std::mem::take(received);
-        }
+        count(self.alpha, self.scores, self.received);
+        self.received.fill(0.0);
+    }
+}
+
+/// Counts what tokens received from one more query; what they had before counts `alpha` of it.
+fn count(alpha: f32, scores: &mut [f32], received: &[f32]) {
+    for (score, received) in scores.iter_mut().zip(received) {
+        *score = alpha * *score + received;
     }
 }
 

@@ -23,7 +23,7 @@ impl<'a> Ahead<'a> {
     /// Asks for all lines at once, for the second level of the cache only: the first would have lost them when they are read.
     pub fn fetch_far(self) {
         for line in self.0 {
-            prefetch::<SECOND_LEVEL>(&line[0]);
+            prefetch::<true>(&line[0]);
         }
     }
 
@@ -32,23 +32,20 @@ impl<'a> Ahead<'a> {
     pub fn fetch(&mut self, lines: usize) {
         for _ in 0..lines {
             let Some((line, later)) = self.0.split_first() else { return };
-            prefetch::<FIRST_LEVEL>(&line[0]);
+            prefetch::<false>(&line[0]);
             self.0 = later;
         }
     }
 }
 
-const FIRST_LEVEL: i32 = 3;
-const SECOND_LEVEL: i32 = 2;
-
 #[cfg(target_arch = "x86_64")]
 #[inline]
-fn prefetch<const LEVEL: i32>(byte: &u8) {
+fn prefetch<const FAR: bool>(byte: &u8) {
     use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
-    const { assert!(FIRST_LEVEL == _MM_HINT_T0 && SECOND_LEVEL == _MM_HINT_T1) };
+    let byte = std::ptr::from_ref(byte).cast();
     // SAFETY: a prefetch touches nothing, whatever the address; every x86-64 CPU has it.
-    unsafe { _mm_prefetch::<LEVEL>(std::ptr::from_ref(byte).cast()) };
+    unsafe { if FAR { _mm_prefetch::<_MM_HINT_T1>(byte) } else { _mm_prefetch::<_MM_HINT_T0>(byte) } };
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn prefetch<const LEVEL: i32>(_: &u8) {}
+fn prefetch<const FAR: bool>(_: &u8) {}

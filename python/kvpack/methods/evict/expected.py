@@ -60,11 +60,5 @@ class ExpectedAttention(Evict):
         rotation = Rotation((), ()) if site is None else self._rotations(site)[site.layer]
         common = self._common(site, floor, self.budget, 0)
         return _kvpack.Eviction.expected(
-            common,
-            self.future,
-            self.covariance,
-            self.values,
-            self.epsilon,
-            list(rotation.pairs),
-            list(rotation.frequencies),
+            common, self.future, self.covariance, self.values, self.epsilon, (rotation.pairs, rotation.frequencies)
         )

@@ -51,7 +51,7 @@ class StreamingLLM(Evict):
             if not any(found.pairs for found in rotations):
                 raise OptionError(f"evict={self!r} is not accepted: the model has no rotary embedding")
             own = rotations[site.layer]
-            rotation = list(own.pairs), list(own.frequencies)
+            rotation = own.pairs, own.frequencies
         return _kvpack.Eviction.newest(self._common(site, floor, self.budget, 0), rotation)
 
 
