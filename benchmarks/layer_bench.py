@@ -77,8 +77,8 @@ class DynamicLayer(TorchLayer):
 class KvpackLayer:
     """Packed keys and values."""
 
-    def __init__(self, keys: Tensor, values: Tensor, quantize: Any) -> None:
-        self._layer = PackedLayer(quantize)
+    def __init__(self, keys: Tensor, values: Tensor, quantize: Any, select: Any = None) -> None:
+        self._layer = PackedLayer(quantize, select=select)
         self._layer.load(keys, values, None)
         self.nbytes = sum(self._layer.memory().values())
 

@@ -29,7 +29,7 @@ class _Score:
 
 
 @dataclass(frozen=True)
-class _Expected:
+class Expected:
     """What the full cache expects next: `p` `[n, vocabulary]`, the sum of `p log p`, and the likeliest token."""
 
     p: Tensor
@@ -37,7 +37,7 @@ class _Expected:
     likeliest: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, total: Tensor) -> _Expected:
+    def of(cls, logits: Tensor, total: Tensor) -> Expected:
         """Logits in float64, and the logarithm of the sum of their exponentials."""
         p = (logits - total[:, None]).exp_()
         return cls(p, _weighted(p, logits) - total, logits.argmax(-1))
@@ -72,7 +72,7 @@ def read_document(
     for first in range(0, predicted, chunk):
         new = ids[first : min(first + chunk, predicted)]
         targets = ids[first + 1 : first + 1 + len(new)]
-        expected: _Expected | None = None
+        expected: Expected | None = None
         for score in scores:
             logits = score.reader(new)
             if first:
@@ -82,7 +82,7 @@ def read_document(
             total = found.logsumexp(-1)
             score.nll.append(total - found.gather(-1, targets[:, None])[:, 0])
             if expected is None:
-                expected = _Expected.of(found, total)
+                expected = Expected.of(found, total)
             else:
                 score.kl.append(expected.kl(found, total))
                 score.agree += int((expected.likeliest == found.argmax(-1)).sum())
