@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 /// Everything that kvpack refuses. Each variant becomes a Python exception of its own class (`kvpack.errors`).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -74,6 +76,17 @@ pub enum Error {
     /// The cache is in use by another thread at this moment.
     #[error("this cache is in use by another thread; give each thread its own cache (cache.fork() shares the pages)")]
     Busy,
+    /// Keys or values of an earlier state of a layer are used.
+    #[error(
+        "these keys and values were returned by an earlier update (given version {given}, expected {expected}): the cache has \
+         changed since, use what the last update returned; is another thread using it?"
+    )]
+    Stale {
+        /// The version that was given.
+        given: u64,
+        /// The layer's.
+        expected: u64,
+    },
     /// A defect of kvpack itself.
     #[error("internal error, please report it: {0}")]
     Internal(String),
@@ -81,3 +94,15 @@ pub enum Error {
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Turns a panic of `f` into an error.
+///
+/// # Errors
+/// Those of `f`, and [`Error::Internal`].
+pub fn caught<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).into()));
+        Err(Error::Internal(text.unwrap_or_else(|| "unknown panic".into())))
+    })
+}

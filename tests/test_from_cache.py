@@ -33,7 +33,7 @@ def test_from_cache_equals_packing_during_prefill(codec: Any, lengths: list[int]
     mask = left_padding(lengths)
     full, packed = DynamicCache(config=model.config), kvpack.PackedCache(model, quantize=codec)
     for layer in packed.layers:
-        layer._wants_queries = False  # a cache that is packed afterwards shows its methods none
+        layer.unseen = True
     for cache in (full, packed):
         model(ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache)
     held = [(layer.keys.clone(), layer.values.clone()) for layer in full.layers]

@@ -19,6 +19,7 @@ class Lazy:
         valid: `[B, seen]`, which tokens are not pads; None when all are real.
         aux: by layer, positions `[B, n]` and hidden states `[B, n, D]` of tokens that were not computed from there on.
         running: whether a forward is under way.
+        before: what was known before it; None where nothing was.
     """
 
     held: list[Tensor]
@@ -26,6 +27,7 @@ class Lazy:
     valid: Tensor | None = None
     aux: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     running: bool = False
+    before: Lazy | None = None
 
     def bytes(self) -> int:
         """Bytes of the auxiliary store and of the positions."""
@@ -40,12 +42,21 @@ class Lazy:
             self.ids[rows],
             None if self.valid is None else self.valid[rows],
             {layer: (positions[rows], hidden[rows]) for layer, (positions, hidden) in self.aux.items()},
-            self.running,
         )
 
     def fork(self) -> Lazy:
-        """A copy that shares the tensors, none of which is ever changed."""
-        return Lazy(list(self.held), self.ids, self.valid, dict(self.aux), self.running)
+        """A copy that shares the tensors, none of which is ever changed; of a forward under way, as before it."""
+        if self.running and self.before is not None:
+            return self.before.fork()
+        return Lazy(list(self.held), self.ids, self.valid, dict(self.aux))
+
+    def begun(self) -> Lazy:
+        """A copy for a forward to change."""
+        return Lazy(list(self.held), self.ids, self.valid, dict(self.aux), True, self)
+
+    def ended(self) -> Lazy:
+        """What is known when the forward is over."""
+        return Lazy(self.held, self.ids, self.valid, self.aux)
 
 
 def scores(lazy: Lazy, slots: Tensor, attention: Tensor) -> Tensor:

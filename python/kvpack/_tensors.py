@@ -9,12 +9,14 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from .errors import DeviceError, DtypeError, GradError, ShapeError
 
 Description: TypeAlias = tuple[int, str, tuple[int, int, int, int], tuple[int, int, int, int]]
-# New tokens: keys, values, which are not pads (None: all), whether to pack first what is due, and afterwards.
-New: TypeAlias = tuple[Description, Description, Description | None, bool, bool]
+
+# Releases before past recording let assisted decoding crop without announcing it.
+RECORDING_EXISTS = hasattr(Cache, "activate_past_recording")
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "float32",
@@ -69,3 +71,46 @@ def _unwrap(what: str, x: Tensor) -> Tensor:
     if x.layout is not torch.strided or isinstance(x, torch._subclasses.FakeTensor):
         raise DeviceError(f"{what} are a {type(x).__name__} without plain memory, expected a strided CPU tensor")
     return x
+
+
+def row_of(valid: Tensor | None) -> Tensor | None:
+    """Flags `[B, n]` as Rust reads them, `[B, 1, 1, n]`."""
+    return None if valid is None else valid[:, None, None, :].contiguous()
+
+
+def four_dimensional(mask: Tensor | None) -> Tensor | None:
+    """A mask as Rust reads it.
+
+    Raises:
+        ShapeError: it has not 4 dimensions.
+    """
+    if mask is None:
+        return None
+    if mask.dim() != 4:
+        raise ShapeError(f"attention mask: given shape {tuple(mask.shape)}, expected 4 dimensions")
+    if mask.dtype not in DTYPES and mask.dtype != torch.bool:
+        mask = mask.float()
+    return readable(mask)
+
+def crop_of(n: int, seen: int) -> tuple[int, bool]:
+    """How many tokens `crop(n)` removes, and whether without announcement packed ones may be among them.
+
+    `-n`, or for the absolute length of older releases what lies beyond it; those crop in assisted decoding so.
+    """
+    return (-n, False) if n <= 0 else (max(seen - n, 0), not RECORDING_EXISTS)
+
+
+def rows_at(indices: Tensor, batch: int) -> list[int]:
+    """The rows of a batch at `indices`, numbers or booleans.
+
+    Raises:
+        ShapeError: there is no such row, or none is chosen.
+    """
+    chosen = torch.arange(batch)[indices.to("cpu")] if indices.dtype == torch.bool else indices
+    rows: list[int] = chosen.reshape(-1).tolist()
+    bad = [i for i in rows if not -batch <= i < batch]
+    if bad or not rows:
+        raise ShapeError(
+            f"batch indices: given {bad or 'none'}, expected at least one, each below the batch size {batch}"
+        )
+    return [i % batch for i in rows]

@@ -12,8 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .errors import ModelMismatchError
 from .handle import LazyKV
+from .identity import check_model
+from .layer import PackedLayer
 
 NAME = "kvpack"
 # An additive mask at or below this hides a token: models use the dtype's minimum, -inf, -1e9 or -1e4.
@@ -55,34 +56,41 @@ def kvpack_attention(
     new = query.shape[2]
     if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[2] == 1 < new:
         attention_mask = attention_mask.expand(-1, -1, new, -1)
-    if isinstance(key, LazyKV) and isinstance(value, LazyKV) and not dropout:
-        packed = key.packed_layer
-        value.packed_layer  # noqa: B018  # a stale handle raises
-        _check_model(packed, module)
-        if attention_mask is None and new > 1 and not getattr(module, "is_causal", True):
-            attention_mask = torch.ones((1, 1, new, key.shape[2]), dtype=torch.bool)
-        valid = _PADS.valid(attention_mask, new)
-        return packed.attend(query, attention_mask, valid, scaling, softcap, s_aux), None
-    prefill, version = getattr(key, "_kvpack_prefill", (lambda: None, 0))
-    layer = prefill()
-    if layer is not None:
-        _check_model(layer, module)
-    out = _exact_attention(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling=scaling,
-        dropout=dropout,
-        softcap=softcap,
-        s_aux=s_aux,
-        **kwargs,
-    )
-    if layer is not None:
-        del key._kvpack_prefill
-        sinks = None if s_aux is None else s_aux.detach().float().tolist()
-        layer.commit(version, _PADS.valid(attention_mask, new), (query, scaling, softcap, sinks))
+    reading = getattr(key, "_kvpack_reading", None)
+    # The PackedLayer of these keys, or the PackedCache of a layer that is not packed.
+    holder = key.layer if isinstance(key, LazyKV) else None if reading is None else reading.holder()
+    try:
+        if isinstance(holder, PackedLayer):
+            check_model(holder, module)
+        if isinstance(key, LazyKV) and isinstance(value, LazyKV) and not dropout:
+            if attention_mask is None and new > 1 and not getattr(module, "is_causal", True):
+                attention_mask = torch.ones((1, 1, new, key.shape[2]), dtype=torch.bool)
+            valid = _PADS.valid(attention_mask, new)
+            out = key.layer.attend(query, attention_mask, valid, scaling, softcap, s_aux, key.version)
+        else:
+            out = _exact_attention(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=scaling,
+                dropout=dropout,
+                softcap=softcap,
+                s_aux=s_aux,
+                **kwargs,
+            )
+            if isinstance(holder, PackedLayer) and reading is not None:
+                valid = _PADS.valid(attention_mask, new)
+                holder.commit(reading.version, query, valid, scaling, softcap, s_aux)
+            elif holder is not None and reading is not None:
+                holder.store.attended(reading.version)
+    except BaseException:
+        if holder is not None:
+            holder.store.roll_back()  # whatever happened: no layer keeps anything of this forward
+        raise
+    if holder is not None:
+        holder.store.finish()
     return out, None
 
 
@@ -159,39 +167,6 @@ def _shown(mask: Tensor) -> Tensor:
 
 
 _PADS = _Pads()
-
-_FINGERPRINT = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-
-
-def fingerprint(config: Any) -> dict[str, Any]:
-    """What tells one model's cache from another's."""
-    return {name: getattr(config, name, None) for name in _FINGERPRINT}
-
-
-def _check_model(layer: Any, module: nn.Module) -> None:
-    """Raises ModelMismatchError when `module` belongs to another model than the one its cache was made for."""
-    config = getattr(module, "config", None)
-    if config is None or config is layer.config or layer.config is None:
-        return
-    given, expected = fingerprint(config), fingerprint(layer.config)
-    different = [name for name in _FINGERPRINT if given[name] != expected[name]]
-    if different:
-        layer.discard()
-        raise ModelMismatchError(
-            "this cache was made for another model: given "
-            + ", ".join(f"{name}={given[name]}" for name in different)
-            + "; expected "
-            + ", ".join(f"{name}={expected[name]}" for name in different)
-        )
-    layer.config = config  # the same model by another name: no need to compare again
-
 
 def register() -> None:
     """Makes `attn_implementation="kvpack"` known to transformers."""

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterator
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
-from . import _kvpack
-from ._lazy import Lazy
-from ._threads import threads
-from .errors import ConcurrencyError, CropError, DeviceError, KvpackError, ModelMismatchError, OptionError, ShapeError
+from . import _kvpack, checks
+from ._forwards import Begun, begun, is_under_way
+from ._tensors import RECORDING_EXISTS, crop_of, rows_at
+from .beside import State
+from .errors import ConcurrencyError, CropError, ModelMismatchError, OptionError, ShapeError
+from .handle import Reading
+from .inspection import CacheInspection
 from .layer import PackedLayer
-from .memory import Memory, readable_bytes
-from .methods import EVICT, QUANTIZE, SELECT, Evict, Exact, Quantize, Select, Site
+from .methods import Evict, Quantize, Select, Site
 
-_PARTS = ("codes", "scales", "exact", "index", "auxiliary", "other layers")
+_R = TypeVar("_R")
 
 
-class PackedCache(Cache):
+class PackedCache(CacheInspection):
     """A KV cache that holds keys and values packed, and is read as it is.
 
     A drop-in for transformers' DynamicCache: `model.generate(**inputs, past_key_values=cache)`. It is right with any
     attention implementation, and fast when the model runs with `attn_implementation="kvpack"`. Full-attention layers
     are packed; sliding, linear and other layers keep transformers' own objects (`repr(cache)` says which).
+
+    A forward is a transaction: whatever fails between its first layer and its last one's attention, an interrupt too,
+    leaves all layers as they were. What only looks (`memory`, `kept`, `fork`, `info` ...) changes nothing, and answers at
+    any time, from any thread, with what was there before the forward that is under way.
     """
 
     def __init__(
@@ -51,34 +56,39 @@ class PackedCache(Cache):
             OptionError: an option is not accepted, or does not fit the model.
             DeviceError: the model is on another device.
         """
-        config = _text_config(model_or_config)
-        self.quantize = _checked(quantize)
-        self.evict = _checked_eviction(evict, self.quantize, config)
-        self.select = _checked_select(select)
+        config = checks.text_config(model_or_config)
+        self.quantize = checks.checked_codec(quantize)
+        self.evict = checks.checked_eviction(evict, self.quantize, config)
+        self.select = checks.checked_select(select)
         self.config = config
         # transformers decides the structure (sliding, linear, layers that share keys and values ...);
         # exactly the plain full-attention layers are replaced.
+        layers: list[Any] = DynamicCache(config=config).layers
+        if not layers:
+            raise OptionError(
+                f"model_or_config: given a configuration without decoder layers ({type(config).__name__}), "
+                "expected a decoder model"
+            )
         shared = bool(getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0))
         model = None if model_or_config is config or not hasattr(model_or_config, "config") else model_or_config
-        layers: list[Any] = DynamicCache(config=config).layers
-        for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                site = Site(i, len(layers), config, model)
-                layers[i] = PackedLayer(self.quantize, site, evict=evict, select=select, shared=shared)
-                layers[i].check_dims(_head_dim(config))
-        if not any(isinstance(layer, PackedLayer) for layer in layers):
-            kinds = sorted({type(layer).__name__ for layer in layers})
-            if not kinds:
-                raise OptionError(
-                    f"model_or_config: given a configuration without decoder layers ({type(config).__name__}), "
-                    "expected a decoder model"
-                )
+        sites = {
+            i: Site(i, len(layers), config, model) for i, layer in enumerate(layers) if type(layer) is DynamicLayer
+        }
+        stored = {i: self.quantize.make_layer(site, evict, select) for i, site in sites.items()}
+        if (head_dim := checks.head_dim(config)) is not None:
+            for layer in stored.values():
+                layer.check_dims(head_dim, head_dim)
+        taking_part = [i for i, layer in enumerate(layers) if hasattr(layer, "update") and type(layer).__name__ != "DummyLayer"]
+        self._first = min(taking_part, default=0)
+        self._begun: Begun | None = None
+        self.store = _kvpack.Cache(
+            [stored.get(i) for i in range(len(layers))], [shared] * len(layers), max(taking_part, default=0)
+        )
+        for i, site in sites.items():
+            layers[i] = PackedLayer(self.store, i, (evict, select, self.quantize), site)
         super().__init__(layers=layers)
-        self._last_layer = max((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), default=-1)
-        # The thread whose forward is between its first and its last layer.
-        self._forward_of: int | None = None
         # What LazyLLM left out, where it filled this cache.
-        self.lazy: Lazy | None = None
+        self.lazy = None
 
     @classmethod
     def from_cache(
@@ -111,13 +121,11 @@ class PackedCache(Cache):
         if not isinstance(cache, DynamicCache):
             raise OptionError(f"cache: given a {type(cache).__name__}, expected a transformers DynamicCache")
         packed = cls(model_or_config, evict=evict, quantize=quantize, select=select)
-        if len(cache.layers) > len(packed.layers):
-            raise ModelMismatchError(
-                f"cache: given one of {len(cache.layers)} layers, expected at most the model's {len(packed.layers)}"
-            )
-        shared = any(layer.shared for layer in packed._packed)
-        if len(cache.layers) < len(packed.layers) and not shared:
-            raise ModelMismatchError(f"cache: given one of {len(cache.layers)} layers, expected {len(packed.layers)}")
+        given, expected = len(cache.layers), len(packed.layers)
+        shares = getattr(packed.config, "kv_sharing_modes", None) or getattr(packed.config, "num_kv_shared_layers", 0)
+        if given > expected or (given < expected and not shares):
+            most = "at most the model's " if given > expected else ""
+            raise ModelMismatchError(f"cache: given one of {given} layers, expected {most}{expected}")
         for i, layer in enumerate(cache.layers):
             own = packed.layers[i]
             if not isinstance(own, PackedLayer):
@@ -125,6 +133,8 @@ class PackedCache(Cache):
             elif layer.is_initialized and layer.get_seq_length() > 0:
                 own.load(layer.keys, layer.values, attention_mask)
         return packed
+
+    # ---- a forward -------------------------------------------------------------------------------------------------
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -136,51 +146,104 @@ class PackedCache(Cache):
             ConcurrencyError: another thread is in the middle of a forward with this cache.
             OptionError: LazyLLM filled the cache, and this forward is outside of it.
         """
+        try:
+            layer = self._taking_part(layer_idx)
+            if isinstance(layer, PackedLayer):
+                return self._changing(lambda: layer.update(key_states, value_states))
+            self._enter(layer_idx)
+            keys, values = layer.update(key_states, value_states, *args, **kwargs)
+            keys._kvpack_reading = Reading(weakref.ref(self), layer_idx)
+        except ConcurrencyError:
+            raise
+        except BaseException:
+            self.store.roll_back()
+            raise
+        return keys, values
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers' Cache does."""
+        return self._beside(super().update_conv_state, conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers' Cache does."""
+        return self._beside(super().update_recurrent_state, recurrent_states, layer_idx, *args, **kwargs)
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers' Cache does."""
+        return self._beside(super().update_indexer, indexer_key_states, layer_idx, *args, **kwargs)
+
+    def _beside(self, change: Callable[..., Any], states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Changes a layer that is not packed, within a forward."""
+        try:
+            self._taking_part(layer_idx)
+            self._enter(layer_idx)
+            return change(states, layer_idx, *args, **kwargs)
+        except ConcurrencyError:
+            raise
+        except BaseException:
+            self.store.roll_back()
+            raise
+
+    def _taking_part(self, layer_idx: int) -> Any:
+        """The layer, in a forward."""
         if self.lazy is not None and not self.lazy.running:
             raise OptionError(
                 "this cache was filled within kvpack.LazyLLM: given a forward outside, expected one in it"
             )
+        if len(self.layers) > len(self.store):
+            self._adopt()
         if not 0 <= layer_idx < len(self.layers):
             raise ModelMismatchError(
                 f"layer_idx: given {layer_idx}, expected less than {len(self.layers)}, the layers of the model that "
-                "this cache was made for; if a forward of another model came this far, reset() the cache"
+                "this cache was made for"
             )
-        thread = threading.get_ident()
-        if self._forward_of not in (None, thread):
-            raise ConcurrencyError(
-                f"this cache is in the middle of a forward of another thread (given thread {thread}, expected "
-                f"{self._forward_of}); give each thread its own cache: cache.fork() shares the pages"
-            )
-        self._forward_of = None if layer_idx >= self._last_layer else thread
+        if layer_idx == self._first:
+            here = begun()
+            if self._begun is None or not self.store.is_under_way():
+                self._begun = here
+        return self.layers[layer_idx]
+
+    def _adopt(self) -> None:
+        """Takes in layers that were added to the list, as models that run theirs several times do."""
+        for i in range(len(self.store), len(self.layers)):
+            layer = self.layers[i]
+            packed = isinstance(layer, PackedLayer)
+            self.store.adopt(layer.store.fork_layer(layer.index) if packed else None)
+            if packed:
+                self.layers[i] = layer.on(self.store, i)
+
+    def _enter(self, layer_idx: int) -> None:
+        """Remembers what a layer that is not packed holds, once a forward."""
+        if self._changing(lambda: self.store.enter(layer_idx)):
+            self.store.keep(layer_idx, State(self.layers[layer_idx]))
+
+    def _changing(self, change: Callable[[], _R]) -> _R:
+        """Does what is refused in the middle of another thread's forward; one that an exception ended is undone first."""
         try:
-            keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        except KvpackError as error:
-            self._forward_of = None
-            self._take_back(layer_idx, error)
-            raise
-        return keys, values
-
-    def _take_back(self, failed: int, error: KvpackError) -> None:
-        """Undoes a forward that failed with `error` in layer `failed`, in the layers before it."""
-        if self.lazy is not None:
-            error.add_note("LazyLLM's forwards cannot be undone: reset() the cache before using it again.")
-            return
-        length = self.layers[failed].get_seq_length()
-        ahead = [i for i in range(failed) if self._length(i) > length]
-        kept = [i for i in ahead if not (isinstance(self.layers[i], PackedLayer) and self.layers[i].take_back(length))]
-        if kept:
-            error.add_note(
-                f"Layers {kept} hold this forward's tokens already: reset() the cache before using it again."
-            )
-
-    def _length(self, i: int) -> int:
-        return self.layers[i].get_seq_length() if hasattr(self.layers[i], "get_seq_length") else 0
+            return change()
+        except ConcurrencyError:
+            if is_under_way(self._begun, self):
+                raise
+            self.store.abandon()
+            self._begun = begun()
+            return change()
 
     # ---- changing the batch and the length, all layers or none ----------------------------------------------------
 
-    @property
-    def _packed(self) -> Iterator[PackedLayer]:
-        return (layer for layer in self.layers if isinstance(layer, PackedLayer))
+    def _change_all(self, beside: str, argument: Any, packed: Callable[[], None]) -> None:
+        """Calls the method `beside` of all layers that are not packed, and `packed`; if one fails, nothing has changed."""
+        self._changing(self.store.settle_forward)
+        states = [State(layer) for layer in self.layers if not isinstance(layer, PackedLayer)]
+        changes = self.store.changes()
+        try:
+            for state in states:
+                getattr(state.layer, beside)(*argument)
+            packed()
+        except BaseException:
+            if self.store.changes() == changes:  # else an interrupt came when all was done
+                for state in states:
+                    state()
+            raise
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the `-tokens_to_remove` newest tokens; a positive number is the length to keep.
@@ -193,42 +256,52 @@ class PackedCache(Cache):
             raise CropError(
                 "crop: given a cache that LazyLLM filled, whose layers hold different tokens; expected another"
             )
-        for layer in self._packed:
-            layer.check_crop(tokens_to_remove)
-        super().crop(int(tokens_to_remove))
+        n = int(tokens_to_remove)  # some releases pass a tensor
+        packed = next((layer for layer in self.layers if isinstance(layer, PackedLayer)), None)
+        if packed is None:
+            super().crop(n)
+            return
+        self._changing(self.store.settle_forward)
+        seen = packed.get_seq_length()
+        remove, lossy = crop_of(n, seen)
+        self.store.check_crop(remove, lossy)
+        self._change_all("crop", (-remove if RECORDING_EXISTS else seen - remove,), lambda: self.store.crop(remove, lossy))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes row `i` what row `beam_idx[i]` was (beam search); pages are shared, not copied."""
-        self._check_select(beam_idx)
-        super().reorder_cache(beam_idx)
-        self._select_lazy(beam_idx)
+        self._select("reorder_cache", beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows at `indices`; pages are shared, not copied."""
-        self._check_select(indices)
-        super().batch_select_indices(indices)
-        self._select_lazy(indices)
+        self._select("batch_select_indices", indices)
+
+    def _select(self, method: str, indices: Tensor) -> None:
+        batch = self.batch_size
+        if batch < 1:
+            return
+        rows = rows_at(indices, batch)
+        lazy = None if self.lazy is None else self.lazy.select(rows)
+        self._change_all(method, (indices,), lambda: self.store.select(rows))
+        self.lazy = lazy
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; pages are shared, not copied."""
-        super().batch_repeat_interleave(repeats)
-        if self.lazy is not None:
-            self._select_lazy(torch.arange(len(self.lazy.ids)).repeat_interleave(repeats))
+        if repeats < 1:
+            raise ShapeError(f"repeats: given {repeats}, expected at least 1")
+        rows = [i for i in range(max(self.batch_size, 0)) for _ in range(repeats)]
+        lazy = None if self.lazy is None or not rows else self.lazy.select(rows)
+        self._change_all("batch_repeat_interleave", (repeats,), lambda: self.store.select(rows) if rows else None)
+        self.lazy = lazy
 
-    def _select_lazy(self, indices: Tensor) -> None:
-        if self.lazy is not None:
-            self.lazy = self.lazy.select(indices)
-
-    def _check_select(self, indices: Tensor) -> None:
-        for layer in self._packed:
-            if layer.is_initialized:
-                layer.check_select(indices)
+    def activate_past_recording(self) -> None:
+        """From now on packing waits for `crop`, which then reaches any token; until nobody crops any more."""
+        super().activate_past_recording()
+        self.store.record()
 
     def reset(self) -> None:
         """Forgets all tokens and frees their memory."""
-        self._forward_of = None
+        self._change_all("reset", (), self.store.reset)
         self.lazy = None
-        super().reset()
 
     def fork(self) -> PackedCache:
         """A copy that shares all pages with this one; each side copies only what it changes.
@@ -236,11 +309,11 @@ class PackedCache(Cache):
         Costs microseconds a layer: prefill a long prompt once, then fork it for every continuation.
         """
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other._forward_of = None
+        other.__dict__.update(self.__dict__, store=self.store.fork(), _begun=None)
         other.lazy = None if self.lazy is None else self.lazy.fork()
         other.layers = [
-            layer.fork() if isinstance(layer, PackedLayer) else copy.deepcopy(layer) for layer in self.layers
+            layer.on(other.store, i) if isinstance(layer, PackedLayer) else copy.deepcopy(self._shown(i))
+            for i, layer in enumerate(self.layers)
         ]
         return other
 
@@ -255,170 +328,3 @@ class PackedCache(Cache):
         raise TypeError(
             "a PackedCache cannot be pickled or saved; fork() or copy.deepcopy() copies it within a process"
         )
-
-    # ---- looking at it ---------------------------------------------------------------------------------------------
-
-    def memory(self) -> Memory:
-        """Bytes held, measured from the allocations: by part, by layer, in total."""
-        parts = dict.fromkeys(_PARTS, 0)
-        layers = []
-        angles: set[int] = set()  # layers share them: they are counted with the first that has them
-        for layer in self.layers:
-            packed = isinstance(layer, PackedLayer)
-            held = layer.memory() if packed else {"other layers": _tensor_bytes(layer)}
-            table = layer.angles() if packed else None
-            if table and table[0] not in angles:
-                angles.add(table[0])
-                held["index"] += table[1]
-            for part, n in held.items():
-                parts[part] += n
-            layers.append(sum(held.values()))
-        parts["auxiliary"] += 0 if self.lazy is None else self.lazy.bytes()
-        return Memory(parts, layers)
-
-    def lossy_share(self, new: int = 0) -> float:
-        """Share of the keys' and values' numbers in packed layers that are not exactly what the model made, or gone.
-
-        Args:
-            new: leave out so many of the newest tokens: after a forward of `new` tokens it is the share of the past
-                that they read.
-        """
-        shares = [layer.lossy_share(new) for layer in self._packed]
-        return sum(shares) / len(shares) if shares else 0.0
-
-    def kept(self, layer: int, head: int, row: int = 0) -> list[int]:
-        """Positions of the tokens that a KV head of a sequence holds, pads not among them.
-
-        Raises:
-            ShapeError: there is no such layer, head or sequence, or the layer is none of kvpack's.
-        """
-        if not 0 <= layer < len(self.layers) or not isinstance(self.layers[layer], PackedLayer):
-            packed = [i for i, own in enumerate(self.layers) if isinstance(own, PackedLayer)]
-            raise ShapeError(f"layer: given {layer}, expected one of the packed layers {packed}")
-        positions: list[int] = self.layers[layer].positions(row, head)
-        if self.lazy is not None:
-            positions = sorted(self.lazy.held[layer][row, positions].tolist())
-        return positions
-
-    def info(self) -> dict[str, Any]:
-        """What really runs: version, instruction set, threads, codec, layers, and attention calls by path."""
-        packed = list(self._packed)
-        return {
-            "version": _kvpack.__version__,
-            "isa": _kvpack.isa(),
-            **threads(),
-            "evict": repr(self.evict),
-            "quantize": repr(self.quantize),
-            "select": repr(self.select),
-            "layers": [type(layer).__name__ for layer in self.layers],
-            "tokens": self.get_seq_length(),
-            **_feedback(packed),
-            **{path: sum(layer.counts[path] for layer in packed) for path in ("prefill", "fused", "materialised")},
-        }
-
-    def __repr__(self) -> str:
-        kinds: dict[str, int] = {}
-        for layer in self.layers:
-            kinds[type(layer).__name__] = kinds.get(type(layer).__name__, 0) + 1
-        layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-        methods = ", ".join(repr(method) for method in (self.evict, self.select, self.quantize) if method is not None)
-        return (
-            f"PackedCache({methods}, {self.get_seq_length()} tokens, "
-            f"{readable_bytes(self.memory().total)}, layers: {layers})"
-        )
-
-
-def _feedback(layers: list[PackedLayer]) -> dict[str, Any]:
-    """Where feedback is used: heads that have it, of all with a metric, and what it could gain."""
-    heads = [layer.feedback_gains(0, head) for layer in layers for head in range(layer.kv_heads if layer._seen else 0)]
-    told = {}
-    for side, name in enumerate(("feedback of keys", "feedback of values")):
-        gains = [gain for head in heads if (gain := head[side]) is not None]
-        if gains:
-            ratios = sorted(ratio for ratio, _ in gains)
-            told[name] = (
-                f"{sum(used for _, used in gains)} of {len(gains)} heads, gains {ratios[0]:.2f} to {ratios[-1]:.2f}, "
-                f"median {ratios[len(ratios) // 2]:.2f}"
-            )
-    return told
-
-
-def _text_config(model_or_config: Any) -> Any:
-    """The decoder's configuration."""
-    config = getattr(model_or_config, "config", model_or_config)
-    if not hasattr(config, "get_text_config"):
-        raise OptionError(
-            f"model_or_config: given a {type(model_or_config).__name__}, "
-            "expected a transformers model or its configuration"
-        )
-    device = getattr(model_or_config, "device", None)
-    if isinstance(device, torch.device) and device.type != "cpu":
-        raise DeviceError(f"model: given one on device {device}, expected cpu: kvpack computes in CPU memory")
-    return config.get_text_config(decoder=True)
-
-
-def _checked(quantize: Quantize | None) -> Quantize:
-    """The codec."""
-    quantize = Exact() if quantize is None else quantize
-    if not isinstance(quantize, Quantize):
-        accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in QUANTIZE.values())
-        raise OptionError(f"quantize={quantize!r} is not accepted; accepted: {accepted}, or None for Exact()")
-    return quantize
-
-
-def _checked_eviction(evict: Evict | None, quantize: Quantize, config: Any) -> Evict | None:
-    """The eviction, if it goes with the codec and the model."""
-    if evict is not None and not isinstance(evict, Evict):
-        accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in EVICT.values())
-        raise OptionError(f"evict={evict!r} is not accepted; accepted: {accepted}, or None to keep all tokens")
-    if evict is not None and quantize.needs_neighbours:
-        raise OptionError(
-            f"evict={evict!r} is not accepted with {type(quantize).__name__}: its keys before RoPE are held in runs of "
-            "consecutive positions; accepted: codecs that hold keys as they are attended to"
-        )
-    if evict is not None and quantize.centers() and evict.reads_keys:
-        raise OptionError(
-            f"evict={evict!r} is not accepted with {quantize!r}: it looks at keys, which are held less their mean; "
-            "accepted: center=False, or evictions by attention or position"
-        )
-    attention = getattr(config, "attn_config", None)
-    if evict is not None and (
-        getattr(config, "model_type", None) == "bloom"
-        or getattr(config, "alibi", False)
-        or getattr(attention, "alibi", 0)
-    ):
-        raise OptionError(
-            f"evict={evict!r} is not accepted for a model of type {config.model_type!r} with ALiBi: logits are biased "
-            "by the number of tokens in between, of which some would be gone; accepted: None"
-        )
-    return evict
-
-
-def _checked_select(select: Select | None) -> Select | None:
-    """The selection."""
-    if select is not None and not isinstance(select, Select):
-        accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in SELECT.values())
-        raise OptionError(f"select={select!r} is not accepted; accepted: {accepted}, or None to read all tokens")
-    return select
-
-
-def _head_dim(config: Any) -> int | None:
-    """Numbers of a key and of a value, where the configuration tells."""
-    head_dim = getattr(config, "head_dim", None)
-    width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
-    if head_dim is None and isinstance(width, int) and isinstance(heads, int) and heads:
-        head_dim = width // heads  # GPT-2 and its like do not name it
-    return head_dim if isinstance(head_dim, int) and getattr(config, "kv_lora_rank", None) is None else None
-
-
-def _tensor_bytes(holder: Any) -> int:
-    """Bytes of the tensors that one of transformers' own layers holds."""
-    storages = {}
-    stack = [vars(holder)] if hasattr(holder, "__dict__") else []
-    while stack:
-        for x in stack.pop().values():
-            if isinstance(x, Tensor):
-                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            elif isinstance(x, dict):
-                stack.append(x)
-    return sum(storages.values())

@@ -6,13 +6,12 @@ operation materialises it first, so that a PackedCache is right with every model
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import weakref
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-
-from .errors import StaleHandleError
 
 if TYPE_CHECKING:
     from .layer import PackedLayer
@@ -20,36 +19,40 @@ if TYPE_CHECKING:
 _CPU = torch.device("cpu")
 
 
+class Reading(NamedTuple):
+    """What keys that are no handle, but the model's own, tell attention: the cache that waits to be told of it.
+
+    Attributes:
+        holder: a reference to the PackedLayer, or to the PackedCache of a layer that is not packed. A weak one: the cache
+            may hold these keys.
+        version: of the PackedLayer; of another one its index.
+    """
+
+    holder: weakref.ref[Any]
+    version: int
+
+
 class LazyKV(Tensor):
     """All keys, or all values, that a layer holds: `[batch, KV heads, positions seen, head_dim]`."""
 
-    _layer: PackedLayer
-    _which: Literal["keys", "values"]
-    _made_at: int
+    layer: PackedLayer
+    which: Literal["keys", "values"]
+    version: int
     _full: Tensor | None = None
 
     @staticmethod
     def __new__(
-        cls, layer: PackedLayer, which: Literal["keys", "values"], shape: tuple[int, ...], dtype: torch.dtype
+        cls,
+        layer: PackedLayer,
+        which: Literal["keys", "values"],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        version: int,
     ) -> LazyKV:
-        """A handle on what `layer` holds now."""
+        """A handle on what `layer` holds while it has that version."""
         handle: LazyKV = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=_CPU)
-        handle._layer, handle._which, handle._made_at = layer, which, layer.version
+        handle.layer, handle.which, handle.version = layer, which, version
         return handle
-
-    @property
-    def packed_layer(self) -> PackedLayer:
-        """The layer behind this handle.
-
-        Raises:
-            StaleHandleError: the layer has changed since the handle was made.
-        """
-        if self._made_at != self._layer.version:
-            raise StaleHandleError(
-                f"these {self._which} were returned by an earlier update (given version {self._made_at}, expected "
-                f"{self._layer.version}): the cache has changed since, use what the last update returned"
-            )
-        return self._layer
 
     def materialize(self) -> Tensor:
         """The numbers, dequantised, in a tensor of their own.
@@ -58,11 +61,11 @@ class LazyKV(Tensor):
             StaleHandleError: the layer has changed since the handle was made.
         """
         if self._full is None:
-            self._full = self.packed_layer.for_model(self._which)
+            self._full = self.layer.for_model(self.which, self.version)
         return self._full
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"LazyKV({self._which}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"LazyKV({self.which}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
     def __torch_dispatch__(

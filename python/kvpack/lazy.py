@@ -108,6 +108,8 @@ class LazyLLM:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
+        if self._cache is not None:
+            _take_back(self._cache)
         self._hooks, self._cache, self._mask = [], None, None
 
     def _begin(self, kwargs: dict[str, Any]) -> None:
@@ -124,18 +126,17 @@ class LazyLLM:
                 f"past_key_values: given {cache!r}, expected one that evicts no tokens and holds keys as they are "
                 "attended to: with LazyLLM layers have different tokens"
             )
-        if any(layer.record_past for layer in layers):
+        if cache.store.records():
             raise OptionError(
                 "LazyLLM: given a cache that may be rolled back (assisted decoding), expected plain steps"
             )
-        if cache.lazy is not None and cache.lazy.running:
-            raise OptionError("past_key_values: given a cache whose last forward failed half way, expected reset()")
+        _take_back(cache)
         given = kwargs.get("attention_mask")
         if given is not None and (not isinstance(given, Tensor) or given.dim() != 2):
             raise ShapeError("attention_mask: given one that is not [B, tokens], expected that with LazyLLM")
         self._cache, self._mask, self._cut = cache, given, False
         for i, layer in enumerate(layers):
-            layer.watched = i + 1 in self.schedule
+            cache.store.watch(layer.index, i + 1 in self.schedule)
 
     def _before(self, i: int) -> Any:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -179,6 +180,8 @@ class LazyLLM:
             before = torch.arange(past).expand(batch, -1)
             known = before if valid is None else (valid[:, :past].cumsum(1) - 1).clamp(min=0)
             cache.lazy = Lazy([before] * len(self.computed), known)
+        else:
+            cache.lazy = cache.lazy.begun()
         cache.lazy.running = True
         cache.lazy.ids = torch.cat([cache.lazy.ids, ids], 1)
         cache.lazy.valid = valid
@@ -189,7 +192,7 @@ class LazyLLM:
         """Hidden states of the tokens that layer `i` computes: those that came and are wanted, and revived ones."""
         lazy, cache = self._lazy, self._cache
         assert cache is not None
-        worth = scores(lazy, lazy.held[i - 1], cache.layers[i - 1].take_attention())
+        worth = scores(lazy, lazy.held[i - 1], _attention(cache, i - 1))
         want = wanted(lazy, worth, self.schedule[i])
         kept, left = split(worth, want, self._rows)
         rows, states = at(self._rows, hidden, kept)
@@ -215,10 +218,26 @@ class LazyLLM:
 
     def _end(self, *_: Any) -> None:
         if self._cache is not None:
-            self._lazy.running = False
-            for layer in self._cache.layers:
-                layer.watched = False
+            self._cache.lazy = self._lazy.ended()
+            for i in range(len(self._cache.layers)):
+                self._cache.store.watch(i, False)
         self._cache, self._mask, self._cut = None, None, False
+
+
+def _take_back(cache: PackedCache) -> None:
+    """Forgets a forward that failed, unless the cache holds its tokens, as it came to its last layer."""
+    if cache.lazy is not None and cache.lazy.running:
+        cache.store.settle_forward()
+        whole = cache.get_seq_length() == cache.lazy.held[0].shape[1]
+        cache.lazy = cache.lazy.ended() if whole else cache.lazy.before
+
+
+def _attention(cache: PackedCache, layer: int) -> Tensor:
+    """What the newest query attended to in a layer that was watched, `[B, seen]`, the mean over its heads."""
+    attention = cache.store.attention(layer)
+    if attention is None:
+        raise ShapeError("attention of the newest query: given none, expected a forward through kvpack's attention")
+    return torch.tensor(attention).reshape(cache.batch_size, -1)
 
 
 def _checked_schedule(schedule: Mapping[int, float] | None, layers: int) -> dict[int, float]:

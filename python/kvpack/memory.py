@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -11,9 +12,9 @@ class Memory:
 
     Attributes:
         parts: bytes by part: `codes`, `scales` (with zero-points), `exact` (sinks, recent window and exact pages,
-            in the model's dtype), `index` (positions, lists of pages, headers), `auxiliary` (hidden states of tokens
-            that LazyLLM left out, and where they belong), and `other layers` (what transformers' own layer objects
-            hold).
+            in the model's dtype), `index` (positions, lists of pages, headers), `pending` (the model's own tensors of
+            the newest forward, until they are stored), `auxiliary` (hidden states of tokens that LazyLLM left out, and
+            where they belong), and `other layers` (what transformers' own layer objects hold).
         layers: bytes by layer of the model.
     """
 
@@ -39,6 +40,33 @@ class Memory:
             f"<table><thead><tr><th>KV cache, {len(self.layers)} layers</th><th>{readable_bytes(self.total)}</th>"
             f"<th>share</th></tr></thead><tbody>{rows}</tbody></table>"
         )
+
+
+def measured(packed: Sequence[Sequence[int] | None], others: Sequence[int | None], auxiliary: int) -> Memory:
+    """The memory of a cache: of packed layers part by part, of others in all, and what belongs to none."""
+    parts = dict.fromkeys(("codes", "scales", "exact", "index", "pending", "auxiliary", "other layers"), 0)
+    parts["auxiliary"] = auxiliary
+    layers = []
+    for held, other in zip(packed, others, strict=True):
+        for name, n in zip(parts, held or (), strict=False):
+            parts[name] += n
+        parts["other layers"] += other or 0
+        layers.append(sum(held or ()) + (other or 0))
+    return Memory(parts, layers)
+
+
+def feedback(heads: Sequence[Sequence[tuple[float, bool] | None]]) -> dict[str, str]:
+    """Where feedback is used, for `info`: heads that have it, of all with a metric, and what it could gain."""
+    told = {}
+    for side, name in enumerate(("feedback of keys", "feedback of values")):
+        gains = [gain for head in heads if (gain := head[side]) is not None]
+        if gains:
+            ratios = sorted(ratio for ratio, _ in gains)
+            told[name] = (
+                f"{sum(used for _, used in gains)} of {len(gains)} heads, gains {ratios[0]:.2f} to {ratios[-1]:.2f}, "
+                f"median {ratios[len(ratios) // 2]:.2f}"
+            )
+    return told
 
 
 def readable_bytes(n: int) -> str:

@@ -26,7 +26,7 @@ pub use decode::attend_one;
 pub use many::attend_many;
 pub use partial::Partial;
 pub use positions::Positions;
-pub use quest::{Bounds, Quest};
+pub use quest::{Bounds, BoundsMark, Quest};
 pub use received::{Attention, Received};
 pub use rope::{Rope, SPAN};
 pub use visibility::{BoolView, Mask, MaskData, Visibility};

@@ -77,6 +77,17 @@ impl Positions {
         self.runs().map(|(start, n)| end.saturating_sub(start as usize).min(n as usize)).sum()
     }
 
+    /// Room for runs: what [`Self::restore`] wants to know.
+    pub fn room(&self) -> usize {
+        self.runs.capacity()
+    }
+
+    /// Drops the tokens at positions from `end` on, and what room was made for them beyond `room`.
+    pub fn restore(&mut self, end: usize, room: usize) {
+        self.truncate(end);
+        self.runs.shrink_to(room);
+    }
+
     /// Drops the tokens at positions from `end` on.
     pub fn truncate(&mut self, end: usize) {
         let kept = self.count_below(end);
@@ -127,7 +138,12 @@ impl Positions {
 
     /// Bytes allocated.
     pub fn bytes(&self) -> usize {
-        self.runs.capacity() * size_of::<Run>()
+        Self::bytes_of(self.runs.capacity())
+    }
+
+    /// Bytes of room for so many runs.
+    pub fn bytes_of(room: usize) -> usize {
+        room * size_of::<Run>()
     }
 }
 

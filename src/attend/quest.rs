@@ -38,6 +38,21 @@ pub struct Bounds {
     covered: usize,
 }
 
+/// How many pages were known, and in how much memory.
+#[derive(Clone, Copy, Debug)]
+pub struct BoundsMark {
+    pages: usize,
+    covered: usize,
+    room: [usize; 2],
+}
+
+impl BoundsMark {
+    /// Bytes that were allocated.
+    pub fn bytes(self) -> usize {
+        self.room[0] * size_of::<(u32, u32)>() + self.room[1] * size_of::<f16>()
+    }
+}
+
 impl Quest {
     fn page_of(self, segment: &dyn KeySegment) -> usize {
         self.page.max(1).next_multiple_of(segment.unit()).min(CHUNK / segment.unit() * segment.unit())
@@ -171,8 +186,23 @@ impl Bounds {
         chunks
     }
 
+    /// What [`Self::restore`] wants to know.
+    pub fn mark(&self) -> BoundsMark {
+        BoundsMark { pages: self.pages.len(), covered: self.covered, room: [self.pages.capacity(), self.ends.capacity()] }
+    }
+
+    /// Forgets the pages that were added since `mark`.
+    pub fn restore(&mut self, mark: BoundsMark) {
+        let BoundsMark { pages, covered, room } = mark;
+        self.ends.truncate(self.ends.len() / self.pages.len().max(1) * pages);
+        self.pages.truncate(pages);
+        self.covered = covered;
+        self.pages.shrink_to(room[0]);
+        self.ends.shrink_to(room[1]);
+    }
+
     /// Bytes allocated.
     pub fn bytes(&self) -> usize {
-        self.pages.capacity() * size_of::<(u32, u32)>() + self.ends.capacity() * size_of::<f16>()
+        self.mark().bytes()
     }
 }

@@ -1,9 +1,7 @@
 //! What a KV head stores packed, laid out plainly, for tests and for the curious.
 
-use std::sync::Arc;
-
 use crate::cache::{KvHead, Segment};
-use crate::quantize::{Codec, KeyPage, Method, StaticKeys, ValuePage};
+use crate::quantize::{KeyPage, ValuePage};
 
 /// Exact tokens before the packed ones, codes `[tokens, dim]`, scales and zero-points in the order of their groups, and how
 /// many of them there are a token, or a group of tokens.
@@ -44,14 +42,6 @@ pub(super) fn keys(head: &KvHead) -> Packed {
         }
     }
     out
-}
-
-/// Bytes of calibrated tables, and of the angles with their address.
-pub(super) fn tables(codec: &Codec) -> (usize, Option<(usize, usize)>) {
-    let metrics = [&codec.keys, &codec.values].into_iter().filter_map(Method::feedback).map(|gptq| gptq.bytes()).sum();
-    let Method::KvQuant(kvquant) = &codec.keys else { return (metrics, None) };
-    let angles = |keys: &StaticKeys| (Arc::as_ptr(&keys.rope) as usize, keys.rope.bytes());
-    (metrics + kvquant.keys.as_ref().map_or(0, |keys| keys.bytes()), kvquant.keys.as_deref().map(angles))
 }
 
 /// Packed token, channel, and what the code lacks.

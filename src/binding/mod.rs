@@ -5,10 +5,10 @@
 // Arguments arrive by value from Python.
 #![allow(clippy::needless_pass_by_value)]
 
+mod cache;
 mod errors;
 mod eviction;
 mod inspect;
-mod layer;
 mod method;
 mod tensors;
 
@@ -25,9 +25,9 @@ static ALLOCATOR: crate::slabs::Slabs = crate::slabs::Slabs;
 #[pymodule(gil_used = false)]
 mod _kvpack {
     #[pymodule_export]
-    use super::eviction::Eviction;
+    use super::cache::{Cache, Layer};
     #[pymodule_export]
-    use super::layer::Layer;
+    use super::eviction::Eviction;
     #[pymodule_export]
     use super::method::Method;
     #[pymodule_export]

@@ -3,9 +3,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::memory::Counter;
 use crate::attend::Part;
 use crate::quantize::{Method, Page, Plan};
-use crate::tensor::Rows;
+use crate::tensor::{Held, Rows};
 
 /// The first `len` tokens of a shared page; a crop shortens the length and leaves the page alone.
 #[derive(Clone)]
@@ -28,13 +29,62 @@ impl<P: Page> Segment<P> {
 pub(super) struct Column<P> {
     pub(super) segments: Vec<Segment<P>>,
     pub(super) tail: Rows,
-    pub(super) plan: Plan,
+    /// Copied before a change, as pages are.
+    plan: Arc<Plan>,
+}
+
+/// What a column was like: see [`Column::mark`].
+pub(super) struct ColumnMark<P> {
+    segments: usize,
+    room: usize,
+    /// The last page, if it may grow. While it is shared with this mark, a copy of it grows.
+    open: Option<Segment<P>>,
+    tail: Held,
+    plan: Arc<Plan>,
 }
 
 impl<P: Page> Column<P> {
+    /// Remembers what it is like, so that tokens that are sealed and appended from now on can be undone, exactly and whatever
+    /// comes in between; tokens that are let go cannot.
+    pub(super) fn mark(&mut self) -> ColumnMark<P> {
+        ColumnMark {
+            segments: self.segments.len(),
+            room: self.segments.capacity(),
+            open: self.segments.last().filter(|last| last.is_open()).cloned(),
+            tail: self.tail.hold(),
+            plan: Arc::clone(&self.plan),
+        }
+    }
+
+    /// Makes it what it was.
+    pub(super) fn restore(&mut self, mark: &ColumnMark<P>) {
+        self.segments.truncate(mark.segments);
+        if let (Some(last), Some(open)) = (self.segments.last_mut(), &mark.open) {
+            last.clone_from(open);
+        }
+        self.segments.shrink_to(mark.room);
+        self.tail.restore(mark.tail);
+        self.plan.clone_from(&mark.plan);
+    }
+
+    /// Gives back what was kept for [`Self::restore`].
+    pub(super) fn release(&mut self) {
+        self.tail.release();
+    }
+
     /// An empty one of KV head number `head`.
     pub(super) fn new(head: usize, tail: Rows) -> Self {
-        Self { segments: Vec::new(), tail, plan: Plan::new(head) }
+        Self { segments: Vec::new(), tail, plan: Arc::new(Plan::new(head)) }
+    }
+
+    /// What the method decided.
+    pub(super) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The same, to be changed.
+    pub(super) fn plan_mut(&mut self) -> &mut Plan {
+        Arc::make_mut(&mut self.plan)
     }
 
     fn sealed(&self) -> usize {
@@ -78,13 +128,15 @@ impl<P: Page> Column<P> {
         while due > 0 {
             let taken = if let Some(open) = self.segments.last_mut().filter(|s| s.is_open()) {
                 let n = due.min(open.page.room());
-                let feedback = self.plan.token_feedback(method);
+                let feedback = method.feedback().and_then(|_| Arc::make_mut(&mut self.plan).token_feedback(method));
                 Arc::make_mut(&mut open.page).extend(&self.tail, n, feedback.as_deref());
                 open.len += n;
                 n
             } else {
-                self.plan.first = self.sealed();
-                let (page, n) = P::seal(method, &mut self.plan, &self.tail, due);
+                let first = self.sealed();
+                let plan = Arc::make_mut(&mut self.plan);
+                plan.first = first;
+                let (page, n) = P::seal(method, plan, &self.tail, due);
                 self.push(page);
                 n
             };
@@ -117,7 +169,10 @@ impl<P: Page> Column<P> {
     /// Keeps the `n` oldest tokens. What is left of an exact page that is cut goes back to the tail.
     pub(super) fn truncate(&mut self, n: usize) {
         let mut sealed = self.sealed();
-        self.plan.forget((sealed + self.tail.len()).saturating_sub(n));
+        let gone = (sealed + self.tail.len()).saturating_sub(n);
+        if self.plan.remembers() {
+            Arc::make_mut(&mut self.plan).forget(gone);
+        }
         if n >= sealed {
             self.tail.truncate(n - sealed);
             return;
@@ -214,9 +269,18 @@ impl<P: Page> Column<P> {
         sealed.chain([tail]).collect()
     }
 
-    /// Bytes of the list of segments.
-    pub(super) fn index_bytes(&self) -> usize {
-        self.segments.capacity() * size_of::<Segment<P>>()
+    /// Adds what is allocated for it to `counter`: now, or when `mark` was made.
+    pub(super) fn count(&self, mark: Option<&ColumnMark<P>>, counter: &mut Counter) {
+        let (segments, room, tail, plan) = match mark {
+            Some(mark) => (&self.segments[..mark.segments], mark.room, self.tail.bytes_when(mark.tail), &mark.plan),
+            None => (&self.segments[..], self.segments.capacity(), self.tail.bytes(), &self.plan),
+        };
+        counter.memory.exact += tail;
+        counter.memory.index += room * size_of::<Segment<P>>();
+        counter.plan(plan);
+        let open = mark.and_then(|mark| mark.open.as_ref());
+        let closed = &segments[..segments.len() - usize::from(open.is_some())];
+        closed.iter().chain(open).for_each(|segment| counter.page(&segment.page));
     }
 }
 

@@ -1,5 +1,7 @@
 //! Fewer tokens: what an eviction sees of a forward, and how a layer lets tokens go.
 
+use std::sync::Arc;
+
 use super::head::KvHead;
 use super::layer::{Layer, New, Sequence, chosen};
 use crate::attend::kernels::Kernels;
@@ -28,11 +30,12 @@ impl KvHead {
         let [_, kv_heads, n, _] = new.k.shape();
         let tokens: Vec<usize> = (0..n).filter(|&t| valid.is_none_or(|valid| valid[t])).collect();
         let Some(&first) = tokens.first() else { return };
-        self.observed.origin.get_or_insert((seen + first) as u32);
+        let observed = Arc::make_mut(&mut self.observed);
+        observed.origin.get_or_insert((seen + first) as u32);
         let prompt = n > SHORT || seen == 0;
         if prompt {
-            self.observed.prompt += tokens.len();
-            self.observed.due = true;
+            observed.prompt += tokens.len();
+            observed.due = true;
         }
         let attention_follows = n == 1 && seen > 0 && eviction.wants_attention();
         let Some(readers) = new.readers.filter(|_| (prompt || eviction.block.is_some()) && !attention_follows) else {
@@ -61,7 +64,8 @@ impl KvHead {
             softcap: readers.softmax.softcap,
             sinks: readers.sinks.map(|sinks| &sinks[h * group..(h + 1) * group]),
         };
-        let mut observed = std::mem::take(&mut self.observed);
+        let mut shared = std::mem::take(&mut self.observed);
+        let observed = Arc::make_mut(&mut shared);
         match &eviction.scorer {
             Scorer::Attention(_) => {
                 observed.count(&self.view(), &queries, eviction.memory(), !prompt, &mut Scratch::new(chosen()));
@@ -74,7 +78,7 @@ impl KvHead {
             Scorer::Expected(_) => {}
             _ => observed.keep_queries(&queries, newest.max(most_of(eviction))),
         }
-        self.observed = observed;
+        self.observed = shared;
     }
 
     fn place(&self, head: usize) -> Place {
@@ -89,14 +93,14 @@ impl KvHead {
     }
 
     /// Whether tokens are to be chosen: after a prompt, or when the budget is exceeded by a block.
-    fn is_due(&self, eviction: &Eviction) -> bool {
+    pub(super) fn is_due(&self, eviction: &Eviction) -> bool {
         let budget = eviction.budget.tokens(self.observed.prompt).max(self.observed.kept);
         self.observed.due || eviction.block.is_some_and(|block| self.positions.len() > budget + block)
     }
 
     /// The tokens, with what each is worth.
     fn candidates(&mut self, eviction: &Eviction, h: usize) -> Candidates {
-        self.observed.fold(eviction.memory());
+        Arc::make_mut(&mut self.observed).fold(eviction.memory());
         let (view, place) = (self.view(), self.place(h));
         let budget = eviction.budget.tokens(self.observed.prompt);
         let mut scores = if self.positions.len() <= budget && !eviction.has_gaps() {
@@ -110,7 +114,7 @@ impl KvHead {
 
     /// Keeps the tokens for which `keep` says so.
     fn retain(&mut self, eviction: &Eviction, keep: &[bool]) {
-        self.observed.chosen(keep, eviction.block.is_some());
+        Arc::make_mut(&mut self.observed).chosen(keep, eviction.block.is_some());
         if keep.contains(&false) {
             self.keys.retain(keep);
             self.values.retain(keep);
@@ -160,12 +164,12 @@ impl Layer {
     pub fn receive(&mut self, attention: &[Attention], kernels: &'static Kernels) {
         let (Some(eviction), position) = (self.eviction.clone(), self.seen() as u32 - 1) else { return };
         let (mut tasks, mut work) = (Vec::new(), 0);
-        let heads = self.rows.iter_mut().flat_map(|row| std::sync::Arc::make_mut(row).iter_mut());
+        let heads = self.rows.iter_mut().flat_map(|row| Arc::make_mut(row).iter_mut());
         for (head, attention) in heads.zip(attention) {
             let tokens = head.positions.len();
             work += RECEIVING * tokens;
             // The parts of a head are those in which it was read: as many as keep all threads busy.
-            let mut rest = head.observed.receive(position, tokens, eviction.memory());
+            let mut rest = Arc::make_mut(&mut head.observed).receive(position, tokens, eviction.memory());
             for (part, start) in attention.starts(tokens).into_iter().enumerate().rev() {
                 tasks.push((attention, part, start, rest.split_off(start)));
             }

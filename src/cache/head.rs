@@ -1,9 +1,12 @@
 //! What one KV head of one sequence holds.
 
-use super::column::Column;
+use std::sync::Arc;
+
+use super::column::{Column, ColumnMark};
 use super::layer::chosen;
+use super::memory::Counter;
 use crate::attend::mat::MatMut;
-use crate::attend::{Bounds, CHUNK, Head, KeyChunk, Positions, Quest, Scratch, key_chunks, padded, tile_rows};
+use crate::attend::{Bounds, BoundsMark, CHUNK, Head, KeyChunk, Positions, Quest, Scratch, key_chunks, padded, tile_rows};
 use crate::evict::Observed;
 use crate::quantize::{Codec, KeyPage, SAMPLES, SHORT, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
@@ -17,10 +20,22 @@ pub struct KvHead {
     pub(super) keys: Column<KeyPage>,
     pub(super) values: Column<ValuePage>,
     pub(super) positions: Positions,
-    /// What an eviction remembers.
-    pub(super) observed: Observed,
+    /// What an eviction remembers; copied before a change, as pages are.
+    pub(super) observed: Arc<Observed>,
     /// The pages among which queries choose.
     pub(super) bounds: Bounds,
+    /// What keys are held less of, where their codec wants that: the mean of the first ones.
+    pub(super) center: Option<Arc<[f32]>>,
+}
+
+/// What a head was like: see [`KvHead::mark`].
+pub(super) struct HeadMark {
+    keys: ColumnMark<KeyPage>,
+    values: ColumnMark<ValuePage>,
+    runs: usize,
+    observed: Arc<Observed>,
+    bounds: BoundsMark,
+    center: Option<Arc<[f32]>>,
 }
 
 impl KvHead {
@@ -30,9 +45,38 @@ impl KvHead {
             keys: Column::new(head, Rows::new(dtype, key_dim)),
             values: Column::new(head, Rows::new(dtype, value_dim)),
             positions: Positions::default(),
-            observed: Observed::default(),
+            observed: Arc::default(),
             bounds: Bounds::default(),
+            center: None,
         }
+    }
+
+    /// Remembers what it is like, as [`Column::mark`] does.
+    pub(super) fn mark(&mut self) -> HeadMark {
+        HeadMark {
+            keys: self.keys.mark(),
+            values: self.values.mark(),
+            runs: self.positions.room(),
+            observed: Arc::clone(&self.observed),
+            bounds: self.bounds.mark(),
+            center: self.center.clone(),
+        }
+    }
+
+    /// Makes it what it was, when `seen` positions had been seen.
+    pub(super) fn restore(&mut self, mark: &HeadMark, seen: usize) {
+        self.keys.restore(&mark.keys);
+        self.values.restore(&mark.values);
+        self.positions.restore(seen, mark.runs);
+        self.observed.clone_from(&mark.observed);
+        self.bounds.restore(mark.bounds);
+        self.center.clone_from(&mark.center);
+    }
+
+    /// Gives back what was kept for [`Self::restore`].
+    pub(super) fn release(&mut self) {
+        self.keys.release();
+        self.values.release();
     }
 
     /// Appends the tokens of head `h` of batch row `b` for which `valid` says true (without it all), at positions
@@ -45,8 +89,12 @@ impl KvHead {
         valid: Option<&[bool]>,
         seen: usize,
         codec: Option<&Codec>,
+        centers: bool,
     ) {
         let n = k.shape()[2];
+        if centers && self.positions.is_empty() {
+            self.center = Some(mean(k, [b, h], valid));
+        }
         let step = if codec.is_some() { APPEND_STEP } else { n };
         for start in (0..n).step_by(step) {
             let tokens = (start..n.min(start + step)).filter(|&t| valid.is_none_or(|valid| valid[t]));
@@ -54,7 +102,10 @@ impl KvHead {
             self.keys.tail.reserve(kept);
             self.values.tail.reserve(kept);
             for t in tokens {
-                self.keys.tail.extend(k.row(b, h, t));
+                match &self.center {
+                    Some(center) => self.keys.tail.extend_less(k.row(b, h, t), center),
+                    None => self.keys.tail.extend(k.row(b, h, t)),
+                }
                 self.values.tail.extend(v.row(b, h, t));
                 self.positions.push(seen + t, 1);
             }
@@ -69,7 +120,7 @@ impl KvHead {
         let [_, heads, n, dim] = query.shape();
         let (readers, mut q) = (heads / kv_heads, vec![0.0; dim]);
         let tokens: Vec<usize> = (0..n).filter(|&t| valid.is_none_or(|valid| valid[t])).collect();
-        self.keys.plan.observe(tokens.len(), dim, |t, sums| {
+        self.keys.plan_mut().observe(tokens.len(), dim, |t, sums| {
             for reader in h * readers..(h + 1) * readers {
                 query.row(b, reader, tokens[t]).to_f32(&mut q);
                 for (sum, q) in sums.iter_mut().zip(&q) {
@@ -88,7 +139,7 @@ impl KvHead {
         valid: Option<&[bool]>,
     ) {
         let [_, heads, n, dim] = query.shape();
-        if n <= SHORT && !self.positions.is_empty() || !self.keys.plan.wants_moment() {
+        if n <= SHORT && !self.positions.is_empty() || !self.keys.plan().wants_moment() {
             return;
         }
         let tokens: Vec<usize> = (0..n).filter(|&t| valid.is_none_or(|valid| valid[t])).collect();
@@ -97,7 +148,7 @@ impl KvHead {
         let places = tokens.iter().step_by(step).flat_map(|&t| (h * readers..(h + 1) * readers).map(move |r| (r, t)));
         let mut q = vec![0.0; places.clone().count() * dim];
         q.chunks_exact_mut(dim).zip(places).for_each(|(q, (reader, t))| query.row(b, reader, t).to_f32(q));
-        self.keys.plan.observe_moment(&q, dim, chosen());
+        self.keys.plan_mut().observe_moment(&q, dim, chosen());
     }
 
     /// How many numbers the codec's rule wants packed.
@@ -126,8 +177,21 @@ impl KvHead {
         self.keys.truncate(kept);
         self.values.truncate(kept);
         self.positions.truncate(end);
-        self.observed.truncate(end, kept);
+        Arc::make_mut(&mut self.observed).truncate(end, kept);
         self.bounds.truncate(kept);
+    }
+
+    /// Adds what is allocated for it to `counter`: now, or when `mark` was made.
+    pub(super) fn count(&self, mark: Option<&HeadMark>, counter: &mut Counter) {
+        let (positions, bounds, observed, center) = match mark {
+            Some(mark) => (Positions::bytes_of(mark.runs), mark.bounds.bytes(), &mark.observed, &mark.center),
+            None => (self.positions.bytes(), self.bounds.bytes(), &self.observed, &self.center),
+        };
+        counter.memory.index += size_of::<Self>() + positions + bounds;
+        counter.observed(observed);
+        counter.center(center.as_ref());
+        self.keys.count(mark.map(|mark| &mark.keys), counter);
+        self.values.count(mark.map(|mark| &mark.values), counter);
     }
 
     /// The head as the reading side sees it.
@@ -174,6 +238,9 @@ impl KvHead {
                 if let Some(basis) = segment.basis() {
                     basis.undo(&mut key);
                 }
+                if let Some(center) = &self.center {
+                    key.iter_mut().zip(&**center).for_each(|(x, center)| *x += center);
+                }
                 write(p, &key);
             }
         }
@@ -203,7 +270,7 @@ impl KvHead {
 
     /// What feedback could gain at most, and whether it is used, for keys and for values.
     pub fn gains(&self) -> [Option<(f32, bool)>; 2] {
-        [self.keys.plan.gain(), self.values.plan.gain()]
+        [self.keys.plan().gain(), self.values.plan().gain()]
     }
 
     /// Positions of the tokens held.
@@ -215,4 +282,16 @@ impl KvHead {
     pub fn pages(&self) -> (&[super::Segment<KeyPage>], &[super::Segment<ValuePage>]) {
         (&self.keys.segments, &self.values.segments)
     }
+}
+
+/// The mean of the keys of head `h` of batch row `b` that are no pads.
+fn mean(k: &View<'_>, [b, h]: [usize; 2], valid: Option<&[bool]>) -> Arc<[f32]> {
+    let [_, _, n, dim] = k.shape();
+    let (mut sum, mut key, mut tokens) = (vec![0.0f64; dim], vec![0.0; dim], 0);
+    for t in (0..n).filter(|&t| valid.is_none_or(|valid| valid[t])) {
+        k.row(b, h, t).to_f32(&mut key);
+        sum.iter_mut().zip(&key).for_each(|(sum, &x)| *sum += f64::from(x));
+        tokens += 1;
+    }
+    sum.into_iter().map(|sum| (sum / f64::from(tokens.max(1))) as f32).collect()
 }

@@ -1,6 +1,5 @@
 //! One attention layer's cache: the sequences of a batch.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::head::KvHead;
@@ -75,10 +74,12 @@ pub struct Layer {
     pub(super) eviction: Option<Arc<Eviction>>,
     /// How much one query reads, if not all.
     pub(super) quest: Option<Quest>,
-    shape: Option<Shape>,
+    /// Whether keys are held less the mean of the first ones.
+    centers: bool,
+    pub(super) shape: Option<Shape>,
     pub(super) rows: Vec<Arc<Sequence>>,
     /// Positions seen, pads included: the logical length.
-    seen: usize,
+    pub(super) seen: usize,
     /// Positions up to which tokens were chosen: what went does not come back.
     pub(super) final_to: usize,
 }
@@ -86,7 +87,8 @@ pub struct Layer {
 impl Layer {
     /// An empty layer that keeps all tokens.
     pub fn new(codec: Codec) -> Self {
-        Self { codec, eviction: None, quest: None, shape: None, rows: Vec::new(), seen: 0, final_to: 0 }
+        let rows = Vec::new();
+        Self { codec, eviction: None, quest: None, centers: false, shape: None, rows, seen: 0, final_to: 0 }
     }
 
     /// The layer, with an eviction that chooses tokens.
@@ -99,6 +101,17 @@ impl Layer {
     #[must_use]
     pub fn with_quest(self, quest: Option<Quest>) -> Self {
         Self { quest, ..self }
+    }
+
+    /// The layer, whose keys are held less the mean of the first ones.
+    #[must_use]
+    pub fn with_centers(self, centers: bool) -> Self {
+        Self { centers, ..self }
+    }
+
+    /// Whether attention changes nothing when all keys move, and keys are held so.
+    pub fn centers(&self) -> bool {
+        self.centers
     }
 
     /// What chooses tokens, if anything does.
@@ -241,7 +254,7 @@ impl Layer {
             self.rows = (0..batch).map(|_| Arc::new((0..heads).map(empty).collect())).collect();
         }
         // With an eviction nothing is packed before it was chosen.
-        let (seen, eviction) = (self.seen, self.eviction.clone());
+        let (seen, eviction, centers) = (self.seen, self.eviction.clone(), self.centers);
         let codec = (settle && eviction.is_none()).then_some(&self.codec);
         let keys = &self.codec.keys;
         let (squares, moment) = (query.filter(|_| keys.wants_squares()), query.filter(|_| keys.wants_moment()));
@@ -257,7 +270,7 @@ impl Layer {
             if let Some(query) = moment {
                 head.observe_moment(query, [b, h], shape.heads, row_valid(b));
             }
-            head.append(k, v, [b, h], row_valid(b), seen, codec);
+            head.append(k, v, [b, h], row_valid(b), seen, codec, centers);
             if let Some(eviction) = &eviction {
                 head.witness(eviction, new, [b, h], row_valid(b), seen);
             }
@@ -318,19 +331,27 @@ impl Layer {
     }
 
     /// Calls `change` with all sequences for which `wanted` says true; rows that share a sequence still
-    /// share it afterwards.
+    /// share it afterwards, even if `change` panics.
     pub(super) fn each_unique(&mut self, wanted: impl Fn(&Sequence) -> bool, change: impl FnOnce(Vec<&mut Sequence>)) {
-        let mut unique: Vec<Arc<Sequence>> = Vec::new();
-        let mut which = Vec::with_capacity(self.rows.len());
-        for row in self.rows.drain(..) {
-            let at = unique.iter().position(|u| Arc::ptr_eq(u, &row));
-            which.push(at.unwrap_or(unique.len()));
-            if at.is_none() {
-                unique.push(row);
+        /// Rows, and which of them share the sequence of an earlier one.
+        struct Shared<'a> {
+            rows: &'a mut [Arc<Sequence>],
+            later: Vec<(usize, usize)>,
+        }
+        impl Drop for Shared<'_> {
+            fn drop(&mut self) {
+                for &(row, first) in &self.later {
+                    self.rows[row] = Arc::clone(&self.rows[first]);
+                }
             }
         }
-        change(unique.iter_mut().filter(|row| wanted(row)).map(Arc::make_mut).collect());
-        self.rows.extend(which.into_iter().map(|i| Arc::clone(&unique[i])));
+        let first = |row: usize| (0..row).find(|&first| Arc::ptr_eq(&self.rows[first], &self.rows[row]));
+        let later: Vec<_> = (1..self.rows.len()).filter_map(|row| Some((row, first(row)?))).collect();
+        // Else a sequence would be copied for its own other rows.
+        let nothing = Arc::new(Sequence::new());
+        later.iter().for_each(|&(row, _)| self.rows[row] = Arc::clone(&nothing));
+        let shared = Shared { rows: &mut self.rows, later };
+        change(shared.rows.iter_mut().filter(|row| wanted(row)).map(Arc::make_mut).collect());
     }
 
     /// All heads, row by row.
@@ -391,13 +412,14 @@ impl Layer {
         Ok(())
     }
 
-    /// Forgets everything but the codec.
+    /// Forgets everything but the methods.
     pub fn reset(&mut self) {
-        *self = Self::new(self.codec.clone()).with_eviction(self.eviction.clone()).with_quest(self.quest);
+        (self.shape, self.rows, self.seen, self.final_to) = (None, Vec::new(), 0, 0);
     }
 
-    /// The share of the numbers of all tokens, the newest `new` positions aside, that are not what the model made, or gone.
-    pub fn lossy_share(&self, new: usize) -> f64 {
+    /// How many of the numbers of all tokens, the newest `new` positions aside, are not what the model made, or gone; and how
+    /// many there are.
+    pub fn lossy(&self, new: usize) -> (usize, usize) {
         let (mut lossy, mut held) = (0, 0);
         for head in self.heads() {
             let (key_dim, value_dim) = (head.keys.tail.dim(), head.values.tail.dim());
@@ -407,17 +429,16 @@ impl Layer {
             lossy += gone * (key_dim + value_dim);
             held += (here + gone) * (key_dim + value_dim);
         }
-        if held == 0 { 0.0 } else { (lossy as f64 / held as f64).min(1.0) }
+        (lossy.min(held), held)
     }
 
     /// Bytes allocated for this layer; what its sequences share is counted once.
     pub fn memory(&self) -> Memory {
         let mut counter = Counter::default();
-        let mut seen = HashSet::new();
         for row in &self.rows {
-            if seen.insert(Arc::as_ptr(row)) {
+            if counter.first(row) {
                 counter.memory.index += ARC_HEADER + size_of::<Sequence>();
-                row.iter().for_each(|head| counter.head(head));
+                row.iter().for_each(|head| head.count(None, &mut counter));
             }
         }
         counter.memory.index += self.rows.capacity() * size_of::<Arc<Sequence>>();

@@ -4,9 +4,8 @@ use std::collections::HashSet;
 use std::ops::AddAssign;
 use std::sync::Arc;
 
-use super::column::Column;
-use super::head::KvHead;
-use crate::quantize::{Page, PageBytes};
+use crate::evict::Observed;
+use crate::quantize::{Page, PageBytes, Plan};
 
 /// Bytes allocated, part by part; what several sequences share is counted once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,28 +38,41 @@ impl AddAssign<PageBytes> for Memory {
 /// The two counters that an `Arc` allocates beside its value.
 pub(super) const ARC_HEADER: usize = 2 * size_of::<usize>();
 
-/// Counts heads, every page once.
+/// Counts what heads hold, each shared part once.
 #[derive(Default)]
 pub(super) struct Counter {
     pub(super) memory: Memory,
-    pages: HashSet<*const ()>,
+    counted: HashSet<*const ()>,
 }
 
 impl Counter {
-    pub(super) fn head(&mut self, head: &KvHead) {
-        self.memory.index += size_of::<KvHead>() + head.positions.bytes() + head.observed.bytes() + head.bounds.bytes();
-        self.column(&head.keys);
-        self.column(&head.values);
+    /// Whether this is the first time that it is seen.
+    pub(super) fn first<T: ?Sized>(&mut self, shared: &Arc<T>) -> bool {
+        self.counted.insert(Arc::as_ptr(shared).cast())
     }
 
-    fn column<P: Page>(&mut self, column: &Column<P>) {
-        self.memory.exact += column.tail.bytes();
-        self.memory.index += column.index_bytes() + column.plan.bytes();
-        for segment in &column.segments {
-            if self.pages.insert(Arc::as_ptr(&segment.page).cast()) {
-                self.memory += segment.page.bytes();
-                self.memory.index += ARC_HEADER + size_of::<P>();
-            }
+    pub(super) fn page<P: Page>(&mut self, page: &Arc<P>) {
+        if self.first(page) {
+            self.memory += page.bytes();
+            self.memory.index += ARC_HEADER + size_of::<P>();
+        }
+    }
+
+    pub(super) fn plan(&mut self, plan: &Arc<Plan>) {
+        if self.first(plan) {
+            self.memory.index += ARC_HEADER + size_of::<Plan>() + plan.bytes();
+        }
+    }
+
+    pub(super) fn observed(&mut self, observed: &Arc<Observed>) {
+        if self.first(observed) {
+            self.memory.index += ARC_HEADER + size_of::<Observed>() + observed.bytes();
+        }
+    }
+
+    pub(super) fn center(&mut self, center: Option<&Arc<[f32]>>) {
+        if let Some(center) = center.filter(|center| self.first(center)) {
+            self.memory.scales += ARC_HEADER + size_of_val(&**center);
         }
     }
 }

@@ -6,13 +6,17 @@
 
 #![forbid(unsafe_code)]
 
+#[allow(clippy::module_inception)] // what the room is called is what is in it
+mod cache;
 mod column;
 mod evicting;
 mod head;
 mod layer;
 mod memory;
 mod read;
+mod snapshot;
 
+pub use cache::{Cache, Counts, Foreign, Given, Side};
 pub use column::Segment;
 pub use head::KvHead;
 pub use layer::{Layer, New, Readers, Shape};

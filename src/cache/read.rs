@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::cache::Side;
 use super::head::KvHead;
 use super::layer::{COPYING, Layer, Shape, expect};
 use crate::attend::kernels::Kernels;
@@ -97,32 +98,21 @@ impl Layer {
         })
     }
 
-    /// Writes to `out` `[B, 1, 1, seen]` what every position receives from the one query of a request, the mean over the query
-    /// heads; 0 where a head holds nothing.
+    /// What every position receives from the one query of a request, `[B, seen]`, the mean over the query heads; 0 where a head
+    /// holds nothing.
     ///
     /// # Errors
     /// As [`Self::attend`].
-    pub fn write_received(
-        &self,
-        request: &Request<'_>,
-        out: &mut ViewMut<'_>,
-        kernels: &'static Kernels,
-    ) -> Result<()> {
+    pub fn received(&self, request: &Request<'_>, kernels: &'static Kernels) -> Result<Vec<f32>> {
         let [batch, query_heads, queries, _] = request.query.shape();
         expect("query: tokens", queries, 1)?;
-        let expected = [self.batch(), 1, 1, self.seen()];
-        if out.shape() != expected {
-            let given = format!("{:?}", out.shape());
-            return Err(Error::Shape { what: "out", given, expected: format!("{expected:?}") });
-        }
         let value_dim = self.shape().map_or(0, |shape| shape.value_dim);
         let mut attended = vec![0.0; batch * query_heads * value_dim];
         let mut attended = ViewMut::of_slice(&mut attended, [batch, 1, query_heads, value_dim]);
         let attention = self.attend(&Request { received: true, ..*request }, &mut attended, kernels)?;
-        let (mut mean, mut held) = (vec![0.0; self.seen()], Vec::new());
-        let heads = attention.len() / self.batch().max(1);
-        for (row, attention) in attention.chunks_exact(heads.max(1)).enumerate() {
-            mean.fill(0.0);
+        let (mut means, mut held) = (vec![0.0; self.batch() * self.seen()], Vec::new());
+        let heads = (attention.len() / self.batch().max(1)).max(1);
+        for (row, (mean, attention)) in means.chunks_mut(self.seen().max(1)).zip(attention.chunks(heads)).enumerate() {
             for (head, attention) in self.rows[row].iter().zip(attention) {
                 let mut received = vec![0.0; head.positions.len()];
                 attention.add_to(kernels, &mut received);
@@ -131,9 +121,8 @@ impl Layer {
                     mean[position as usize] += share / query_heads as f32;
                 }
             }
-            out.write_row([row, 0, 0], &mean);
         }
-        Ok(())
+        Ok(means)
     }
 
     fn run(
@@ -204,46 +193,21 @@ impl Layer {
         Ok(shape)
     }
 
-    /// Writes all keys to `out` `[B, H, seen, Dk]`, dequantised, each at its position; other positions are left alone.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when `out` has another shape.
-    pub fn write_keys(&self, out: ViewMut<'_>, kernels: &'static Kernels) -> Result<()> {
-        self.write(out, self.shape().map_or(0, |s| s.key_dim), |head, out| {
-            head.each_key(&mut Scratch::new(kernels), |p, key| out.write_row([0, 0, p as usize], key));
-        })
-    }
-
-    /// Writes all values to `out` `[B, H, seen, Dv]`, as [`Self::write_keys`] does.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when `out` has another shape.
-    pub fn write_values(&self, out: ViewMut<'_>, kernels: &'static Kernels) -> Result<()> {
-        self.write(out, self.shape().map_or(0, |s| s.value_dim), |head, out| {
-            head.each_value(&mut Scratch::new(kernels), |p, value| out.write_row([0, 0, p as usize], value));
-        })
-    }
-
-    fn write(
-        &self,
-        out: ViewMut<'_>,
-        dim: usize,
-        each: impl Fn(&KvHead, &mut ViewMut<'_>) + Sync + Send,
-    ) -> Result<()> {
-        let heads = self.shape().map_or(0, |s| s.heads);
-        let expected = [self.batch(), heads, self.seen(), dim];
-        if out.shape() != expected {
-            let given = format!("{:?}", out.shape());
-            return Err(Error::Shape { what: "out", given, expected: format!("{expected:?}") });
-        }
-        pool::map(
-            COPYING * expected.iter().product::<usize>(),
-            self.heads().zip(out.split()).collect(),
-            |(head, mut out)| {
-                each(head, &mut out);
-            },
-        );
-        Ok(())
+    /// Writes all keys or values to `out` `[B, H, n, D]`, dequantised: each at its position, or where it is `compact` in the order
+    /// of those that are held. The rest of `out` is left alone.
+    pub fn write(&self, side: Side, compact: bool, out: ViewMut<'_>, kernels: &'static Kernels) {
+        let work = COPYING * out.shape().iter().product::<usize>();
+        pool::map(work, self.heads().zip(out.split()).collect(), |(head, mut out)| {
+            let (mut scratch, mut order) = (Scratch::new(kernels), 0..);
+            let write = |position: u32, row: &[f32]| {
+                let order = order.next().unwrap_or(0);
+                out.write_row([0, 0, if compact { order } else { position as usize }], row);
+            };
+            match side {
+                Side::Keys => head.each_key(&mut scratch, write),
+                Side::Values => head.each_value(&mut scratch, write),
+            }
+        });
     }
 }
 

@@ -134,6 +134,11 @@ impl Eviction {
         matches!(self.scorer, Scorer::Pattern(Pattern::Dilated { .. }))
     }
 
+    /// Whether the heads of a layer, or its layers, may hold different numbers of tokens.
+    pub fn is_ragged(&self) -> bool {
+        self.floor.is_some() || self.has_gaps() || self.budget.pyramid.is_some()
+    }
+
     /// Whether all heads of a layer keep the same tokens, by their mean score.
     pub fn is_shared(&self) -> bool {
         matches!(&self.scorer, Scorer::Attention(attention) if attention.shared)

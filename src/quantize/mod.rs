@@ -113,6 +113,15 @@ impl Codec {
         }
     }
 
+    /// Bytes of what a calibration found; and a number and bytes of the angles that all layers with the same rotary embedding
+    /// share.
+    pub fn tables(&self) -> (usize, Option<(usize, usize)>) {
+        let metrics = [&self.keys, &self.values].into_iter().filter_map(Method::feedback).map(|gptq| gptq.bytes()).sum();
+        let Method::KvQuant(kvquant) = &self.keys else { return (metrics, None) };
+        let angles = |keys: &StaticKeys| (Arc::as_ptr(&keys.rope) as usize, keys.rope.bytes());
+        (metrics + kvquant.keys.as_ref().map_or(0, |keys| keys.bytes()), kvquant.keys.as_deref().map(angles))
+    }
+
     /// Checks that the parameters fit keys of `key_dim` numbers and values of `value_dim`, of `heads` KV heads if it is known
     /// how many there are.
     ///

@@ -42,8 +42,9 @@ pub struct Plan {
 /// Feedback: from what, and what it came to.
 #[derive(Clone, Default)]
 struct Fed {
-    /// The second moment of prompts' queries `[dim, dim]`, as long as more of them would tell more.
-    queries: Vec<f32>,
+    /// The second moment of prompts' queries `[dim, dim]`, as long as more of them would tell more. Shared, as plans are copied
+    /// at every forward.
+    queries: Arc<Vec<f32>>,
     /// Queries in it.
     rows: usize,
     /// Queries after which the factor is made again.
@@ -82,13 +83,14 @@ impl Plan {
     /// Takes queries of a prompt `[rows, dim]` into account for feedback.
     pub fn observe_moment(&mut self, q: &[f32], dim: usize, kernels: &Kernels) {
         let rows = q.len() / dim;
-        self.fed.queries.resize(dim * dim, 0.0);
+        let queries = Arc::make_mut(&mut self.fed.queries);
+        queries.resize(dim * dim, 0.0);
         self.fed.rows += rows;
         let mut turned = vec![0.0; q.len()];
         for (t, q) in q.chunks_exact(dim).enumerate() {
             (0..dim).for_each(|c| turned[c * rows + t] = q[c]);
         }
-        let out = MatMut::new(&mut self.fed.queries, dim, dim);
+        let out = MatMut::new(queries, dim, dim);
         (kernels.matmul)(Mat::new(&turned, dim, rows), Mat::new(q, rows, dim), dim, out);
     }
 
@@ -108,7 +110,7 @@ impl Plan {
             fed.factor = factor.map(Arc::new);
             fed.renewal = if fed.rows == 0 || fed.rows >= ENOUGH { usize::MAX } else { 2 * fed.rows };
             if fed.rows >= ENOUGH {
-                fed.queries = Vec::new();
+                fed.queries = Arc::default();
             }
         }
         fed.factor.clone().filter(|_| fed.used)
@@ -122,6 +124,11 @@ impl Plan {
     /// What feedback could gain at most, and whether it is used; `None` before that was decided, or where no query was seen.
     pub fn gain(&self) -> Option<(f32, bool)> {
         Some((self.fed.factor.as_ref()?.gain, self.fed.used))
+    }
+
+    /// Whether some queries are known apart, so that [`Self::forget`] changes something.
+    pub fn remembers(&self) -> bool {
+        !self.recent.is_empty()
     }
 
     /// Forgets the queries of the `n` newest tokens, as far as they are known apart.

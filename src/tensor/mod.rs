@@ -6,8 +6,8 @@
 mod rows;
 mod view;
 
-pub use rows::Rows;
-pub use view::{View, ViewMut};
+pub use rows::{Held, Rows};
+pub use view::{Kept, View, ViewMut};
 
 use std::ops::Range;
 

@@ -32,6 +32,15 @@ pub struct Rows {
     dim: usize,
     /// Rows at the front that are dropped but not yet reclaimed.
     dropped: usize,
+    /// How many of them were dropped before [`Self::hold`]; those after are not reclaimed.
+    held: Option<usize>,
+}
+
+/// How many rows there were, and in how much memory, when [`Rows::hold`] was called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    rows: usize,
+    capacity: usize,
 }
 
 /// Rows that a growing matrix takes beyond its need: enough to amortise, small beside a page.
@@ -45,7 +54,7 @@ impl Rows {
             Dtype::F16 => Buffer::F16(Vec::new()),
             Dtype::Bf16 => Buffer::Bf16(Vec::new()),
         };
-        Self { data, dim, dropped: 0 }
+        Self { data, dim, dropped: 0, held: None }
     }
 
     /// Rows held.
@@ -68,6 +77,11 @@ impl Rows {
         each_buffer!(&self.data, x => x.capacity() * size_of_element(x))
     }
 
+    /// Bytes that were allocated when [`Self::hold`] was called.
+    pub fn bytes_when(&self, held: Held) -> usize {
+        each_buffer!(&self.data, x => held.capacity * size_of_element(x))
+    }
+
     /// The numbers of rows `range`, one row after the other.
     pub fn slice(&self, range: Range<usize>) -> Slice<'_> {
         let at = (range.start + self.dropped) * self.dim..(range.end + self.dropped) * self.dim;
@@ -80,12 +94,14 @@ impl Rows {
 
     /// Makes room for `n` more rows; amortised over many small calls.
     pub fn reserve(&mut self, n: usize) {
-        let need = self.len() + n;
+        let free = self.held.unwrap_or(self.dropped);
+        let need = self.len() + self.dropped - free + n;
         each_buffer!(&mut self.data, x => {
             if x.len() + n * self.dim > x.capacity() {
-                if self.dropped > 0 {
-                    x.drain(..self.dropped * self.dim);
-                    self.dropped = 0;
+                if free > 0 {
+                    x.drain(..free * self.dim);
+                    self.dropped -= free;
+                    self.held = self.held.map(|_| 0);
                 }
                 let rows = need + SPARE_ROWS + need / 8;
                 if need * self.dim > x.capacity() {
@@ -109,9 +125,28 @@ impl Rows {
         }
     }
 
+    /// Appends a row less `center`, rounded to this matrix's dtype.
+    pub fn extend_less(&mut self, row: Slice<'_>, center: &[f32]) {
+        let mut less = vec![0.0; self.dim];
+        row.to_f32(&mut less);
+        less.iter_mut().zip(center).for_each(|(x, center)| *x -= center);
+        self.reserve(1);
+        match &mut self.data {
+            Buffer::F32(x) => x.extend(less),
+            Buffer::F16(x) => x.extend(less.into_iter().map(f16::from_f32)),
+            Buffer::Bf16(x) => x.extend(less.into_iter().map(bf16::from_f32)),
+        }
+    }
+
     /// Drops the `n` oldest rows and gives back memory that is no longer of use.
     pub fn drop_front(&mut self, n: usize) {
         self.dropped += n;
+        if self.held.is_none() {
+            self.reclaim();
+        }
+    }
+
+    fn reclaim(&mut self) {
         let held = self.len();
         each_buffer!(&mut self.data, x => {
             let wasteful = x.capacity() > (2 * held + 2 * SPARE_ROWS) * self.dim;
@@ -125,6 +160,31 @@ impl Rows {
         });
     }
 
+    /// From now on, until [`Self::release`], what is dropped at the front or appended can be undone by [`Self::restore`].
+    pub fn hold(&mut self) -> Held {
+        self.held = Some(self.dropped);
+        Held { rows: self.len(), capacity: self.capacity() }
+    }
+
+    /// Gives back the memory of what was dropped since [`Self::hold`].
+    pub fn release(&mut self) {
+        if self.held.take().is_some_and(|before| before < self.dropped) {
+            self.reclaim();
+        }
+    }
+
+    /// Undoes what was dropped at the front and appended since [`Self::hold`].
+    pub fn restore(&mut self, Held { rows, capacity }: Held) {
+        self.dropped = self.held.take().unwrap_or(self.dropped);
+        self.truncate(rows);
+        each_buffer!(&mut self.data, x => if x.capacity() > capacity { x.shrink_to(capacity) });
+    }
+
+    /// Numbers that there is room for.
+    fn capacity(&self) -> usize {
+        each_buffer!(&self.data, x => x.capacity())
+    }
+
     /// Keeps the `n` oldest rows.
     pub fn truncate(&mut self, n: usize) {
         let n = (self.dropped + n) * self.dim;
@@ -134,7 +194,7 @@ impl Rows {
     /// The `n` oldest rows as a matrix of their own, without spare room.
     #[must_use]
     pub fn copy_front(&self, n: usize) -> Self {
-        let mut rows = Self { data: self.empty_buffer(n), dim: self.dim, dropped: 0 };
+        let mut rows = Self { data: self.empty_buffer(n), dim: self.dim, dropped: 0, held: None };
         rows.extend(self.slice(0..n));
         rows
     }
@@ -142,7 +202,7 @@ impl Rows {
     /// Some rows as a matrix of their own, without spare room.
     #[must_use]
     pub fn take(&self, rows: &[usize]) -> Self {
-        let mut taken = Self { data: self.empty_buffer(rows.len()), dim: self.dim, dropped: 0 };
+        let mut taken = Self { data: self.empty_buffer(rows.len()), dim: self.dim, dropped: 0, held: None };
         for &row in rows {
             taken.extend(self.slice(row..row + 1));
         }
@@ -153,7 +213,7 @@ impl Rows {
     #[must_use]
     pub fn joined(first: &Self, second: &Self) -> Self {
         let rows = first.len() + second.len();
-        let mut all = Self { data: first.empty_buffer(rows), dim: first.dim, dropped: 0 };
+        let mut all = Self { data: first.empty_buffer(rows), dim: first.dim, dropped: 0, held: None };
         for rows in [first, second] {
             all.extend(rows.slice(0..rows.len()));
         }
@@ -177,7 +237,7 @@ impl Rows {
 
     /// Puts `rows` before the ones held.
     pub fn prepend(&mut self, rows: Slice<'_>) {
-        let mut all = Self { data: self.empty_buffer(rows.len() / self.dim + self.len()), dim: self.dim, dropped: 0 };
+        let mut all = Self { data: self.empty_buffer(rows.len() / self.dim + self.len()), dim: self.dim, dropped: 0, held: None };
         all.extend(rows);
         all.extend(self.slice(0..self.len()));
         *self = all;

@@ -1,6 +1,8 @@
 //! Borrowed tensors of other owners, with strides.
 
+use std::any::Any;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -47,6 +49,18 @@ impl<'a> View<'a> {
         let strides = [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3]];
         // SAFETY: the slice is alive for 'a and has exactly the numbers that shape and strides reach.
         unsafe { Self::new(ptr, dtype, shape, strides) }
+    }
+
+    /// The newest token alone.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn newest(&self) -> Self {
+        let [batch, heads, tokens, dim] = self.shape;
+        // SAFETY: the last token is within what `new` promised to be readable.
+        let ptr = unsafe { self.ptr.add((tokens - 1) * self.strides[2] * self.dtype.size()) };
+        Self { ptr, shape: [batch, heads, 1, dim], ..*self }
     }
 
     /// `[batch, heads, tokens, dim]`.
@@ -174,5 +188,29 @@ impl<'a> ViewMut<'a> {
             unsafe { ViewMut::new(self.ptr.add(i * nk * d * self.dtype.size()), self.dtype, [1, 1, nk, d]) }
         };
         (0..ni * nj).map(part).collect()
+    }
+}
+
+/// A tensor of another owner, and a part in the ownership.
+#[derive(Clone)]
+pub struct Kept {
+    view: View<'static>,
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+impl Kept {
+    /// What `view` shows, which stays as it is while `owner` lives.
+    ///
+    /// # Safety
+    /// The memory of `view` must be readable and unchanged as long as `owner` lives.
+    pub unsafe fn new(view: View<'_>, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        // SAFETY: only the lifetime changes; by this function's contract the owner, which is kept, extends it.
+        let view = unsafe { std::mem::transmute::<View<'_>, View<'static>>(view) };
+        Self { view, _owner: owner }
+    }
+
+    /// The tensor.
+    pub fn view(&self) -> View<'_> {
+        self.view
     }
 }

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import _kvpack
-from ..attention import fingerprint
+from ..identity import fingerprint
 from ..errors import ModelMismatchError, OptionError
 from .kvquant import KVQuant, KVQuantTables
 from .quantize import Quantize, Site

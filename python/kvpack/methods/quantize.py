@@ -5,11 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import _kvpack
 from ..errors import OptionError
 from .feedback import GPTQ, checked
+
+if TYPE_CHECKING:
+    from .evict import Evict
+    from .select import Select
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,17 @@ class Quantize(ABC):
         """Whether a layer's keys are held less their mean."""
         return False
 
-    def make_store(
-        self,
-        site: Site | None = None,
-        eviction: _kvpack.Eviction | None = None,
-        quest: tuple[int | float, int] | None = None,
+    def make_layer(
+        self, site: Site | None = None, evict: Evict | None = None, select: Select | None = None
     ) -> _kvpack.Layer:
-        """An empty store of one layer, which keeps the tokens that an eviction chooses, and reads pages of them."""
-        return _kvpack.Layer(self.keys_method(site), self.values_method(site), eviction, quest)
+        """How a layer stores its tokens, which of them stay, and which a step of decoding reads."""
+        return _kvpack.Layer(
+            self.keys_method(site),
+            self.values_method(site),
+            None if evict is None else evict.make(site),
+            None if select is None else select.make(site),
+            self.centers(site),
+        )
 
 
 def check_whole(method: object, **least: int) -> None:
@@ -321,7 +328,7 @@ class Graded(Quantize):
             raise OptionError(f"key_bits={self.key_bits!r} is not accepted; accepted: 1 to 8")
         check_whole(self, value_bits=1, group=1, window=1, sinks=0, seed=0)
         check_bits(self, "value_bits", (2, 3, 4, 8))
-        self.make_store()
+        self.make_layer()
 
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """Per channel, with graded bits."""

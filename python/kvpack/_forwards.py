@@ -1,0 +1,53 @@
+"""Whether a thread's forward is still under way, or was left by an exception."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import FrameType
+from typing import NamedTuple
+
+_MODULES = "nn/modules/module.py"
+
+
+class Begun(NamedTuple):
+    """Where a forward began.
+
+    Attributes:
+        thread: the identity of its thread.
+        in_module: whether it is a torch module's, and not a loop of somebody's own.
+    """
+
+    thread: int
+    in_module: bool
+
+
+def begun() -> Begun:
+    """The forward that the calling thread begins."""
+    return Begun(threading.get_ident(), _in_module(sys._getframe(1)))
+
+
+def is_under_way(forward: Begun | None, cache: object) -> bool:
+    """Whether a thread is still within a forward with this cache.
+
+    A module's is over when the thread runs no module's code any more that knows the cache; one of somebody's own loop only
+    with its thread.
+    """
+    if forward is None:
+        return True
+    frame = sys._current_frames().get(forward.thread)
+    if frame is None or not forward.in_module:
+        return frame is not None
+    while frame is not None:
+        if any(x is cache for x in frame.f_locals.values()) and _in_module(frame.f_back):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _in_module(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.replace("\\", "/").endswith(_MODULES):
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,78 @@
+"""What a cache is made of: checked before there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .errors import DeviceError, OptionError
+from .methods import EVICT, QUANTIZE, SELECT, Evict, Exact, Quantize, Select
+
+
+def text_config(model_or_config: Any) -> Any:
+    """The decoder's configuration."""
+    config = getattr(model_or_config, "config", model_or_config)
+    if not hasattr(config, "get_text_config"):
+        raise OptionError(
+            f"model_or_config: given a {type(model_or_config).__name__}, "
+            "expected a transformers model or its configuration"
+        )
+    device = getattr(model_or_config, "device", None)
+    if isinstance(device, torch.device) and device.type != "cpu":
+        raise DeviceError(f"model: given one on device {device}, expected cpu: kvpack computes in CPU memory")
+    return config.get_text_config(decoder=True)
+
+
+def checked_codec(quantize: Quantize | None) -> Quantize:
+    """The codec."""
+    quantize = Exact() if quantize is None else quantize
+    if not isinstance(quantize, Quantize):
+        accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in QUANTIZE.values())
+        raise OptionError(f"quantize={quantize!r} is not accepted; accepted: {accepted}, or None for Exact()")
+    return quantize
+
+
+def checked_eviction(evict: Evict | None, quantize: Quantize, config: Any) -> Evict | None:
+    """The eviction, if it goes with the codec and the model."""
+    if evict is not None and not isinstance(evict, Evict):
+        accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in EVICT.values())
+        raise OptionError(f"evict={evict!r} is not accepted; accepted: {accepted}, or None to keep all tokens")
+    if evict is not None and quantize.needs_neighbours:
+        raise OptionError(
+            f"evict={evict!r} is not accepted with {type(quantize).__name__}: its keys before RoPE are held in runs of "
+            "consecutive positions; accepted: codecs that hold keys as they are attended to"
+        )
+    if evict is not None and quantize.centers() and evict.reads_keys:
+        raise OptionError(
+            f"evict={evict!r} is not accepted with {quantize!r}: it looks at keys, which are held less their mean; "
+            "accepted: center=False, or evictions by attention or position"
+        )
+    attention = getattr(config, "attn_config", None)
+    if evict is not None and (
+        getattr(config, "model_type", None) == "bloom"
+        or getattr(config, "alibi", False)
+        or getattr(attention, "alibi", 0)
+    ):
+        raise OptionError(
+            f"evict={evict!r} is not accepted for a model of type {config.model_type!r} with ALiBi: logits are biased "
+            "by the number of tokens in between, of which some would be gone; accepted: None"
+        )
+    return evict
+
+
+def checked_select(select: Select | None) -> Select | None:
+    """The selection."""
+    if select is not None and not isinstance(select, Select):
+        accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in SELECT.values())
+        raise OptionError(f"select={select!r} is not accepted; accepted: {accepted}, or None to read all tokens")
+    return select
+
+
+def head_dim(config: Any) -> int | None:
+    """Numbers of a key and of a value, where the configuration tells."""
+    head_dim = getattr(config, "head_dim", None)
+    width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if head_dim is None and isinstance(width, int) and isinstance(heads, int) and heads:
+        head_dim = width // heads  # GPT-2 and its like do not name it
+    return head_dim if isinstance(head_dim, int) and getattr(config, "kv_lora_rank", None) is None else None

@@ -1,0 +1,40 @@
+"""Which model a cache, or a calibration, was made for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .errors import ModelMismatchError
+
+_FINGERPRINT = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+def fingerprint(config: Any) -> dict[str, Any]:
+    """What tells one model's cache from another's."""
+    return {name: getattr(config, name, None) for name in _FINGERPRINT}
+
+
+def check_model(layer: Any, module: nn.Module) -> None:
+    """Raises ModelMismatchError when `module` belongs to another model than the one its cache was made for."""
+    config = getattr(module, "config", None)
+    if config is None or config is layer.config or layer.config is None:
+        return
+    given, expected = fingerprint(config), fingerprint(layer.config)
+    different = [name for name in _FINGERPRINT if given[name] != expected[name]]
+    if different:
+        raise ModelMismatchError(
+            "this cache was made for another model: given "
+            + ", ".join(f"{name}={given[name]}" for name in different)
+            + "; expected "
+            + ", ".join(f"{name}={expected[name]}" for name in different)
+        )
+    layer.config = config  # the same model by another name: no need to compare again

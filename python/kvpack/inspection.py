@@ -1,0 +1,189 @@
+"""Looking at a layer and at a cache, at any time and from any thread: nothing here changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from . import _kvpack
+from ._lazy import Lazy
+from ._threads import threads
+from .beside import tensor_bytes
+from .memory import Memory, feedback, measured, readable_bytes
+from .methods import Evict, Quantize, Select
+
+
+class LayerInspection:
+    """What layer `index` of `store` holds of each KV head."""
+
+    store: _kvpack.Cache
+    index: int
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads, once the first tokens came; 0 before."""
+        shape = self.store.shape(self.index)
+        return shape[0][1] if shape else 0
+
+    @property
+    def chooses_by_queries(self) -> bool:
+        """Whether tokens are let go by what attends to them."""
+        return self.store.chooses_by_queries(self.index)
+
+    def positions(self, row: int = 0, head: int = 0) -> list[int]:
+        """Logical positions of the tokens that a KV head of a sequence holds."""
+        return self.store.positions(self.index, row, head)
+
+    def packed(self, row: int, head: int) -> dict[str, Tensor | int]:
+        """What one KV head of a sequence stores packed.
+
+        Returns:
+            `key_codes` `[n, Dk]` uint8, `key_scale` and `key_zero` float32 (`[n / group, Dk]` where a group of tokens
+            shares them, `[n, groups]` where a group of channels does); `value_codes` and so on likewise; `key_start`
+            and `value_start`: exact tokens before the packed ones. What is newer than the packed ones is held exactly.
+        """
+        shape = self.store.shape(self.index)
+        out: dict[str, Tensor | int] = {}
+        for name, side, dim in zip(
+            ("key", "value"), self.store.packed(self.index, row, head), shape[0][2:] if shape else (1, 1), strict=True
+        ):
+            start, codes, scale, zero, columns = side
+            columns = columns or (dim if name == "key" else 1)  # nothing is packed yet
+            out[f"{name}_start"] = start
+            out[f"{name}_codes"] = torch.tensor(list(codes), dtype=torch.uint8).reshape(-1, dim)
+            out[f"{name}_scale"] = torch.tensor(scale).reshape(-1, columns)
+            out[f"{name}_zero"] = torch.tensor(zero).reshape(-1, columns)
+        return out
+
+    def outliers(self, row: int, head: int) -> tuple[Tensor, Tensor]:
+        """What a KV head keeps beside the codes of its keys, and of its values.
+
+        Returns:
+            Two tensors `[n, 3]`: the packed token, the channel, and what the code there lacks (of keys before RoPE).
+        """
+        keys, values = (torch.tensor(side).reshape(-1, 3) for side in self.store.outliers(self.index, row, head))
+        return keys, values
+
+    def feedback_gains(
+        self, row: int = 0, head: int = 0
+    ) -> tuple[tuple[float, bool] | None, tuple[float, bool] | None]:
+        """What GPTQ's feedback could gain at most for keys, and for values, of a KV head, and whether it is used there.
+
+        The gain is the arithmetic over the geometric mean of the eigenvalues of the damped metric: by so much the
+        expected square of an error can fall. None where there is no feedback, or no query was seen.
+        """
+        return self.store.feedback_gains(self.index, row, head)
+
+    def key_bits(self, row: int, head: int) -> Tensor:
+        """Bits `[pages, Dk]` of the key channels in each page of a KV head whose method grades them."""
+        return torch.tensor(self.store.key_bits(self.index, row, head), dtype=torch.uint8)
+
+
+class CacheInspection(Cache):
+    """What the layers of a cache hold: those of `store`, and those beside it."""
+
+    store: _kvpack.Cache
+    evict: Evict | None
+    quantize: Quantize
+    select: Select | None
+    lazy: Lazy | None
+
+    def _shown(self, i: int) -> Any:
+        """Layer `i` as it was before the forward that is under way."""
+        layer = self.layers[i]
+        state = None if isinstance(layer, LayerInspection) or i >= len(self.store) else self.store.kept(i)
+        return layer if state is None else state.shown()
+
+    def _as_shown(self) -> Cache:
+        """What answers for transformers' Cache, with layers as they were before the forward that is under way."""
+        if not self.store.is_under_way() or all(isinstance(layer, LayerInspection) for layer in self.layers):
+            return self
+        return Cache(layers=[self._shown(i) for i in range(len(self.layers))])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions seen, pads included."""
+        return int(Cache.get_seq_length(self._as_shown(), layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Mask columns for `query_length` new tokens, and the position of the first column."""
+        sizes: tuple[int, int] = Cache.get_mask_sizes(self._as_shown(), query_length, layer_idx)
+        return sizes
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether a layer of linear attention has seen tokens."""
+        return bool(Cache.has_previous_state(self._as_shown(), layer_idx, *args, **kwargs))
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether all layers that hold tokens have some."""
+        return all(layer.is_initialized for layer in self.layers if hasattr(layer, "is_initialized"))
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Any]]:
+        """Keys, values (materialised) and sliding window of each layer, as DynamicCache gives them."""
+        for i in range(len(self.layers)):
+            layer = self._shown(i)
+            yield getattr(layer, "keys", None), getattr(layer, "values", None), getattr(layer, "_sliding_window_tensor", None)
+
+    def memory(self) -> Memory:
+        """Bytes held, measured from the allocations: by part, by layer, in total."""
+        others = [None if isinstance(layer, LayerInspection) else tensor_bytes(self._shown(i)) for i, layer in enumerate(self.layers)]
+        return measured(self.store.memory(), others, 0 if self.lazy is None else self.lazy.bytes())
+
+    def lossy_share(self, new: int = 0) -> float:
+        """Share of the keys' and values' numbers in packed layers that are not exactly what the model made, or gone.
+
+        Args:
+            new: leave out so many of the newest tokens: after a forward of `new` tokens it is the share of the past
+                that they read.
+        """
+        shares = [self.store.lossy_share(layer.index, new) for layer in self._packed]
+        return sum(shares) / len(shares) if shares else 0.0
+
+    def kept(self, layer: int, head: int, row: int = 0) -> list[int]:
+        """Positions of the tokens that a KV head of a sequence holds, pads not among them.
+
+        Raises:
+            ShapeError: there is no such layer, head or sequence, or the layer is none of kvpack's.
+        """
+        positions = self.store.positions(layer if layer >= 0 else len(self.layers), row, head)
+        if self.lazy is not None:
+            positions = sorted(self.lazy.held[layer][row, positions].tolist())
+        return positions
+
+    @property
+    def _packed(self) -> Iterator[LayerInspection]:
+        return (layer for layer in self.layers if isinstance(layer, LayerInspection))
+
+    def _tokens(self) -> int | None:
+        """Positions seen; None where no layer counts them."""
+        return self.get_seq_length() if any(isinstance(layer, CacheLayerMixin) for layer in self.layers) else None
+
+    def info(self) -> dict[str, Any]:
+        """What really runs: version, instruction set, threads, codec, layers, and attention calls by path."""
+        counts = [self.store.counts(layer.index) for layer in self._packed]
+        return {
+            "version": _kvpack.__version__,
+            "isa": _kvpack.isa(),
+            **threads(),
+            "evict": repr(self.evict),
+            "quantize": repr(self.quantize),
+            "select": repr(self.select),
+            "layers": [type(layer).__name__ for layer in self.layers],
+            "tokens": self._tokens(),
+            **feedback([layer.feedback_gains(0, head) for layer in self._packed for head in range(layer.kv_heads)]),
+            **{path: sum(count[i] for count in counts) for i, path in enumerate(("prefill", "fused", "materialised"))},
+        }
+
+    def __repr__(self) -> str:
+        kinds: dict[str, int] = {}
+        for layer in self.layers:
+            kinds[type(layer).__name__] = kinds.get(type(layer).__name__, 0) + 1
+        layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        methods = ", ".join(repr(method) for method in (self.evict, self.select, self.quantize) if method is not None)
+        tokens = "" if (seen := self._tokens()) is None else f"{seen} tokens, "
+        return f"PackedCache({methods}, {tokens}{readable_bytes(self.memory().total)}, layers: {layers})"
