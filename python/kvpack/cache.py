@@ -149,7 +149,9 @@ class PackedCache(CacheInspection):
         try:
             layer = self._taking_part(layer_idx)
             if isinstance(layer, PackedLayer):
-                return self._changing(lambda: layer.update(key_states, value_states))
+                handles = self._changing(lambda: layer.update(key_states, value_states))
+                self._note(layer_idx)
+                return handles
             self._enter(layer_idx)
             keys, values = layer.update(key_states, value_states, *args, **kwargs)
             keys._kvpack_reading = Reading(weakref.ref(self), layer_idx)
@@ -197,10 +199,6 @@ class PackedCache(CacheInspection):
                 f"layer_idx: given {layer_idx}, expected less than {len(self.layers)}, the layers of the model that "
                 "this cache was made for"
             )
-        if layer_idx == self._first:
-            here = begun()
-            if self._begun is None or not self.store.is_under_way():
-                self._begun = here
         return self.layers[layer_idx]
 
     def _adopt(self) -> None:
@@ -212,10 +210,18 @@ class PackedCache(CacheInspection):
             if packed:
                 self.layers[i] = layer.on(self.store, i)
 
+    def _note(self, layer_idx: int) -> None:
+        """Notes where a forward began."""
+        if layer_idx == self._first:
+            self._begun = begun()
+            if self._begun.in_module:
+                self.store.is_of_module()
+
     def _enter(self, layer_idx: int) -> None:
         """Remembers what a layer that is not packed holds, once a forward."""
         if self._changing(lambda: self.store.enter(layer_idx)):
             self.store.keep(layer_idx, State(self.layers[layer_idx]))
+        self._note(layer_idx)
 
     def _changing(self, change: Callable[[], _R]) -> _R:
         """Does what is refused in the middle of another thread's forward; one that an exception ended is undone first."""
@@ -225,7 +231,6 @@ class PackedCache(CacheInspection):
             if is_under_way(self._begun, self):
                 raise
             self.store.abandon()
-            self._begun = begun()
             return change()
 
     # ---- changing the batch and the length, all layers or none ----------------------------------------------------

@@ -164,6 +164,14 @@ impl Cache {
         Ok(kept.and_then(|kept| kept.downcast_ref::<Py<PyAny>>().map(|kept| kept.clone_ref(py))))
     }
 
+    /// Says that the forward under way is one of a whole model.
+    fn is_of_module(&self, py: Python<'_>) {
+        match self.0.try_lock() {
+            Ok(mut cache) => cache.is_of_module(),
+            Err(_) => py.detach(|| self.lock().is_of_module()),
+        }
+    }
+
     /// Whether a forward has begun and not ended.
     fn is_under_way(&self, py: Python<'_>) -> PyResult<bool> {
         self.look(py, |cache| Ok(cache.is_under_way()))

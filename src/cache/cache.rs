@@ -114,6 +114,8 @@ struct Forward {
     ended: bool,
     /// Whether our attention has read one of its layers.
     attended: bool,
+    /// Whether it is one of a whole model, of which is known that it goes on to the last layer.
+    of_module: bool,
     /// Tokens, of the first layer.
     tokens: usize,
     saved: Vec<(usize, Saved)>,
@@ -213,11 +215,19 @@ impl Cache {
 
     /// What was [kept](Self::keep) of layer `i` by the forward that is under way.
     pub fn kept(&self, i: usize) -> Option<Foreign> {
-        let forward = self.forward.as_ref().filter(|forward| !forward.ended)?;
+        let forward = self.hidden()?;
         forward.saved.iter().find_map(|(saved, before)| match before {
             Saved::Other(before) if *saved == i => Some(Arc::clone(before)),
             _ => None,
         })
+    }
+
+    /// Says that the forward is one of a whole model: until it has ended, who looks sees what was there before, and if another
+    /// one begins before that it is rolled back. Of layers that are given tokens by hand nobody knows where that ends.
+    pub fn is_of_module(&mut self) {
+        if let Some(forward) = self.forward.as_mut().filter(|forward| forward.thread == thread::current().id()) {
+            forward.of_module = true;
+        }
     }
 
     /// Whether a forward has begun and not ended.
@@ -338,28 +348,34 @@ impl Cache {
 
     /// Goes on with the forward that is under way, or begins one.
     fn begin(&mut self, i: usize, tokens: usize) -> Result<()> {
-        if let Some(forward) = self.forward.as_mut().filter(|forward| !forward.ended) {
+        if let Some(forward) = self.forward.as_ref().filter(|forward| !forward.ended) {
             if forward.thread != thread::current().id() {
                 return Err(Error::Busy);
             }
+            // Tokens of the first layer again begin the next one.
             if i != forward.first {
-                forward.last = forward.last.max(i);
+                let last = forward.last.max(i);
+                if let Some(forward) = &mut self.forward {
+                    forward.last = last;
+                }
                 return Ok(());
             }
         }
-        if let Some(forward) = self.forward.as_ref().filter(|forward| !forward.ended) {
-            if self.is_over(forward) {
-                self.end();
-            } else {
-                self.roll_back(); // begun, and never ended
-            }
-        }
-        self.finish();
+        self.settle_forward()?;
         if self.recording.is_some_and(Recording::is_over) {
             self.recording = None;
         }
-        let thread = thread::current().id();
-        self.forward = Some(Forward { thread, first: i, last: i, ended: false, attended: false, tokens, saved: Vec::new() });
+        let (thread, saved) = (thread::current().id(), Vec::new());
+        self.forward = Some(Forward {
+            thread,
+            first: i,
+            last: i,
+            ended: false,
+            attended: false,
+            of_module: false,
+            tokens,
+            saved,
+        });
         Ok(())
     }
 
@@ -430,10 +446,10 @@ impl Cache {
             if forward.thread != thread::current().id() {
                 return Err(Error::Busy);
             }
-            if self.is_over(forward) {
-                self.end();
+            if forward.of_module && !self.is_over(forward) {
+                self.roll_back(); // begun, and never ended
             } else {
-                self.roll_back();
+                self.end();
             }
         }
         self.finish();
@@ -590,9 +606,14 @@ impl Cache {
         }))
     }
 
+    /// The forward of a whole model that is under way.
+    fn hidden(&self) -> Option<&Forward> {
+        self.forward.as_ref().filter(|forward| forward.of_module && !forward.ended)
+    }
+
     /// What layer `i` was like, if it is in the midst of a forward.
     fn saved(&self, i: usize) -> Option<&Before> {
-        let forward = self.forward.as_ref().filter(|forward| !forward.ended)?;
+        let forward = self.hidden()?;
         match forward.saved.iter().find(|(saved, _)| *saved == i) {
             Some((_, Saved::Packed(before))) => Some(before),
             _ => None,
