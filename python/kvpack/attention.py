@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .errors import StaleHandleError
 from .handle import LazyKV
 from .identity import check_model
 from .layer import PackedLayer
@@ -66,7 +67,7 @@ def kvpack_attention(
             if attention_mask is None and new > 1 and not getattr(module, "is_causal", True):
                 attention_mask = torch.ones((1, 1, new, key.shape[2]), dtype=torch.bool)
             valid = _PADS.valid(attention_mask, new)
-            out = key.layer.attend(query, attention_mask, valid, scaling, softcap, s_aux, key.version)
+            out = key.layer.attend(query, attention_mask, valid, scaling, softcap, s_aux, value)
         else:
             out = _exact_attention(
                 module,
@@ -85,6 +86,8 @@ def kvpack_attention(
                 holder.commit(reading.version, query, valid, scaling, softcap, s_aux)
             elif holder is not None and reading is not None:
                 holder.store.attended(reading.version)
+    except StaleHandleError:
+        raise  # these are no keys of the forward under way
     except BaseException:
         if holder is not None:
             holder.store.roll_back()  # whatever happened: no layer keeps anything of this forward

@@ -197,7 +197,7 @@ class PackedCache(CacheInspection):
         if not 0 <= layer_idx < len(self.layers):
             raise ModelMismatchError(
                 f"layer_idx: given {layer_idx}, expected less than {len(self.layers)}, the layers of the model that "
-                "this cache was made for"
+                "this cache was made for; if a forward of another model came this far, reset() the cache"
             )
         return self.layers[layer_idx]
 

@@ -107,7 +107,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         scaling: float,
         softcap: float | None,
         sinks: Tensor | None,
-        version: int | None = None,
+        values: LazyKV | None = None,
     ) -> Tensor:
         """Attention of the newest positions' queries over all that is held.
 
@@ -118,7 +118,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
             scaling: factor of the logits.
             softcap: `c` of `c tanh(logit / c)`.
             sinks: learned logits, one a query head, that take weight and add nothing.
-            version: of the handles that `update` returned; without it the layer's own.
+            values: the handle that `update` returned; without it what is held now.
 
         Returns:
             `[B, q, Hq, Dv]`, contiguous, in the query's dtype.
@@ -126,10 +126,10 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         query = plain("queries", query)
         mask, valid = four_dimensional(mask), row_of(valid)
         batch, heads, new, _ = query.shape
-        out = torch.empty(batch, new, heads, self._sizes()[3], dtype=query.dtype)
+        out = torch.empty(batch, new, heads, self._sizes()[3] if values is None else values.shape[3], dtype=query.dtype)
         self.store.attend(
             self.index,
-            self.version if version is None else version,
+            self.version if values is None else values.version,
             describe(query),
             describe(out),
             None if mask is None else describe(mask),
@@ -165,7 +165,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
             OptionError: tokens were let go, and the model's attention was not known to be its own when they were, or
                 heads hold different numbers of tokens.
         """
-        sizes, dtype = self.store.extent(self.index, which, compact)
+        sizes, dtype = self.store.extent(self.index, version, which, compact)
         out = torch.zeros(sizes, dtype=_TORCH_DTYPES[dtype])
         self.store.write(self.index, version, which, compact, describe(out))
         return out

@@ -51,7 +51,11 @@ impl Layer {
 
 /// Keys and values of a model's layers. Tensors are `(pointer, dtype, shape, strides)`.
 #[pyclass(frozen, module = "kvpack._kvpack")]
-pub(super) struct Cache(Mutex<cache::Cache>);
+pub(super) struct Cache {
+    cache: Mutex<cache::Cache>,
+    /// Held by the thread that changes the cache: another one is refused, and does not wait for its turn to mix in.
+    turn: Mutex<()>,
+}
 
 /// Queries' scaling and cap of the logits, and learned logits, one a query head, that take weight.
 type Logits = (f32, Option<f32>, Option<Vec<f32>>);
@@ -79,12 +83,13 @@ fn side(name: &str) -> Result<Side> {
 
 impl Cache {
     fn lock(&self) -> MutexGuard<'_, cache::Cache> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes it, without the GIL; afterwards Python brings back what it holds itself of forwards that were rolled back.
     fn change<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut cache::Cache) -> Result<R> + Send) -> PyResult<R> {
         let (result, undone) = py.detach(|| {
+            let Ok(_turn) = self.turn.try_lock() else { return (Err(Error::Busy), Vec::new()) };
             let mut cache = self.lock();
             (f(&mut cache), cache.take_undone())
         });
@@ -98,7 +103,7 @@ impl Cache {
 
     /// Looks at it; while somebody changes it, waits without the GIL.
     fn look<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&cache::Cache) -> Result<R> + Send) -> PyResult<R> {
-        let result = match self.0.try_lock() {
+        let result = match self.cache.try_lock() {
             Ok(cache) => f(&cache),
             Err(_) => py.detach(|| f(&self.lock())),
         };
@@ -106,7 +111,7 @@ impl Cache {
     }
 
     fn holding(cache: cache::Cache) -> Self {
-        Self(Mutex::new(cache))
+        Self { cache: Mutex::new(cache), turn: Mutex::new(()) }
     }
 }
 
@@ -166,7 +171,7 @@ impl Cache {
 
     /// Says that the forward under way is one of a whole model.
     fn is_of_module(&self, py: Python<'_>) {
-        match self.0.try_lock() {
+        match self.cache.try_lock() {
             Ok(mut cache) => cache.is_of_module(),
             Err(_) => py.detach(|| self.lock().is_of_module()),
         }
@@ -250,7 +255,7 @@ impl Cache {
 
     /// After attention: a forward that is over cannot be undone any more.
     fn finish(&self, py: Python<'_>) {
-        match self.0.try_lock() {
+        match self.cache.try_lock() {
             Ok(mut cache) => cache.finish(),
             Err(_) => py.detach(|| self.lock().finish()),
         }
@@ -409,9 +414,17 @@ impl Cache {
         })
     }
 
-    /// Sizes and dtype of what `write` writes.
-    fn extent(&self, py: Python<'_>, layer: usize, side: &str, compact: bool) -> PyResult<([usize; 4], &'static str)> {
+    /// Sizes and dtype of what `write` writes. Raises `StaleHandleError` unless the layer has that version.
+    fn extent(
+        &self,
+        py: Python<'_>,
+        layer: usize,
+        version: u64,
+        side: &str,
+        compact: bool,
+    ) -> PyResult<([usize; 4], &'static str)> {
         self.look(py, |cache| {
+            cache.check_version(layer, version)?;
             let (sizes, dtype) = cache.extent(layer, self::side(side)?, compact)?;
             Ok((sizes, dtype.name()))
         })
