@@ -252,6 +252,7 @@ def test_channels_that_queries_read_get_the_bits() -> None:
     cache = kvpack.PackedCache(tiny_config(layers=1, kv_heads=1, head_dim=64), quantize=kvpack.Graded(key_bits=2))
     key[..., 40:44] *= 30
     cache.update(key, value, 0)
+    cache.update(key[:, :, :1], value[:, :, :1], 0)  # stores the first ones
     assert cache.layers[0].key_bits(0, 0)[0, 40:44].min() == 8
 
 
@@ -260,6 +261,7 @@ def test_queries_that_read_nothing_decide_nothing() -> None:
     blind = filled_layer(kvpack.Graded(key_bits=3), key, value, torch.zeros(1, 2, 300, 64)).layers[0].key_bits(0, 0)
     unseen = kvpack.PackedCache(tiny_config(layers=1, kv_heads=1, head_dim=64), quantize=kvpack.Graded(key_bits=3))
     unseen.update(key, value, 0)
+    unseen.update(key[:, :, :1], value[:, :, :1], 0)  # stores the first ones
     assert torch.equal(blind, unseen.layers[0].key_bits(0, 0))
     assert blind.float().mean() > 2.7
 
@@ -381,10 +383,10 @@ def test_keys_are_not_centred_where_attention_would_change(options: dict[str, An
     config = tiny_config(layers=1, heads=4, kv_heads=2, head_dim=64)
     cache = kvpack.PackedCache(config, quantize=kvpack.Rotated(center=True))
     key, value = random_kv(1, 2, 30, 64)
-    layer, sinks = cache.layers[0], [0.0] * 4 if "s_aux" in options else None
+    layer, sinks = cache.layers[0], torch.zeros(4) if "s_aux" in options else None
     layer.update(key, value)
-    with pytest.raises(kvpack.OptionError, match="center=True is not accepted for a model with learned sinks"):
-        layer.commit(layer.version, None, (torch.randn(1, 4, 30, 64), 0.1, options.get("softcap"), sinks))
+    with pytest.raises(kvpack.OptionError, match="center=True, for a model with learned sinks"):
+        layer.commit(layer.version, torch.randn(1, 4, 30, 64), None, 0.1, options.get("softcap"), sinks)
     assert cache.get_seq_length() == 0
     forward(cache, key, value, torch.randn(1, 4, 30, 64))
     with pytest.raises(kvpack.OptionError, match="center=True"):

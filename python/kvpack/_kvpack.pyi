@@ -101,6 +101,7 @@ class Layer:
         values: Method,
         eviction: Eviction | None = None,
         quest: tuple[int | float, int] | None = None,
+        selects: bool = False,
         center: bool = False,
     ) -> Layer: ...
     def check_dims(self, key_dim: int, value_dim: int) -> None: ...

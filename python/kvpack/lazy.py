@@ -235,9 +235,9 @@ def _take_back(cache: PackedCache) -> None:
 def _attention(cache: PackedCache, layer: int) -> Tensor:
     """What the newest query attended to in a layer that was watched, `[B, seen]`, the mean over its heads."""
     attention = cache.store.attention(layer)
-    if attention is None:
+    if attention is None or cache.lazy is None:
         raise ShapeError("attention of the newest query: given none, expected a forward through kvpack's attention")
-    return torch.tensor(attention).reshape(cache.batch_size, -1)
+    return torch.tensor(attention).reshape(len(cache.lazy.ids), -1)
 
 
 def _checked_schedule(schedule: Mapping[int, float] | None, layers: int) -> dict[int, float]:

@@ -25,22 +25,25 @@ pub(super) struct Layer(cache::Layer);
 #[pymethods]
 impl Layer {
     /// Keys and values are packed so, an eviction chooses tokens that stay, a step of decoding reads `quest`: pages of so many
-    /// tokens, so many or such a share of all in all; with `center` keys are held less the mean of the first ones.
+    /// tokens, so many or such a share of all in all; with `selects` and without `quest` all of a layer among such; with `center` keys
+    /// are held less the mean of the first ones.
     #[new]
-    #[pyo3(signature = (keys, values, eviction=None, quest=None, center=false))]
+    #[pyo3(signature = (keys, values, eviction=None, quest=None, selects=false, center=false))]
     fn new(
         py: Python<'_>,
         keys: &Method,
         values: &Method,
         eviction: Option<&Eviction>,
         quest: Option<(Given, usize)>,
+        selects: bool,
         center: bool,
     ) -> PyResult<Self> {
         let codec = Codec::new(keys.0.clone(), values.0.clone()).and_then(|codec| kernels().map(|_| codec));
         let layer = cache::Layer::new(codec.map_err(|e| to_python(py, &e))?);
         let quest = quest.map(|(budget, page)| Quest { budget: budget.into(), page });
         let layer = layer.with_eviction(eviction.map(|eviction| Arc::clone(&eviction.0)));
-        Ok(Self(layer.with_quest(quest).with_centers(center)))
+        let layer = layer.with_quest(quest).with_centers(center);
+        Ok(Self(if selects { layer.among_selected() } else { layer }))
     }
 
     /// Raises `OptionError` when the methods do not fit keys and values of such head dims.

@@ -116,8 +116,6 @@ struct Forward {
     attended: bool,
     /// Whether it is one of a whole model, of which is known that it goes on to the last layer.
     of_module: bool,
-    /// Tokens, of the first layer.
-    tokens: usize,
     saved: Vec<(usize, Saved)>,
 }
 
@@ -127,14 +125,15 @@ struct Recording {
     cropped: bool,
     /// Forwards since then.
     uncropped: usize,
-    /// Those of one token, at the end.
-    steps: usize,
 }
+
+/// Forwards without a crop, after some with, until recording is over.
+const PATIENCE: usize = 16;
 
 impl Recording {
     /// Whether nobody crops any more.
     fn is_over(self) -> bool {
-        if self.cropped { self.uncropped > 0 } else { self.steps > 1 }
+        self.cropped && self.uncropped >= PATIENCE
     }
 }
 
@@ -177,7 +176,7 @@ impl Cache {
     /// [`Error::Busy`] in the middle of another thread's forward; else what does not fit, and the forward is rolled back.
     pub fn update(&mut self, i: usize, k: Kept, v: Kept) -> Result<Given> {
         let tokens = k.view().shape()[2];
-        self.begin(i, tokens)?;
+        self.begin(i)?;
         self.step(|cache| {
             let recording = cache.recording.is_some();
             cache.save(i, tokens)?;
@@ -201,7 +200,7 @@ impl Cache {
     /// # Errors
     /// [`Error::Busy`] in the middle of another thread's forward.
     pub fn enter(&mut self, i: usize) -> Result<bool> {
-        self.begin(i, 0)?;
+        self.begin(i)?;
         self.tokens_came();
         Ok(self.forward.as_ref().is_some_and(|forward| forward.saved.iter().all(|&(saved, _)| saved != i)))
     }
@@ -342,12 +341,11 @@ impl Cache {
         }
         if let Some(recording) = &mut self.recording {
             recording.uncropped += 1;
-            recording.steps = if forward.tokens == 1 { recording.steps + 1 } else { 0 };
         }
     }
 
     /// Goes on with the forward that is under way, or begins one.
-    fn begin(&mut self, i: usize, tokens: usize) -> Result<()> {
+    fn begin(&mut self, i: usize) -> Result<()> {
         if let Some(forward) = self.forward.as_ref().filter(|forward| !forward.ended) {
             if forward.thread != thread::current().id() {
                 return Err(Error::Busy);
@@ -373,7 +371,6 @@ impl Cache {
             ended: false,
             attended: false,
             of_module: false,
-            tokens,
             saved,
         });
         Ok(())
@@ -955,7 +952,7 @@ impl Packed {
     /// Refuses first tokens of which some are to go, where other attention than ours reads them.
     fn check_outside(&self, keys: &View<'_>) -> Result<()> {
         const OURS: &str = "a model that was loaded with attn_implementation='kvpack'";
-        if self.layer.quest.is_some() {
+        if self.layer.selects() {
             return Err(Error::Option {
                 name: "select",
                 given: "Quest, while this layer's attention does not run in kvpack, and reads everything".into(),

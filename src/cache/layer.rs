@@ -74,6 +74,8 @@ pub struct Layer {
     pub(super) eviction: Option<Arc<Eviction>>,
     /// How much one query reads, if not all.
     pub(super) quest: Option<Quest>,
+    /// Whether it belongs to layers of which one query reads only some pages, be it one that is read whole.
+    selects: bool,
     /// Whether keys are held less the mean of the first ones.
     centers: bool,
     pub(super) shape: Option<Shape>,
@@ -88,7 +90,7 @@ impl Layer {
     /// An empty layer that keeps all tokens.
     pub fn new(codec: Codec) -> Self {
         let rows = Vec::new();
-        Self { codec, eviction: None, quest: None, centers: false, shape: None, rows, seen: 0, final_to: 0 }
+        Self { codec, eviction: None, quest: None, selects: false, centers: false, shape: None, rows, seen: 0, final_to: 0 }
     }
 
     /// The layer, with an eviction that chooses tokens.
@@ -100,7 +102,18 @@ impl Layer {
     /// The layer, of which one query reads only some pages.
     #[must_use]
     pub fn with_quest(self, quest: Option<Quest>) -> Self {
-        Self { quest, ..self }
+        Self { selects: quest.is_some(), quest, ..self }
+    }
+
+    /// The layer, one of several of which one query reads only some pages, while this one is read whole.
+    #[must_use]
+    pub fn among_selected(self) -> Self {
+        Self { selects: true, ..self }
+    }
+
+    /// Whether only our attention may read it, which chooses pages of it or of other layers.
+    pub fn selects(&self) -> bool {
+        self.selects
     }
 
     /// The layer, whose keys are held less the mean of the first ones.

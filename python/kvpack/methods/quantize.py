@@ -70,6 +70,7 @@ class Quantize(ABC):
             self.values_method(site),
             None if evict is None else evict.make(site),
             None if select is None else select.make(site),
+            select is not None,
             self.centers(site),
         )
 
