@@ -92,6 +92,7 @@ def four_dimensional(mask: Tensor | None) -> Tensor | None:
         mask = mask.float()
     return readable(mask)
 
+
 def crop_of(n: int, seen: int) -> tuple[int, bool]:
     """How many tokens `crop(n)` removes, and whether without announcement packed ones may be among them.
 

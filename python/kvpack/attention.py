@@ -171,6 +171,7 @@ def _shown(mask: Tensor) -> Tensor:
 
 _PADS = _Pads()
 
+
 def register() -> None:
     """Makes `attn_implementation="kvpack"` known to transformers."""
     AttentionInterface.register(NAME, kvpack_attention)

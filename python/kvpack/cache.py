@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from . import _kvpack, checks
 from ._forwards import Begun, begun, is_under_way
@@ -78,11 +78,14 @@ class PackedCache(CacheInspection):
         if (head_dim := checks.head_dim(config)) is not None:
             for layer in stored.values():
                 layer.check_dims(head_dim, head_dim)
-        taking_part = [i for i, layer in enumerate(layers) if hasattr(layer, "update") and type(layer).__name__ != "DummyLayer"]
-        self._first = min(taking_part, default=0)
+        taking_part = [i for i, layer in enumerate(layers) if type(layer).__name__ != "DummyLayer"] or [0]
+        self._first, last = taking_part[0], taking_part[-1]
         self._begun: Begun | None = None
         self.store = _kvpack.Cache(
-            [stored.get(i) for i in range(len(layers))], [shared] * len(layers), max(taking_part, default=0)
+            [stored.get(i) for i in range(len(layers))],
+            [shared] * len(layers),
+            last,
+            isinstance(layers[last], CacheLayerMixin),
         )
         for i, site in sites.items():
             layers[i] = PackedLayer(self.store, i, (evict, select, self.quantize), site)
@@ -146,45 +149,55 @@ class PackedCache(CacheInspection):
             ConcurrencyError: another thread is in the middle of a forward with this cache.
             OptionError: LazyLLM filled the cache, and this forward is outside of it.
         """
+
+        def change(layer: Any) -> tuple[Tensor, Tensor]:
+            keys, values = layer.update(key_states, value_states, *args, **kwargs)
+            if not isinstance(layer, PackedLayer):
+                keys._kvpack_reading = Reading(weakref.ref(self), layer_idx)
+            return keys, values
+
+        given: tuple[Tensor, Tensor] = self._in_forward(layer_idx, 0, change)
+        return given
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Any:
+        """As transformers' Cache does."""
+        base = super().update_conv_state
+        return self._in_forward(
+            layer_idx, 1 + 3 * state_idx, lambda _: base(conv_states, layer_idx, state_idx=state_idx, **kwargs)
+        )
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Any:
+        """As transformers' Cache does."""
+        base = super().update_recurrent_state
+        return self._in_forward(
+            layer_idx, 2 + 3 * state_idx, lambda _: base(recurrent_states, layer_idx, state_idx=state_idx, **kwargs)
+        )
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, **kwargs: Any) -> Any:
+        """As transformers' Cache does."""
+        base = super().update_indexer
+        return self._in_forward(layer_idx, 3, lambda _: base(indexer_key_states, layer_idx, **kwargs))
+
+    def _in_forward(self, layer_idx: int, kind: int, change: Callable[[Any], Any]) -> Any:
+        """Gives a layer tokens (0) or states (another kind), as a part of a forward; if that fails, it is rolled back."""
         try:
             layer = self._taking_part(layer_idx)
             if isinstance(layer, PackedLayer):
-                handles = self._changing(lambda: layer.update(key_states, value_states))
-                self._note(layer_idx)
-                return handles
-            self._enter(layer_idx)
-            keys, values = layer.update(key_states, value_states, *args, **kwargs)
-            keys._kvpack_reading = Reading(weakref.ref(self), layer_idx)
+                given = self._changing(lambda: change(layer))
+            else:
+                if self._changing(lambda: self.store.enter(layer_idx, kind)):
+                    self.store.keep(layer_idx, State(layer))
+                given = change(layer)
+            if layer_idx == self._first:
+                self._begun = begun()
+                if self._begun.in_module:
+                    self.store.is_of_module()
         except ConcurrencyError:
-            raise
+            raise  # the forward is another thread's
         except BaseException:
             self.store.roll_back()
             raise
-        return keys, values
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As transformers' Cache does."""
-        return self._beside(super().update_conv_state, conv_states, layer_idx, *args, **kwargs)
-
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As transformers' Cache does."""
-        return self._beside(super().update_recurrent_state, recurrent_states, layer_idx, *args, **kwargs)
-
-    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As transformers' Cache does."""
-        return self._beside(super().update_indexer, indexer_key_states, layer_idx, *args, **kwargs)
-
-    def _beside(self, change: Callable[..., Any], states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Changes a layer that is not packed, within a forward."""
-        try:
-            self._taking_part(layer_idx)
-            self._enter(layer_idx)
-            return change(states, layer_idx, *args, **kwargs)
-        except ConcurrencyError:
-            raise
-        except BaseException:
-            self.store.roll_back()
-            raise
+        return given
 
     def _taking_part(self, layer_idx: int) -> Any:
         """The layer, in a forward."""
@@ -209,19 +222,6 @@ class PackedCache(CacheInspection):
             self.store.adopt(layer.store.fork_layer(layer.index) if packed else None)
             if packed:
                 self.layers[i] = layer.on(self.store, i)
-
-    def _note(self, layer_idx: int) -> None:
-        """Notes where a forward began."""
-        if layer_idx == self._first:
-            self._begun = begun()
-            if self._begun.in_module:
-                self.store.is_of_module()
-
-    def _enter(self, layer_idx: int) -> None:
-        """Remembers what a layer that is not packed holds, once a forward."""
-        if self._changing(lambda: self.store.enter(layer_idx)):
-            self.store.keep(layer_idx, State(self.layers[layer_idx]))
-        self._note(layer_idx)
 
     def _changing(self, change: Callable[[], _R]) -> _R:
         """Does what is refused in the middle of another thread's forward; one that an exception ended is undone first."""
@@ -270,7 +270,9 @@ class PackedCache(CacheInspection):
         seen = packed.get_seq_length()
         remove, lossy = crop_of(n, seen)
         self.store.check_crop(remove, lossy)
-        self._change_all("crop", (-remove if RECORDING_EXISTS else seen - remove,), lambda: self.store.crop(remove, lossy))
+        self._change_all(
+            "crop", (-remove if RECORDING_EXISTS else seen - remove,), lambda: self.store.crop(remove, lossy)
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes row `i` what row `beam_idx[i]` was (beam search); pages are shared, not copied."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +12,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from . import _kvpack
 from ._lazy import Lazy
+from ._tensors import DTYPES, describe
 from ._threads import threads
 from .beside import tensor_bytes
+from .errors import ShapeError
 from .memory import Memory, feedback, measured, readable_bytes
 from .methods import Evict, Quantize, Select
+
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class LayerInspection:
@@ -23,6 +27,91 @@ class LayerInspection:
 
     store: _kvpack.Cache
     index: int
+
+    def materialize(self, which: Literal["keys", "values"], version: int, *, compact: bool = False) -> Tensor:
+        """All keys or values `[B, Hkv, n, D]`, dequantised, in the model's dtype.
+
+        Args:
+            which: which of the two.
+            version: of the layer; any other is an error.
+            compact: as a model's own attention reads them: only tokens that are held, in their order. Else all that
+                were seen, with zeros where a pad was or a token was let go.
+
+        Raises:
+            StaleHandleError: the layer was updated since it had that version.
+            OptionError: tokens were let go, and the model's attention was not known to be its own when they were, or
+                heads hold different numbers of tokens.
+        """
+        sizes, dtype = self.store.extent(self.index, version, which, compact)
+        out = torch.zeros(sizes, dtype=_TORCH_DTYPES[dtype])
+        self.store.write(self.index, version, which, compact, describe(out))
+        return out
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys, materialised; None before the first."""
+        return self._now("keys")
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values, materialised; None before the first."""
+        return self._now("values")
+
+    def _now(self, which: Literal["keys", "values"]) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        still = self.fork()  # meanwhile another thread may go on
+        return still.materialize(which, still.version)
+
+    def fork(self) -> Any:
+        """A layer of its own with the same tokens."""
+        raise NotImplementedError
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Batch, KV heads, key dim and value dim.
+
+        Raises:
+            ShapeError: there were no tokens yet.
+        """
+        shape = self.store.shape(self.index)
+        if shape is None:
+            raise ShapeError("cache: given an empty one, expected at least one token")
+        return shape[0]
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there were tokens."""
+        return self.store.shape(self.index) is not None
+
+    @property
+    def version(self) -> int:
+        """Names the state of the layer."""
+        return self.store.version(self.index)
+
+    @property
+    def record_past(self) -> bool:
+        """Whether packing waits for `crop`."""
+        return self.store.records()
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; there is no such attribute before the first tokens."""
+        if not self.is_initialized:
+            raise AttributeError("batch_size")
+        return self.sizes()[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype; there is no such attribute before the first tokens."""
+        shape = self.store.shape(self.index)
+        if shape is None:
+            raise AttributeError("dtype")
+        return _TORCH_DTYPES[shape[1]]
+
+    @property
+    def device(self) -> torch.device:
+        """CPU memory."""
+        return torch.device("cpu")
 
     @property
     def kv_heads(self) -> int:
@@ -127,11 +216,18 @@ class CacheInspection(Cache):
         """Keys, values (materialised) and sliding window of each layer, as DynamicCache gives them."""
         for i in range(len(self.layers)):
             layer = self._shown(i)
-            yield getattr(layer, "keys", None), getattr(layer, "values", None), getattr(layer, "_sliding_window_tensor", None)
+            yield (
+                getattr(layer, "keys", None),
+                getattr(layer, "values", None),
+                getattr(layer, "_sliding_window_tensor", None),
+            )
 
     def memory(self) -> Memory:
         """Bytes held, measured from the allocations: by part, by layer, in total."""
-        others = [None if isinstance(layer, LayerInspection) else tensor_bytes(self._shown(i)) for i, layer in enumerate(self.layers)]
+        others = [
+            None if isinstance(layer, LayerInspection) else tensor_bytes(self._shown(i))
+            for i, layer in enumerate(self.layers)
+        ]
         return measured(self.store.memory(), others, 0 if self.lazy is None else self.lazy.bytes())
 
     def lossy_share(self, new: int = 0) -> float:

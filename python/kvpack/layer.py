@@ -10,13 +10,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from . import _kvpack
-from ._tensors import DTYPES, crop_of, describe, four_dimensional, plain, row_of, rows_at
+from ._tensors import crop_of, describe, four_dimensional, plain, row_of, rows_at
 from .errors import OptionError, ShapeError
 from .handle import LazyKV, Reading
 from .inspection import LayerInspection
 from .methods import Evict, Quantize, Select, Site
-
-_TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class PackedLayer(LayerInspection, CacheLayerMixin):
@@ -126,7 +124,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         query = plain("queries", query)
         mask, valid = four_dimensional(mask), row_of(valid)
         batch, heads, new, _ = query.shape
-        out = torch.empty(batch, new, heads, self._sizes()[3] if values is None else values.shape[3], dtype=query.dtype)
+        out = torch.empty(batch, new, heads, self.sizes()[3] if values is None else values.shape[3], dtype=query.dtype)
         self.store.attend(
             self.index,
             self.version if values is None else values.version,
@@ -149,87 +147,12 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         described = None if valid is None else describe(valid)
         self.store.load(self.index, describe(keys), describe(values), described, torch.get_num_threads())
 
-    # ---- looking: nothing changes ----------------------------------------------------------------------------------
-
-    def materialize(self, which: Literal["keys", "values"], version: int, *, compact: bool = False) -> Tensor:
-        """All keys or values `[B, Hkv, n, D]`, dequantised, in the model's dtype.
-
-        Args:
-            which: which of the two.
-            version: of the layer; any other is an error.
-            compact: as a model's own attention reads them: only tokens that are held, in their order. Else all that
-                were seen, with zeros where a pad was or a token was let go.
-
-        Raises:
-            StaleHandleError: the layer was updated since it had that version.
-            OptionError: tokens were let go, and the model's attention was not known to be its own when they were, or
-                heads hold different numbers of tokens.
-        """
-        sizes, dtype = self.store.extent(self.index, version, which, compact)
-        out = torch.zeros(sizes, dtype=_TORCH_DTYPES[dtype])
-        self.store.write(self.index, version, which, compact, describe(out))
-        return out
-
     def for_model(self, which: Literal["keys", "values"], version: int) -> Tensor:
         """`materialize` for attention that is not kvpack's, which is counted."""
         out = self.materialize(which, version, compact=True)
         if which == "keys":
             self.store.materialised(self.index)
         return out
-
-    @property
-    def keys(self) -> Tensor | None:
-        """All keys, materialised; None before the first."""
-        return self.materialize("keys", self.version) if self.is_initialized else None
-
-    @property
-    def values(self) -> Tensor | None:
-        """All values, materialised; None before the first."""
-        return self.materialize("values", self.version) if self.is_initialized else None
-
-    def _sizes(self) -> tuple[int, int, int, int]:
-        """Batch, KV heads, key dim and value dim."""
-        shape = self.store.shape(self.index)
-        if shape is None:
-            raise ShapeError("cache: given an empty one, expected at least one token")
-        sizes: tuple[int, int, int, int] = shape[0]
-        return sizes
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether there were tokens."""
-        return self.store.shape(self.index) is not None
-
-    @property
-    def version(self) -> int:
-        """Names the state of the layer."""
-        return self.store.version(self.index)
-
-    @property
-    def record_past(self) -> bool:
-        """Whether packing waits for `crop`."""
-        return self.store.records()
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences; there is no such attribute before the first tokens."""
-        shape = self.store.shape(self.index)
-        if shape is None:
-            raise AttributeError("batch_size")
-        return int(shape[0][0])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The model's dtype; there is no such attribute before the first tokens."""
-        shape = self.store.shape(self.index)
-        if shape is None:
-            raise AttributeError("dtype")
-        return _TORCH_DTYPES[shape[1]]
-
-    @property
-    def device(self) -> torch.device:
-        """CPU memory."""
-        return torch.device("cpu")
 
     # ---- lengths, batch: what changes them changes all layers of a cache ---------------------------------------------
 
@@ -300,4 +223,3 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         """Nothing to do: the cache lives in CPU memory."""
 
     prefetch = offload
-

@@ -121,11 +121,11 @@ impl Cache {
 #[pymethods]
 impl Cache {
     /// Empty layers; `None` are held elsewhere. `shared` are those that other layers read too, `last` is the last one that forwards
-    /// come to.
+    /// come to, `last_is_read` whether attention reads that one.
     #[new]
-    fn new(layers: Vec<Option<Py<Layer>>>, shared: Vec<bool>, last: usize) -> Self {
+    fn new(layers: Vec<Option<Py<Layer>>>, shared: Vec<bool>, last: usize, last_is_read: bool) -> Self {
         let layer = |(layer, shared): (Option<Py<Layer>>, bool)| layer.map(|layer| (layer.get().0.clone(), shared));
-        Self::holding(cache::Cache::new(layers.into_iter().zip(shared).map(layer).collect(), last))
+        Self::holding(cache::Cache::new(layers.into_iter().zip(shared).map(layer).collect(), last, last_is_read))
     }
 
     // ---- a forward
@@ -153,9 +153,10 @@ impl Cache {
         })
     }
 
-    /// Says that a layer that is held elsewhere is about to change. Returns whether what brings it back is still to be kept.
-    fn enter(&self, py: Python<'_>, layer: usize) -> PyResult<bool> {
-        self.change(py, |cache| cache.enter(layer))
+    /// Says that a layer that is held elsewhere is about to be given tokens (kind 0), or states of another kind. Returns whether what
+    /// brings it back is still to be kept.
+    fn enter(&self, py: Python<'_>, layer: usize, kind: u8) -> PyResult<bool> {
+        self.change(py, |cache| cache.enter(layer, kind))
     }
 
     /// Keeps what brings a layer back that is held elsewhere, if the forward is rolled back: it is called then.

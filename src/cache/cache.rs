@@ -41,6 +41,9 @@ pub struct Counts {
     pub materialised: usize,
 }
 
+/// What layers are given that is no state: tokens.
+const TOKENS: u8 = 0;
+
 /// What a layer answers to new tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Given {
@@ -108,10 +111,13 @@ enum Saved {
 
 struct Forward {
     thread: ThreadId,
-    first: usize,
+    /// Which layers were given what, in their order: tokens, or states of their own kind.
+    given: Vec<(usize, u8)>,
     last: usize,
     /// Whether all is done, and only [`Cache::finish`] is missing.
     ended: bool,
+    /// Whether it cannot be undone any more.
+    finished: bool,
     /// Whether our attention has read one of its layers.
     attended: bool,
     /// Whether it is one of a whole model, of which is known that it goes on to the last layer.
@@ -144,6 +150,8 @@ pub struct Cache {
     recording: Option<Recording>,
     /// The last layer that forwards come to.
     last: usize,
+    /// Whether attention reads it.
+    last_is_read: bool,
     /// The last version given to a layer.
     version: u64,
     undone: Vec<Foreign>,
@@ -151,10 +159,10 @@ pub struct Cache {
 
 impl Cache {
     /// Empty layers, each with whether other layers read it; `None` are held elsewhere. `last` is the last one that forwards come
-    /// to.
-    pub fn new(layers: Vec<Option<(Layer, bool)>>, last: usize) -> Self {
+    /// to, and `last_is_read` whether attention reads that one.
+    pub fn new(layers: Vec<Option<(Layer, bool)>>, last: usize, last_is_read: bool) -> Self {
         let layers = layers.into_iter().map(|layer| layer.map(|(layer, shared)| Box::new(Packed::new(layer, shared))));
-        Self { layers: layers.collect(), forward: None, recording: None, last, version: 0, undone: Vec::new() }
+        Self { layers: layers.collect(), forward: None, recording: None, last, last_is_read, version: 0, undone: Vec::new() }
     }
 
     /// How many layers there are.
@@ -176,7 +184,7 @@ impl Cache {
     /// [`Error::Busy`] in the middle of another thread's forward; else what does not fit, and the forward is rolled back.
     pub fn update(&mut self, i: usize, k: Kept, v: Kept) -> Result<Given> {
         let tokens = k.view().shape()[2];
-        self.begin(i)?;
+        self.begin(i, TOKENS)?;
         self.step(|cache| {
             let recording = cache.recording.is_some();
             cache.save(i, tokens)?;
@@ -194,20 +202,21 @@ impl Cache {
         })
     }
 
-    /// Says that layer `i`, which is held elsewhere, is about to change. Returns whether what brings it back is still to be
+    /// Says that layer `i`, which is held elsewhere, is about to be given tokens, or states of a `kind` of their own. Returns whether what brings it back is still to be
     /// [kept](Self::keep).
     ///
     /// # Errors
     /// [`Error::Busy`] in the middle of another thread's forward.
-    pub fn enter(&mut self, i: usize) -> Result<bool> {
-        self.begin(i)?;
+    pub fn enter(&mut self, i: usize, kind: u8) -> Result<bool> {
+        self.begin(i, kind)?;
         self.tokens_came();
-        Ok(self.forward.as_ref().is_some_and(|forward| forward.saved.iter().all(|&(saved, _)| saved != i)))
+        let unknown = |forward: &Forward| !forward.finished && forward.saved.iter().all(|&(saved, _)| saved != i);
+        Ok(self.forward.as_ref().is_some_and(unknown))
     }
 
     /// Keeps what brings layer `i` back, which is held elsewhere, if this thread's forward is rolled back.
     pub fn keep(&mut self, i: usize, before: Foreign) {
-        if let Some(forward) = self.forward.as_mut().filter(|forward| forward.thread == thread::current().id()) {
+        if let Some(forward) = self.forward.as_mut().filter(|forward| forward.thread == thread::current().id() && !forward.finished) {
             forward.saved.push((i, Saved::Other(before)));
         }
     }
@@ -304,7 +313,8 @@ impl Cache {
 
     /// Undoes this thread's forward, if there is one that is not [finished](Self::finish).
     pub fn roll_back(&mut self) {
-        let Some(forward) = self.forward.take_if(|forward| forward.thread == thread::current().id()) else { return };
+        let mine = |forward: &mut Forward| forward.thread == thread::current().id() && !forward.finished;
+        let Some(forward) = self.forward.take_if(mine) else { return };
         for (i, saved) in forward.saved.into_iter().rev() {
             let version = self.next_version();
             match (saved, &mut self.layers[i]) {
@@ -333,9 +343,10 @@ impl Cache {
 
     /// After a forward that is over: from now on it cannot be undone.
     pub fn finish(&mut self) {
-        let Some(forward) = self.forward.take_if(|forward| forward.ended) else { return };
-        for (i, saved) in &forward.saved {
-            if let (Saved::Packed(before), Some(packed)) = (saved, &mut self.layers[*i]) {
+        let Some(forward) = self.forward.as_mut().filter(|forward| forward.ended && !forward.finished) else { return };
+        forward.finished = true;
+        for (i, saved) in forward.saved.drain(..) {
+            if let (Saved::Packed(before), Some(packed)) = (saved, &mut self.layers[i]) {
                 packed.layer.release(&before.snapshot);
             }
         }
@@ -344,17 +355,22 @@ impl Cache {
         }
     }
 
-    /// Goes on with the forward that is under way, or begins one.
-    fn begin(&mut self, i: usize) -> Result<()> {
-        if let Some(forward) = self.forward.as_ref().filter(|forward| !forward.ended) {
-            if forward.thread != thread::current().id() {
+    /// Goes on with the forward that is under way, or begins one: layer `i` is given something of that kind.
+    fn begin(&mut self, i: usize, kind: u8) -> Result<()> {
+        let now = (i, kind);
+        if let Some(forward) = &mut self.forward {
+            let mine = forward.thread == thread::current().id();
+            if !mine && !forward.ended {
                 return Err(Error::Busy);
             }
-            // Tokens of the first layer again begin the next one.
-            if i != forward.first {
-                let last = forward.last.max(i);
-                if let Some(forward) = &mut self.forward {
-                    forward.last = last;
+            // What the first layer is given again begins the next one. After the attention of the last layer there may be states
+            // of it to come.
+            let again = forward.given.contains(&now);
+            let goes_on = if forward.ended { i >= forward.last && !again } else { forward.given.first() != Some(&now) };
+            if mine && goes_on {
+                forward.last = forward.last.max(i);
+                if !again {
+                    forward.given.push(now);
                 }
                 return Ok(());
             }
@@ -363,22 +379,22 @@ impl Cache {
         if self.recording.is_some_and(Recording::is_over) {
             self.recording = None;
         }
-        let (thread, saved) = (thread::current().id(), Vec::new());
         self.forward = Some(Forward {
-            thread,
-            first: i,
+            thread: thread::current().id(),
+            given: vec![now],
             last: i,
             ended: false,
+            finished: false,
             attended: false,
             of_module: false,
-            saved,
+            saved: Vec::new(),
         });
         Ok(())
     }
 
     /// Remembers what layer `i` is like, once a forward.
     fn save(&mut self, i: usize, tokens: usize) -> Result<()> {
-        let known = |forward: &Forward| forward.saved.iter().any(|&(saved, _)| saved == i);
+        let known = |forward: &Forward| forward.finished || forward.saved.iter().any(|&(saved, _)| saved == i);
         if self.forward.as_ref().is_some_and(known) {
             return Ok(());
         }
@@ -414,7 +430,7 @@ impl Cache {
     /// Whether a forward has come to its last layer, which as far as is known other attention than ours reads.
     fn is_over(&self, forward: &Forward) -> bool {
         let ours = forward.attended || self.layers[forward.last].as_ref().is_some_and(|packed| packed.attended);
-        forward.last >= self.last && !ours
+        forward.last >= self.last && !(ours && self.last_is_read)
     }
 
     fn end(&mut self) {
@@ -647,8 +663,15 @@ impl Cache {
 
     /// What a copy of this has in common with it, but for layers.
     fn bare(&self) -> Self {
-        let (recording, version) = (self.recording, self.version);
-        Self { layers: Vec::new(), forward: None, recording, last: 0, version, undone: Vec::new() }
+        Self {
+            layers: Vec::new(),
+            forward: None,
+            recording: self.recording,
+            last: 0,
+            last_is_read: self.last_is_read,
+            version: self.version,
+            undone: Vec::new(),
+        }
     }
 
     /// A cache of layer `i` alone, as [`Self::fork`] makes them.

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import _kvpack
-from ..identity import fingerprint
 from ..errors import ModelMismatchError, OptionError
+from ..identity import fingerprint
 from .kvquant import KVQuant, KVQuantTables
 from .quantize import Quantize, Site
 
