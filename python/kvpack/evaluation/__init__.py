@@ -4,7 +4,7 @@
 
     contenders.py   what is compared        store.py       results on disk, one line a cell
     settings.py     how much of it          summary.py     from records to a row a method
-    plan.py         both, checked           bootstrap.py   confidence intervals
+    plan.py         both, checked           intervals.py   95 % intervals
     run.py          the order of the cells  report.py      tables
     forward.py      reading with a cache    pictures.py    pictures
     streaming.py    perplexity, KL          evaluation.py  all of these together

@@ -6,8 +6,9 @@ import importlib.util
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .. import attention
 from ..cache import PackedCache
 from ..errors import OptionError
+from ..methods import Calibrated
 from ..methods.spec import Spec, make, names, parse_spec, split_parameters
 
 FULL = "full"
@@ -36,6 +38,11 @@ class Contender(ABC):
     @abstractmethod
     def label(self) -> str:
         """Its name in tables."""
+
+    @property
+    def files(self) -> str:
+        """A hash of the files that it was made from, whose content its label does not say; empty for most."""
+        return ""
 
     @abstractmethod
     def new_cache(self, model: Any) -> Any:
@@ -93,6 +100,11 @@ class Packed(Contender):
         """As it was written."""
         return self.spec.label
 
+    @property
+    def files(self) -> str:
+        """Of its calibrations."""
+        return "".join(sorted(set(_calibrations(self.spec.options))))
+
     def new_cache(self, model: Any) -> Any:
         """Return an empty PackedCache."""
         return PackedCache(model, **self.spec.options)
@@ -100,6 +112,16 @@ class Packed(Contender):
     def lossy_share(self, cache: Any, new: int, full_bytes: int) -> float:
         """Return what the cache says."""
         return float(cache.lossy_share(new))
+
+
+def _calibrations(part: Any) -> Iterator[str]:
+    """The hashes of all calibrations among methods, and within them."""
+    if isinstance(part, Calibrated):
+        yield part.sha256
+    elif isinstance(part, Mapping):
+        yield from chain.from_iterable(map(_calibrations, part.values()))
+    elif is_dataclass(part):
+        yield from chain.from_iterable(_calibrations(getattr(part, field.name)) for field in fields(part))
 
 
 class Full(Contender):
