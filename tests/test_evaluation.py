@@ -23,7 +23,7 @@ from kvpack.evaluation.contenders import Quantized, held_bytes, parse, parse_all
 from kvpack.evaluation.greedy import equal_prefix
 from kvpack.evaluation.intervals import quantile
 from kvpack.evaluation.peak import PeakMemory
-from kvpack.evaluation.pictures import pareto_front
+from kvpack.evaluation.pictures import pareto, pareto_front
 from kvpack.evaluation.settings import weights
 from kvpack.evaluation.store import Store, read
 from kvpack.methods import EVICT
@@ -568,6 +568,29 @@ def test_mistakes_are_found_before_the_model_is_loaded(
     assert done.exit_code == 2, done.output
     for word in words:
         assert word in done.output
+
+
+def test_the_command_says_its_version() -> None:
+    from kvpack import cli
+    from typer.testing import CliRunner
+
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"kvpack {kvpack.__version__}\n")
+    assert CliRunner().invoke(cli.app, ["info"]).output.startswith(f"version: {kvpack.__version__}")
+    assert "Usage" in CliRunner().invoke(cli.app, []).output
+
+
+def test_times_are_drawn_with_their_spread_and_no_front() -> None:
+    measured = {"kl_low": 1e-3, "kl_high": 4e-3, "bytes_per_token": 100.0, "ms": 10.0, "ms_p10": 9.0, "ms_p90": 13.0}
+    methods = [{"method": f"m{i}", "kl": 2e-3 + i * 1e-3, **measured} for i in range(3)]
+    methods.append({"method": "few", "kl": 5e-3, **{n: x for n, x in measured.items() if not n.startswith("kl")}})
+    full = {"method": "full", "bytes_per_token": 400.0, "ms": 11.0, "ms_p10": 10.0, "ms_p90": 12.0}
+    for against, front, bars in (("bytes", True, 3), ("ms", False, 7)):
+        axes = pareto([full, *methods], {}, against).axes[0]
+        assert ("Pareto front" in axes.get_legend_handles_labels()[1]) == front
+        assert len(axes.collections) == bars  # of KL where there are enough documents, of times always
+    across = [c.get_segments()[0] for c in axes.collections if c.get_segments()[0][0][1] == c.get_segments()[0][1][1]]
+    assert [(segment[0][0], segment[1][0]) for segment in across] == [(9, 13)] * 4
 
 
 def test_a_model_without_tokenizer_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ from .. import attention
 from ..cache import PackedCache
 from ..errors import OptionError
 from ..methods import Calibrated
-from ..methods.spec import Spec, make, names, parse_spec, split_parameters
+from ..methods.spec import Spec, make, names, parse_spec, split, split_parameters
 
 FULL = "full"
 
@@ -261,10 +262,10 @@ def parse(text: str) -> Contender:
     Raises:
         OptionError: it is unknown, or a parameter is not accepted.
     """
-    if any(sign in text for sign in "+/("):
-        return Packed(parse_spec(text))
-    name, parameters = split_parameters(text)
+    first = re.match(r"[\w-]*", text.strip())
+    name = first.group() if first else ""
     if name in REFERENCES:
+        name, parameters = split_parameters(text)
         contender: Contender = make(REFERENCES[name], name, parameters)
         return contender
     if name not in names():
@@ -284,7 +285,7 @@ def parse_all(methods: str | Path | Iterable[str | Contender]) -> list[Contender
     if isinstance(methods, Path) or (isinstance(methods, str) and methods.endswith((".yaml", ".yml"))):
         methods = _read_yaml(Path(methods))
     if isinstance(methods, str):
-        methods = methods.split(",")
+        methods = split(methods, ",", REFERENCES)
     contenders = [parse(method.strip()) if isinstance(method, str) else method for method in methods]
     for contender in contenders:
         if not isinstance(contender, Contender):
