@@ -48,7 +48,7 @@ def test_positive_skewed_documents_are_covered(deviation: float, documents: int)
 
 
 @pytest.mark.parametrize("documents", [8, 16, 32])
-@pytest.mark.parametrize(("deviation", "least"), [(0.3, 0.93), (0.5, 0.925), (0.8, 0.91)])
+@pytest.mark.parametrize(("deviation", "least"), [(0.3, 0.94), (0.5, 0.93), (0.8, 0.9)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_skewed_documents_of_either_sign_are_covered(deviation: float, least: float, sign: int, documents: int) -> None:
     """Changes of the log-perplexity, and of agreement."""

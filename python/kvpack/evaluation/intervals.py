@@ -1,7 +1,7 @@
 """95 % intervals: of means over documents, and of the share of tasks that were solved.
 
 There are often few documents, and few of them lose most. The percentile bootstrap covers 80 % with 4 documents and
-88 % with 8, and BCa no more, as both draw from the few that are there; so the intervals here rest on Student's t.
+87 % with 8, and BCa no more, as both draw from the few that are there; so the intervals here rest on Student's t.
 """
 
 from __future__ import annotations
@@ -21,26 +21,22 @@ Interval = tuple[float, float]
 def of_mean(values: Sequence[float]) -> Interval | None:
     """Return the interval of the mean of what was found on documents; None where they are fewer than `LEAST`.
 
-    It is Student's, on Hall's (1992) transformation of t, which takes the skewness out:
-    `g(t) = t + G t^2 / 3 + G^2 t^3 / 27 + G / (6 n)`, with t in units of one document's deviation and G the skewness of
-    the documents (without bias). For normal documents it covers 94 to 96 % from 4 on; for lognormal ones, whose logs
-    have a deviation of 0.5 (0.8, 1), 93 % (92 %, 91 %) with 8.
+    It is Student's, `mean - t e` to `mean + t e` with `e` the standard error, and on the side to which documents are
+    skewed longer by `e G (2 t^2 + 1) / (6 sqrt(n))`, the first term of Edgeworth's expansion of t (Hall 1992), with G
+    their skewness (without bias). For normal documents it covers 95 to 96 % from 4 on; for lognormal ones, whose logs
+    have a deviation of 0.5 (0.8, 1), 94 % (91 %, 88 %) with 8 of them and 95 % (94 %, 92 %) with 32.
     """
     n = len(values)
     if n < LEAST:
         return None
     mean, deviation = fmean(values), math.sqrt(_variance(values))
-    if deviation == 0 or not math.isfinite(deviation):
+    if deviation == 0:
         return mean, mean
     skewness = math.fsum(((x - mean) / deviation) ** 3 for x in values) * n / ((n - 1) * (n - 2))
-
-    def undo(y: float) -> float:
-        if abs(skewness) < 1e-6:
-            return y
-        return 3 / skewness * (math.cbrt(1 + skewness * (y - skewness / (6 * n))) - 1)
-
-    reach = student(n - 1) / math.sqrt(n)
-    return mean - deviation * undo(reach), mean - deviation * undo(-reach)
+    t = student(n - 1)
+    longer = skewness * (2 * t * t + 1) / (6 * math.sqrt(n))
+    error = deviation / math.sqrt(n)
+    return mean - error * (t - min(longer, 0)), mean + error * (t + max(longer, 0))
 
 
 def of_positive_mean(values: Sequence[float]) -> Interval | None:

@@ -104,7 +104,7 @@ def notes(rows: Sequence[Row], identity: dict[str, Any]) -> str:
             f"predicted, fed {identity.get('chunk')} at a time, so that each token is predicted from a past that is "
             "compressed already (*compressed past*: its share, on average). KL, agreement: next-token distribution "
             "against the full cache's on the same tokens. Intervals: Student's over documents, each paired with the "
-            "full cache's; of KL on the logarithms, of the others with the skewness taken out."
+            "full cache's; of KL by factors, of the others longer on the side to which documents are skewed."
         )
         if full["documents"] < LEAST:
             lines.append(
