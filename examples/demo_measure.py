@@ -215,12 +215,11 @@ def generate(
 ) -> None:
     """Generate greedily from the bare prompt, as a user does, into a new cache of `engine`."""
     model.set_attn_implementation(engine.attention)
-    cache = engine.new_cache(model)
     first = FirstToken()
     output = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        **{CACHE_ARGUMENT: cache},
+        **{CACHE_ARGUMENT: engine.new_cache(model)},
         max_new_tokens=tokens,
         do_sample=False,
         streamer=first,

@@ -30,6 +30,7 @@ from kvpack.methods import EVICT
 from kvpack.methods.calibrated import identity as calibration_identity
 from kvpack.methods.calibrated import write as write_calibration
 from support import tiny_config, tiny_model
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache
 
 WORDS = "The harbour was quiet. A boat came in, and nobody spoke of it! " * 200
@@ -362,6 +363,15 @@ def test_weights_are_known_by_every_number_name_dtype_and_shape() -> None:
     assert weights(copy.deepcopy(base)) in known
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         assert weights(base.to(dtype)) == weights(copy.deepcopy(base))
+    wrapped = {TwoTensor(base.weight.detach().float(), torch.full((300, 40), float(x))) for x in (0, 1)}
+    assert len({weights(nn_of(tensor)) for tensor in wrapped}) == 2
+    assert weights(torch.nn.Linear(3, 4, device="meta")) != weights(torch.nn.Linear(4, 3, device="meta"))
+
+
+def nn_of(tensor: torch.Tensor) -> torch.nn.Module:
+    module = torch.nn.Module()
+    module.register_buffer("weight", tensor)
+    return module
 
 
 def test_a_calibration_made_anew_is_not_mixed_in(tokenizer: Any, tmp_path: Path) -> None:

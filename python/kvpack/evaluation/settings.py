@@ -192,18 +192,27 @@ def weights(model: Any) -> str:
     of those around each. Tensors that are not in memory (offloaded ones) count by name, dtype and shape alone.
     """
     digest = hashlib.sha256()
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.device.type != "cpu" or not tensor.numel() or type(tensor.data) is not Tensor:
-            continue
-        bits = tensor.detach().reshape(-1).view(whole.get(tensor.element_size(), torch.uint8))
-        step = -(-len(bits) // SAMPLE)
-        whole_steps = len(bits) // step * step
-        digest.update(bits[::step].contiguous().numpy().tobytes())
-        for part in (bits[:whole_steps].view(-1, step), bits[whole_steps:].view(1, -1)):
-            digest.update(part.sum(1, dtype=torch.int64).numpy().tobytes())
+        digest.update(name.encode())
+        _add_tensor(digest, tensor.detach())
     return digest.hexdigest()[:16]
+
+
+def _add_tensor(digest: Any, tensor: Tensor) -> None:
+    digest.update(f" {tensor.dtype} {tuple(tensor.shape)}".encode())
+    if hasattr(type(tensor), "__tensor_flatten__"):  # one that is made of others, as quantised ones are
+        for part in tensor.__tensor_flatten__()[0]:
+            _add_tensor(digest, getattr(tensor, part))
+        return
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.reshape(-1).view(whole.get(tensor.element_size(), torch.uint8))
+    step = -(-len(bits) // SAMPLE)
+    steps = len(bits) // step * step
+    digest.update(bits[::step].contiguous().numpy().tobytes())
+    for part in (bits[:steps].view(-1, step), bits[steps:].view(1, -1)):
+        digest.update(part.sum(1, dtype=torch.int64).numpy().tobytes())
 
 
 def check_methods(contenders: list[Contender], config: Any) -> None:
