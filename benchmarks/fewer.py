@@ -19,9 +19,9 @@ from typing import Any
 import kvpack
 import torch
 from kvpack.evaluation import tasks
-from kvpack.evaluation.bootstrap import interval
 from kvpack.evaluation.contenders import Full, parse
 from kvpack.evaluation.forward import Reader, evaluating
+from kvpack.evaluation.intervals import of_positive_mean
 from kvpack.evaluation.streaming import Expected
 from kvpack.forward import CACHE_ARGUMENT
 from tqdm import tqdm
@@ -95,7 +95,7 @@ def _attention_times(shape: tuple[int, int, int], seconds: float) -> dict[tuple[
 
 @torch.no_grad()
 def _losses(text: str) -> dict[int, str]:
-    """KL to the full cache of the last steps of `TOKENS` tokens; intervals: a bootstrap over blocks of steps."""
+    """KL to the full cache of the last steps of `TOKENS` tokens; intervals: over blocks of steps."""
     model, tokenizer = _model()
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0][:TOKENS]
     if len(ids) < TOKENS:
@@ -116,8 +116,8 @@ def _losses(text: str) -> dict[int, str]:
 
 
 def _with_interval(steps: list[float]) -> str:
-    blocks = [steps[i : i + BLOCK] for i in range(0, len(steps), BLOCK)]
-    low, high = interval(blocks, lambda drawn: sum(map(sum, drawn)) / sum(map(len, drawn)))
+    blocks = [statistics.fmean(steps[i : i + BLOCK]) for i in range(0, len(steps), BLOCK)]
+    low, high = of_positive_mean(blocks)
     return f"{statistics.fmean(steps):.4f} ({low:.4f} to {high:.4f})"
 
 

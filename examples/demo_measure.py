@@ -70,9 +70,8 @@ class Result:
     kl: list[float] = field(default_factory=list)
     same_top_token: int = 0
     calls: dict[str, int] = field(default_factory=dict)
+    first_token_s: list[float] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
-    equal_tokens: int = 0
-    first_token_s: float = 0.0
 
 
 @dataclass
@@ -189,22 +188,19 @@ def describe(result: Result, cache: Any) -> None:
         result.parts = {"keys and values": result.bytes_held}
 
 
-class Ticker(BaseStreamer):  # type: ignore[misc]
-    """Follows `generate`: the time of the first token, and a call of `advance` a token."""
+class FirstToken(BaseStreamer):  # type: ignore[misc]
+    """Follows `generate`: the seconds until the first token."""
 
-    def __init__(self, advance: Advance) -> None:
-        self.advance = advance
+    def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.first_token_s = 0.0
+        self.seconds = 0.0
         self.tokens = -1  # generate hands over the prompt first
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, then each token."""
         self.tokens += 1
         if self.tokens == 1:
-            self.first_token_s = time.perf_counter() - self.start
-        if self.tokens >= 1:
-            self.advance()
+            self.seconds = time.perf_counter() - self.start
 
     def end(self) -> None:
         """Nothing is left to do."""
@@ -216,18 +212,17 @@ def generate(
     prompt: torch.Tensor,
     tokens: int,
     result: Result,
-    advance: Advance,
 ) -> None:
     """Generate greedily from the bare prompt, as a user does, into a new cache of `engine`."""
     model.set_attn_implementation(engine.attention)
-    ticker = Ticker(advance)
+    first = FirstToken()
     output = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         **{CACHE_ARGUMENT: engine.new_cache(model)},
         max_new_tokens=tokens,
         do_sample=False,
-        streamer=ticker,
+        streamer=first,
     )
     result.generated = output[0, prompt.shape[1] :].tolist()
-    result.first_token_s = ticker.first_token_s
+    result.first_token_s.append(first.seconds)

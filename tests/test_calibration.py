@@ -13,7 +13,7 @@ import kvpack
 import pytest
 import torch
 from kvpack.calibration.budget import Option, allocate, sides
-from kvpack.calibration.losses import measure_losses
+from kvpack.calibration.losses import measure_losses, range_of_bits
 from kvpack.methods.calibrated import read, write
 from kvpack.methods.spec import parse_spec
 from safetensors.torch import save_file
@@ -187,6 +187,13 @@ def test_kvquant_goes_through_a_file(gradients: bool, tokenizer: Any, tmp_path: 
         ({"budget": None}, "budget=None"),
         ({"budget": "3"}, "budget='3'"),
         ({"budget": 1.5}, "budget=1.5"),
+        ({"budget": 2.99}, r"accepted: 3\.000 to 9\.000"),  # 2 and 8 bits, and 32 of a grid for 32 numbers
+        ({"budget": 9.01}, r"accepted: 3\.000 to 9\.000"),
+        ({"budget": 99}, "budget=99"),
+        ({"budget": float("nan")}, "budget=nan"),
+        ({"budget": -3}, "budget=-3"),
+        ({"budget": 8.3, "method": "graded"}, "budget=8.3"),
+        ({"budget": 99, "method": "kivi/rotated"}, "budget=99"),
         ({"method": "kvquant:bits=3"}, "kvquant"),
         ({"method": "kvquant:bits=3/kivi", "budget": None}, "kvquant"),
         ({"method": "kvquant:bits=7", "budget": None}, "bits=7"),
@@ -198,10 +205,11 @@ def test_kvquant_goes_through_a_file(gradients: bool, tokenizer: Any, tmp_path: 
     ],
 )
 def test_mistakes_are_found_before_anything_is_measured(
-    changed: dict[str, Any], words: str, tokenizer: Any, tmp_path: Path
+    changed: dict[str, Any], words: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments: dict[str, Any] = {"method": "kivi", "budget": 4, "out": tmp_path / "x", "text": WORDS, **SMALL}
     arguments |= changed
+    monkeypatch.setattr("kvpack.calibration.plan.Plan.run", None)
     with pytest.raises(kvpack.OptionError, match=words):
         kvpack.calibrate(small_model(), tokenizer, **arguments)
     assert not (tmp_path / "x").exists()
@@ -221,6 +229,21 @@ def test_the_command(tmp_path: Path, tokenizer: Any) -> None:
     done = subprocess.run([*command, "--budget", "1"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "budget=1.0 is not accepted" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "method", ["kivi", "rotated", "graded", "kivi/rotated", "rotated:levels=lloyd-max", "kivi:group=16:window=64"]
+)
+def test_the_range_of_budgets_is_what_layers_hold(method: str) -> None:
+    """Against what is measured on a model."""
+    model, both = small_model(), sides(method)
+    with torch.no_grad():
+        losses = measure_losses(model, torch.randint(3, 999, (1, 1156)), both, lambda _: None)
+    least, most = range_of_bits(model.config, both)
+    for bound, pick in ((least, min), (most, max)):
+        widths = [float(pick(side.widths)) for side in both]
+        assert bound == pytest.approx(sum(losses.bits[0, side, widths[side]] for side in (0, 1)) / 2, abs=0.02)
+    assert allocate(losses.choices, least + 0.02)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,18 +19,23 @@ import kvpack
 import pytest
 import torch
 from kvpack.evaluation import Evaluation, evaluate
-from kvpack.evaluation.bootstrap import interval, quantile
 from kvpack.evaluation.contenders import Quantized, held_bytes, parse, parse_all
 from kvpack.evaluation.greedy import equal_prefix
+from kvpack.evaluation.intervals import quantile
 from kvpack.evaluation.peak import PeakMemory
-from kvpack.evaluation.pictures import pareto_front
-from kvpack.evaluation.store import read
+from kvpack.evaluation.pictures import pareto, pareto_front
+from kvpack.evaluation.settings import weights
+from kvpack.evaluation.store import Store, read
+from kvpack.methods import EVICT
+from kvpack.methods.calibrated import identity as calibration_identity
+from kvpack.methods.calibrated import write as write_calibration
 from support import tiny_config, tiny_model
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache
 
 WORDS = "The harbour was quiet. A boat came in, and nobody spoke of it! " * 200
 METHODS = "exact,kivi:bits=8,kivi:bits=4,kivi:bits=2"
-SMALL: dict[str, Any] = {"context": 300, "tokens": 900, "chunk": 64, "greedy": 6, "greedy_prompts": 2}
+SMALL: dict[str, Any] = {"context": 300, "tokens": 1200, "chunk": 64, "greedy": 6, "greedy_prompts": 2}
 
 
 def small_model() -> Any:
@@ -49,10 +56,10 @@ def rows(result: Evaluation) -> dict[str, dict[str, Any]]:
 def test_full_perplexity_is_the_models_own(result: Evaluation, tokenizer: Any) -> None:
     model = small_model()
     model.set_attn_implementation("sdpa")
-    ids = torch.tensor(tokenizer(WORDS).input_ids[:900]).reshape(3, 300)
+    ids = torch.tensor(tokenizer(WORDS).input_ids[:1200]).reshape(4, 300)
     losses = [model(document[None], labels=document[None]).loss.item() for document in ids]
-    assert rows(result)["full"]["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-4)
-    assert rows(result)["full"]["tokens"] == 3 * 299
+    assert rows(result)["full"]["perplexity"] == pytest.approx(math.exp(sum(losses) / 4), rel=1e-4)
+    assert rows(result)["full"]["tokens"] == 4 * 299
 
 
 def test_exact_loses_nothing_and_kivi_more_with_fewer_bits(result: Evaluation) -> None:
@@ -312,6 +319,188 @@ def test_another_text_is_not_mixed_in(tokenizer: Any, tmp_path: Path) -> None:
         evaluate(small_model(), tokenizer, WORDS + "!", "exact", out=tmp_path, **sizes)
 
 
+def test_what_changed_is_named_and_the_text_only_when_it_did(tokenizer: Any, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"context": 64, "greedy": 0, "costs": False, "progress": False}
+    evaluate(small_model(), tokenizer, WORDS, "exact", out=tmp_path, tokens=64, **sizes)
+    for changed in ({"tokens": 128}, {"tokens": 128, "context": 128}, {"chunk": 32}):
+        with pytest.raises(kvpack.OptionError) as refused:
+            evaluate(small_model(), tokenizer, WORDS, "exact", out=tmp_path, **({"tokens": 64} | sizes | changed))
+        for name, value in changed.items():
+            assert f"{name}={value}" in str(refused.value).partition("this run has")[2]
+        assert " text=" not in str(refused.value)
+
+
+def test_results_of_other_weights_are_not_taken(tokenizer: Any, tmp_path: Path) -> None:
+    """Each change by itself: another checkpoint, a single number, a shape of the same bytes."""
+    sizes: dict[str, Any] = {"context": 64, "tokens": 64, "greedy": 0, "costs": False, "progress": False}
+    first = evaluate(small_model(), tokenizer, WORDS, "exact", out=tmp_path, **sizes)
+    assert evaluate(small_model(), tokenizer, WORDS, "exact", out=tmp_path, **sizes).records == first.records
+    other = tiny_model(small_model().config, seed=1)
+    nudged = small_model()
+    nudged.model.layers[1].mlp.up_proj.weight[17, 33] += 1e-3
+    for model in (other, nudged):
+        before = (tmp_path / "results.jsonl").read_bytes()
+        with pytest.raises(kvpack.OptionError, match="other weights"):
+            evaluate(model, tokenizer, WORDS, "exact,kivi:bits=4", out=tmp_path, **sizes)
+        assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+def test_weights_are_known_by_every_number_name_dtype_and_shape() -> None:
+    base = torch.nn.Linear(40, 300)
+    known = {weights(base)}
+    for tensor in (base.weight, base.bias):
+        for at in (0, 1, tensor.numel() // 2 + 1, tensor.numel() - 1):
+            changed = copy.deepcopy(base)
+            dict(changed.named_parameters())["weight" if tensor is base.weight else "bias"].data.view(-1)[at] += 1e-3
+            known.add(weights(changed))
+    swapped = copy.deepcopy(base)  # the same numbers, and so the same sum
+    swapped.weight.data[[0, 1]] = base.weight.data[[1, 0]]
+    turned = torch.nn.Linear(300, 40, bias=False)
+    turned.bias = base.bias
+    turned.weight.data = base.weight.data.view(40, 300)
+    known |= {weights(swapped), weights(turned), weights(copy.deepcopy(base).half())}
+    assert len(known) == 12
+    assert weights(copy.deepcopy(base)) in known
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert weights(base.to(dtype)) == weights(copy.deepcopy(base))
+    wrapped = {TwoTensor(base.weight.detach().float(), torch.full((300, 40), float(x))) for x in (0, 1)}
+    assert len({weights(nn_of(tensor)) for tensor in wrapped}) == 2
+    assert weights(torch.nn.Linear(3, 4, device="meta")) != weights(torch.nn.Linear(4, 3, device="meta"))
+
+
+def nn_of(tensor: torch.Tensor) -> torch.nn.Module:
+    module = torch.nn.Module()
+    module.register_buffer("weight", tensor)
+    return module
+
+
+def test_a_calibration_made_anew_is_not_mixed_in(tokenizer: Any, tmp_path: Path) -> None:
+    def calibrated(layer: str) -> None:
+        model = small_model()
+        header = {"method": "bits", "layers": {"0": layer, "1": layer}, "model": calibration_identity(model)}
+        write_calibration(tmp_path / "a.safetensors", header, {"losses": torch.zeros(1)})
+
+    sizes: dict[str, Any] = {"context": 200, "tokens": 200, "chunk": 50, "greedy": 0, "costs": False, "progress": False}
+    text = f"calibrated:path={tmp_path / 'a.safetensors'}"
+    out = tmp_path / "out"
+    calibrated("kivi:bits=8:window=32")
+    evaluate(small_model(), tokenizer, WORDS, [text, "exact"], out=out, **sizes)
+    first = evaluate(small_model(), tokenizer, WORDS, [text, "exact"], out=out, **sizes)
+    calibrated("kivi:bits=2:window=32")
+    for methods in ([text], ["exact", text], ["kivi:bits=2", text]):
+        with pytest.raises(kvpack.OptionError, match="made anew"):
+            evaluate(small_model(), tokenizer, WORDS, methods, out=out, **sizes)
+    anew = evaluate(small_model(), tokenizer, WORDS, [text, "exact"], out=tmp_path / "other", **sizes)
+    assert rows(anew)[text]["kl"] > 10 * rows(first)[text]["kl"]
+    # Other methods may come and go, and do not make the folder forget which file it was.
+    evaluate(small_model(), tokenizer, WORDS, "kivi:bits=4", out=out, **sizes)
+    with pytest.raises(kvpack.OptionError, match="made anew"):
+        evaluate(small_model(), tokenizer, WORDS, [text], out=out, **sizes)
+    calibrated("kivi:bits=8:window=32")
+    assert rows(evaluate(small_model(), tokenizer, WORDS, [text], out=out, **sizes))[text] == rows(first)[text]
+
+
+def write_lines(folder: Path, name: str) -> None:
+    for start in range(0, 100, 10):  # opened again and again, as by runs that are ended and started
+        store = Store(folder, {"model": "m"})
+        store.begin("w")
+        for i in range(start, start + 10):
+            store.add([{"kind": "layers", "method": name, "document": i, "errors": [0.5] * 300}])
+        if name == "killed":
+            with (folder / "results.jsonl").open("ab") as file:
+                file.write(b'{"kind": "layers", "meth')
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_processes_that_write_one_folder_lose_no_line(tmp_path: Path) -> None:
+    """One of them leaves half lines, as if it were killed."""
+    names = ["one", "two", "killed"]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=write_lines, args=(tmp_path, name)) for name in names]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert {(r["method"], r["document"]) for r in read(tmp_path / "results.jsonl")} == {
+        (name, i) for name in names for i in range(100)
+    }
+    store = Store(tmp_path, {"model": "m"})
+    store.begin("w")
+    assert len(store.records) == 300
+    store.add([{"kind": "layers", "method": "last", "document": 0, "errors": []}])
+    assert len(read(tmp_path / "results.jsonl")) == 301
+
+
+def test_a_store_sees_what_another_process_adds(tmp_path: Path) -> None:
+    one, two = Store(tmp_path, {"model": "m"}), Store(tmp_path, {"model": "m"})
+    one.begin("w")
+    two.begin("w")
+    with pytest.raises(kvpack.OptionError, match="weights='w', this run has weights='v'"):
+        Store(tmp_path, {"model": "m"}).begin("v")
+    for i, store in enumerate((one, two, one)):
+        store.add([{"kind": "layers", "method": "exact", "document": i, "errors": []}])
+    assert len(one.records) == 3
+    assert len(two.records) == 2
+    two.catch_up()
+    assert two.records == one.records
+
+
+def test_costs_of_methods_that_look_at_queries_are_measured(tokenizer: Any) -> None:
+    """All evictions there are: by queries their packing is part of the prompt's forward, and has no time of its own."""
+    settings = {name: method.standard[0] for name, method in EVICT.items() if method.standard}
+    settings["adakv"] = "adakv(snapkv:budget=0.5)"
+    methods = [*settings.values(), "snapkv:budget=0.5+kivi:bits=4:window=32", "quest:budget=0.5"]
+    result = evaluate(
+        small_model(), tokenizer, WORDS, methods, progress=False, context=200, tokens=200, chunk=64, greedy=3
+    )
+    assert set(settings) == set(EVICT)
+    for method in methods:
+        row = rows(result)[method]
+        assert row["ms"] > 0
+        assert row["prefill_ms"] > 0
+        by_queries = any(name in method for name in ("snapkv", "pyramidkv", "h2o", "a2sf", "tova", "expected"))
+        assert (row["pack_ms"] is None) == by_queries
+    assert "part of their prefill" in result.markdown()
+
+
+class Unfit(Fragile):
+    """A method that does not work."""
+
+    backend = "unfit"
+
+    def new_cache(self, model: Any) -> Any:
+        if not hasattr(model, "config"):
+            raise kvpack.ModelNeededError("it needs the model")
+        raise kvpack.OptionError("not this model")
+
+
+def test_what_cannot_work_fails_before_anything_is_measured(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvpack.evaluation.run.read_document", None)
+    sizes: dict[str, Any] = {"context": 64, "tokens": 64, "greedy": 0, "progress": False, "out": tmp_path}
+    with pytest.raises(kvpack.OptionError, match="'unfit:bits=4': not this model"):
+        evaluate(small_model(), tokenizer, WORDS, [*parse_all("exact"), Unfit()], **sizes)
+    header = {"method": "bits", "layers": {"0": "q8", "1": "q8"}, "model": calibration_identity(small_model())}
+    write_calibration(tmp_path / "a.safetensors", header, {"losses": torch.zeros(1)})
+    other = tiny_model(small_model().config, seed=1)
+    sizes["out"] = tmp_path / "other"
+    with pytest.raises(kvpack.ModelMismatchError, match=r"'calibrated:path=.*other weights"):
+        evaluate(other, tokenizer, WORDS, ["exact", f"calibrated:path={tmp_path / 'a.safetensors'}"], **sizes)
+
+
+def test_the_table_so_far_is_shown(tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    result = evaluate(small_model(), tokenizer, WORDS, "exact,kivi:bits=2", **(SMALL | {"costs": False}))
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    tables = shown.err.split("so far, ")[1:]
+    assert 2 <= len(tables) <= 8
+    assert all("kivi:bits=2" in table and "KL, nats" in table for table in tables)
+    assert "(too few)" in tables[0]
+    assert next(line for line in str(result).splitlines() if "perplexity" in line) not in tables[0]
+
+
 @pytest.mark.parametrize(
     ("changed", "word"),
     [
@@ -391,6 +580,29 @@ def test_mistakes_are_found_before_the_model_is_loaded(
         assert word in done.output
 
 
+def test_the_command_says_its_version() -> None:
+    from kvpack import cli
+    from typer.testing import CliRunner
+
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"kvpack {kvpack.__version__}\n")
+    assert CliRunner().invoke(cli.app, ["info"]).output.startswith(f"version: {kvpack.__version__}")
+    assert "Usage" in CliRunner().invoke(cli.app, []).output
+
+
+def test_times_are_drawn_with_their_spread_and_no_front() -> None:
+    measured = {"kl_low": 1e-3, "kl_high": 4e-3, "bytes_per_token": 100.0, "ms": 10.0, "ms_p10": 9.0, "ms_p90": 13.0}
+    methods = [{"method": f"m{i}", "kl": 2e-3 + i * 1e-3, **measured} for i in range(3)]
+    methods.append({"method": "few", "kl": 5e-3, **{n: x for n, x in measured.items() if not n.startswith("kl")}})
+    full = {"method": "full", "bytes_per_token": 400.0, "ms": 11.0, "ms_p10": 10.0, "ms_p90": 12.0}
+    for against, front, bars in (("bytes", True, 3), ("ms", False, 7)):
+        axes = pareto([full, *methods], {}, against).axes[0]
+        assert ("Pareto front" in axes.get_legend_handles_labels()[1]) == front
+        assert len(axes.collections) == bars  # of KL where there are enough documents, of times always
+    across = [c.get_segments()[0] for c in axes.collections if c.get_segments()[0][0][1] == c.get_segments()[0][1][1]]
+    assert [(segment[0][0], segment[1][0]) for segment in across] == [(9, 13)] * 4
+
+
 def test_a_model_without_tokenizer_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvpack import cli
     from typer.testing import CliRunner
@@ -421,15 +633,6 @@ def test_the_peak_is_what_was_held_meanwhile() -> None:
         torch.ones(50_000_000)  # 200 MB, given back at once
     assert peak.bytes is not None
     assert 195e6 < peak.bytes < 230e6  # the system counts in batches
-
-
-def test_intervals_hold_the_mean_of_documents() -> None:
-    documents = [float(x) for x in range(40)]
-    low, high = interval(documents, lambda drawn: sum(drawn) / len(drawn))
-    deviation = math.sqrt(sum((x - 19.5) ** 2 for x in documents) / 40 / 40)
-    assert low == pytest.approx(19.5 - 1.96 * deviation, abs=0.6)
-    assert high == pytest.approx(19.5 + 1.96 * deviation, abs=0.6)
-    assert interval([3.0], lambda drawn: sum(drawn) / len(drawn)) == (3, 3)
 
 
 def test_small_arithmetic() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import kvpack
 import pytest
+from kvpack.evaluation.contenders import parse_all
 from kvpack.methods import QUANTIZE, Calibrated
-from kvpack.methods.spec import names, parse_spec
+from kvpack.methods.spec import FAMILIES, accepted_quantize, names, parse_spec, spell
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,154 @@ from kvpack.methods.spec import names, parse_spec
 )
 def test_a_name_and_its_parameters(text: str, method: object) -> None:
     assert parse_spec(text).options == {"quantize": method}
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("small@0=exact", kvpack.Layers(kvpack.presets["small"], {0: kvpack.Exact()})),
+        (
+            "tiny@0=small@-1=near-lossless",
+            kvpack.Layers(kvpack.presets["tiny"], {0: kvpack.presets["small"], -1: kvpack.presets["near-lossless"]}),
+        ),
+        ("exact@1=tiny", kvpack.Layers(kvpack.Exact(), {1: kvpack.presets["tiny"]})),
+        ("kivi:bits=4/q8@0=exact", kvpack.Layers(kvpack.Apart(kvpack.KIVI(bits=4), kvpack.Q8()), {0: kvpack.Exact()})),
+        ("h2o:budget=0.5:protect=((0, 120), (200, 220))", kvpack.H2O(budget=0.5, protect=((0, 120), (200, 220)))),
+        ("adakv(h2o:budget=(9,20):protect=((0,4),))", kvpack.AdaKV(kvpack.H2O(budget=(9, 20), protect=((0, 4),)))),
+        ("rotated:bits=3:levels='lloyd-max'", kvpack.Rotated(bits=3, levels="lloyd-max")),
+    ],
+)
+def test_layers_presets_brackets_and_quotes(text: str, method: object) -> None:
+    assert list(parse_spec(text).options.values()) == [method]
+    assert [contender.label for contender in parse_all(f"{text},exact, window:tokens=5")] == [
+        text,
+        "exact",
+        "window:tokens=5",
+    ]
+    assert [contender.label for contender in parse_all(f"q8,{text}")] == ["q8", text]
+
+
+PATHS = (
+    "/plain/a.safetensors",
+    "a+b.safetensors",
+    "/some where/a, b and c.safetensors",
+    "/it's/a:b=c@0=d/(e)[f.safetensors",
+    "/a+kivitty,q8er/exactly.safetensors",
+    '"quotes" and \\ more',
+)
+
+
+@pytest.fixture
+def any_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Calibrated, "__post_init__", lambda self: None)
+    monkeypatch.setattr(Calibrated, "sha256", "", raising=False)
+
+
+@pytest.mark.usefixtures("any_path")
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_are_read_whole(path: str) -> None:
+    plain, quoted = f"calibrated:path={path}", f"calibrated : path = {path!r}"
+    for text in (plain, quoted):
+        if text == plain and path[0] == '"':
+            continue  # it begins with a quote, and so must be quoted
+        assert parse_spec(text).options["quantize"].path == path
+        both = parse_spec(f"{text} + snapkv:budget=0.5").options
+        assert (both["quantize"].path, both["evict"]) == (path, kvpack.SnapKV(budget=0.5))
+        assert parse_spec(f"snapkv:budget=0.5+{text}").options["quantize"].path == path
+        listed = parse_all(f"exact,{text},window:tokens=5,{text}+snapkv:budget=0.5, kivi:bits=2@0=q8")
+        assert [contender.label for contender in listed][::2] == ["exact", "window:tokens=5", "kivi:bits=2@0=q8"]
+        assert [listed[i].spec.options["quantize"].path for i in (1, 3)] == [path, path]
+    layers = parse_spec(f"{quoted}@0=exact").options["quantize"]
+    assert (layers.default.path, layers.others) == (path, {0: kvpack.Exact()})
+
+
+@pytest.mark.usefixtures("any_path")
+def test_a_path_that_holds_the_name_of_a_method_is_quoted() -> None:
+    path = "/a,exact"
+    assert [c.label for c in parse_all(f"calibrated:path={path}")] == ["calibrated:path=/a", "exact"]
+    (only,) = parse_all(f"calibrated:path={path!r}")
+    assert only.spec.options["quantize"].path == path
+    assert parse_all([f"calibrated:path={path}"])[0].spec.options["quantize"].path == path
+
+
+def every_setting() -> list[object]:
+    texts = [setting for family in FAMILIES.values() for method in family.values() for setting in method.standard]
+    methods = [method for text in texts for method in parse_spec(text).options.values()]
+    return [
+        *methods,
+        *kvpack.presets.values(),
+        kvpack.KIVI(),
+        kvpack.KIVI(bits=3, feedback=kvpack.GPTQ(), sinks=0),
+        kvpack.Rotated(bits=3, levels="lloyd-max", center=True),
+        kvpack.Apart(kvpack.KIVI(bits=4), kvpack.Rotated(bits=2)),
+        kvpack.Layers(kvpack.Apart(kvpack.KIVI(), kvpack.Q8()), {0: kvpack.Exact(), -1: kvpack.presets["tiny"]}),
+        kvpack.KVQuant(bits=2, norm=True),
+        kvpack.SnapKV(budget=(10, 0.5), protect=((0, 120),), decode=True),
+        kvpack.AdaKV(kvpack.H2O(budget=0.25, protect=((0, 4),)), floor=0.1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", every_setting(), ids=str)
+def test_what_is_spelled_is_read_again(method: object) -> None:
+    assert list(parse_spec(spell(method)).options.values()) == [method]
+    assert parse_all(f"{spell(method)},window:tokens=5")[0].label == spell(method)
+
+
+@pytest.mark.usefixtures("any_path")
+@pytest.mark.parametrize("path", [*PATHS, "/a,exact", "/a+exact", "None", "1"])
+def test_paths_that_are_spelled_are_read_again(path: str) -> None:
+    text = spell(Calibrated(path))
+    assert parse_spec(text).options["quantize"].path == path
+    assert [c.spec.options["quantize"].path for c in parse_all(f"{text},exact")[:1]] == [path]
+    assert parse_spec(text + "+snapkv:budget=0.5").options["quantize"].path == path
+
+
+@pytest.mark.parametrize(
+    "method", [kvpack.KIVI(feedback=kvpack.GPTQ(damping=0.2)), kvpack.KVQuant(tables={0: object()})], ids=str
+)
+def test_what_no_text_says_is_refused(method: object) -> None:
+    with pytest.raises(kvpack.OptionError, match="cannot be written as text"):
+        spell(method)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("balanced", ["kvpack.presets['balanced']"]),
+        ("kivi:bits=2:feedback=gptq", ["kvpack.KIVI(bits=2", "feedback=kvpack.GPTQ()"]),
+        ("kivi:bits=4/q8", ["kvpack.Apart(keys=kvpack.KIVI(bits=4", "values=kvpack.Q8("]),
+        ("snapkv:budget=0.25", ["evict=kvpack.SnapKV(", "budget=0.25"]),
+        ("medium", ["kvpack.KIVI(...)", "kvpack.presets[name]", "'balanced'", "None"]),
+        (4, ["kvpack.KIVI(...)", "'tiny'"]),
+        (kvpack.KIVI, ["kvpack.KIVI(...)"]),
+    ],
+)
+def test_what_is_accepted_as_a_codec_is_said(given: object, words: list[str]) -> None:
+    for word in words:
+        assert word in accepted_quantize(given)
+
+
+def test_what_is_said_for_a_text_is_what_it_means() -> None:
+    for text in ("balanced", *(setting for method in QUANTIZE.values() for setting in method.standard)):
+        assert eval(accepted_quantize(text), {"kvpack": kvpack}) == parse_spec(text).options["quantize"]
+
+
+def test_a_preset_that_there_is_not_is_named_with_those_that_there_are() -> None:
+    with pytest.raises(KeyError) as refused:
+        kvpack.presets["medium"]
+    assert isinstance(refused.value, kvpack.OptionError)
+    for word in ("'medium'", *map(repr, kvpack.presets), "kvpack.KIVI(bits=4)"):
+        assert word in str(refused.value)
+    assert str(refused.value).startswith("presets: 'medium' is unknown")
+    with pytest.raises(kvpack.OptionError, match="accepted"):
+        kvpack.presets[["tiny"]]  # type: ignore[index]
+    assert "medium" not in kvpack.presets
+    assert kvpack.presets.get("medium") is None
+    assert kvpack.presets.get("tiny") is kvpack.presets["tiny"]
+    assert list(kvpack.presets) == ["lossless", "near-lossless", "balanced", "small", "tiny"]
+    assert len(kvpack.presets) == 5
+    with pytest.raises(TypeError):
+        kvpack.presets["mine"] = kvpack.Exact()  # type: ignore[index]
 
 
 def test_every_registered_method_is_named_and_has_standard_settings() -> None:

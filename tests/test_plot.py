@@ -47,10 +47,29 @@ def test_a_span_is_written_out() -> None:
     assert written == "".join(f" t{i}" for i in ids[0, 10:14].tolist())
 
 
+@pytest.mark.parametrize("ids", ["prompt", "output", "row", "list"])
+def test_ids_of_the_prompt_and_of_the_output_are_drawn(ids: str) -> None:
+    """As a user has them after `generate`, whose last token the cache has not seen."""
+    model = tiny_model()
+    cache = kvpack.PackedCache(model, evict=kvpack.SnapKV(budget=0.25))
+    prompt = torch.randint(3, 128, (1, 120))
+    output = model.generate(prompt, past_key_values=cache, max_new_tokens=10, min_new_tokens=10, do_sample=False)
+    given = {"prompt": prompt, "output": output, "row": output[0], "list": prompt[0].tolist()}[ids]
+    figure = kvpack.plot.kept(cache, TOKENIZER, given)
+    drawn = torch.from_numpy(figure.axes[0].images[0].get_array().data)
+    tokens = 120 if ids in ("prompt", "list") else 129
+    assert torch.equal(drawn, kvpack.plot.kept_shares(cache)[:, :tokens])
+    written = "".join(text.get_text() for text in figure.axes[1].texts)
+    assert f"t{output[0, tokens - 1]}" in written
+    assert f"of {tokens} tokens" in figure.axes[0].get_title()
+
+
 def test_mistakes_are_named() -> None:
     cache, ids = read(None, 20)
-    with pytest.raises(kvpack.ShapeError, match="ids: given 5, expected at least 20"):
-        kvpack.plot.kept(cache, TOKENIZER, ids[:, :5])
+    with pytest.raises(kvpack.ShapeError, match="ids: given none, expected up to 20"):
+        kvpack.plot.kept(cache, TOKENIZER, ids[:, :0])
+    with pytest.raises(kvpack.OptionError, match="<= 5"):
+        kvpack.plot.kept(cache, TOKENIZER, ids[:, :5], span=(0, 6))
     with pytest.raises(kvpack.OptionError, match="span"):
         kvpack.plot.kept(cache, TOKENIZER, ids, span=(5, 30))
     with pytest.raises(kvpack.OptionError, match="no packed tokens"):

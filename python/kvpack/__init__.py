@@ -29,6 +29,7 @@ from .errors import (
     OptionError,
     ShapeError,
     StaleHandleError,
+    UnknownPresetError,
 )
 from .evaluation import Evaluation, evaluate
 from .lazy import LazyLLM
@@ -104,6 +105,7 @@ __all__ = [
     "SnapKV",
     "StaleHandleError",
     "StreamingLLM",
+    "UnknownPresetError",
     "attach",
     "calibrate",
     "evaluate",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
+from . import _kvpack
 from ._eval_requirements import matplotlib, typer
 from .errors import KvpackError, OptionError
 
@@ -43,6 +44,21 @@ def _plain(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvpack {_kvpack.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="say the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command("eval")
 @_plain
 def evaluate(
@@ -68,7 +84,7 @@ def evaluate(
     ] = "after",
     greedy: Annotated[int, typer.Option(help="tokens of the greedy continuations; 0 leaves them out")] = 64,
     dtype: Dtype = "float32",
-    seed: Annotated[int, typer.Option(help="of the tasks and the intervals")] = 0,
+    seed: Annotated[int, typer.Option(help="of the tasks")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="of torch and kvpack; 0 leaves torch its choice")] = 0,
 ) -> None:
     """Measure what methods lose and what they gain: a table, pictures and every number.

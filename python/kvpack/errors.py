@@ -11,6 +11,12 @@ class OptionError(KvpackError, ValueError):
     """An option is unknown, contradicts another, or does not fit the model."""
 
 
+class UnknownPresetError(OptionError, KeyError):
+    """There is no preset of that name."""
+
+    __str__ = Exception.__str__  # that of KeyError quotes the message
+
+
 class ShapeError(KvpackError, ValueError):
     """A tensor's sizes do not fit the cache or its companions."""
 

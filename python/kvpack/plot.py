@@ -35,7 +35,8 @@ def kept(
     Args:
         cache: after the text was read.
         tokenizer: what made the ids.
-        ids: `[tokens]` or `[batch, tokens]`, the text's ids from position 0 on, pads included.
+        ids: `[tokens]` or `[batch, tokens]`, the text's ids from position 0 on, pads included: those of the prompt, or
+            what `generate` returned. As many positions are drawn as there are ids that the cache has seen.
         row: the sequence of the batch.
         span: positions `(first, end)` whose text is written out; without it as many of the newest as there is room for.
 
@@ -43,7 +44,7 @@ def kept(
         A figure of matplotlib's; a notebook shows it, `figure.savefig("kept.png")` writes it.
 
     Raises:
-        ShapeError: there are fewer ids than the cache has seen, or no such sequence.
+        ShapeError: there are no ids, or no such sequence.
         OptionError: no layer is packed, or the span is not within the text.
     """
     from matplotlib import pyplot  # only pictures need it; with it a notebook shows them
@@ -51,9 +52,10 @@ def kept(
     own = torch.as_tensor(ids)
     own = own if own.dim() == 1 else own[row]
     shares = kept_shares(cache, row)
-    seen = shares.shape[1]
-    if len(own) < seen:
-        raise ShapeError(f"ids: given {len(own)}, expected at least {seen}, the positions that the cache has seen")
+    seen = min(shares.shape[1], len(own))
+    if not seen:
+        raise ShapeError(f"ids: given none, expected up to {shares.shape[1]}, the positions that the cache has seen")
+    shares = shares[:, :seen]
     first, end = span or (0, seen)
     if not 0 <= first < end <= seen:
         raise OptionError(f"span={span!r} is not accepted; accepted: (first, end) with 0 <= first < end <= {seen}")

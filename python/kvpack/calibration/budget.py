@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import OptionError
 from ..methods import KIVI, Graded, Quantize, Rotated
-from ..methods.spec import parse_spec
+from ..methods.spec import parse_spec, spell, split
 
 CHUNK = 128
 """Tokens of each document that are predicted from a packed past."""
@@ -38,13 +38,7 @@ class Side:
 
     def text(self, width: float) -> str:
         """The same as text."""
-        codec = self.at(width)
-        given = [
-            (field.name, getattr(codec, field.name))
-            for field in dataclasses.fields(codec)  # type: ignore[arg-type]
-            if field.name == self.field or getattr(codec, field.name) != field.default
-        ]
-        return codec.name + "".join(f":{name}={value}" for name, value in given)
+        return spell(self.at(width))
 
 
 def sides(method: str) -> tuple[Side, Side]:
@@ -53,7 +47,7 @@ def sides(method: str) -> tuple[Side, Side]:
     Raises:
         OptionError: it is unknown, or has no bits to choose.
     """
-    texts = method.split("/")
+    texts = split(method, "/")
     codecs = [parse_spec(text).options.get("quantize") for text in texts]
     if len(codecs) > 2:
         raise OptionError(

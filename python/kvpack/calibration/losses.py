@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import attention
 from ..cache import PackedCache
+from ..errors import OptionError
 from ..forward import CACHE_ARGUMENT
 from ..layer import PackedLayer
 from ..methods import KIVI, Apart, Exact, Graded, Layers, Quantize
@@ -19,6 +20,8 @@ from .budget import CHUNK, Choices, Option, Side, allocate
 Progress = Callable[[int], object]
 # Tokens for which a page has room that is packed token by token.
 _PAGE = 128
+# Tokens of which some blocks are packed, whatever the codec's window.
+_TRIED = 2048
 
 
 @dataclass
@@ -148,6 +151,33 @@ def _bits(layer: PackedLayer, side: int, codec: Quantize) -> float:
         tokens = -(-tokens // _PAGE) * _PAGE
     numbers = tokens * dim * layer.kv_heads
     return float(8 * (memory["codes"] + memory["scales"]) / max(numbers, 1))
+
+
+def range_of_bits(config: Any, both: tuple[Side, Side]) -> tuple[float, float]:
+    """Return the bits a number, scales included, that the narrowest and the widest codecs hold, for such a model.
+
+    A layer of random numbers is packed to find out.
+
+    Raises:
+        ModelNeededError: the codec needs the model itself.
+        OptionError: the model has no layer that is packed.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    numbers = torch.randn(1, heads, _TRIED, dim, generator=torch.Generator().manual_seed(0))
+
+    def held(side: int, width: float) -> float:
+        codec = both[side].at(width)
+        cache = PackedCache(config, quantize=Apart(codec, Exact()) if side == 0 else Apart(Exact(), codec))
+        layer = next((layer for layer in cache.layers if isinstance(layer, PackedLayer)), None)
+        if layer is None:
+            raise OptionError("model: given one none of whose layers are packed, expected layers with full attention")
+        layer.load(numbers, numbers, None)
+        return _bits(layer, side, codec)
+
+    least, most = ([held(side, pick(both[side].widths)) for side in (0, 1)] for pick in (min, max))
+    return sum(least) / 2, sum(most) / 2
 
 
 def _feed(model: Any, cache: PackedCache, ids: Tensor) -> None:

@@ -10,15 +10,15 @@ from typing import Any, cast
 from torch import Tensor
 
 from .. import _kvpack
-from ..errors import OptionError
+from ..errors import ModelNeededError, OptionError
 from ..evaluation.forward import evaluating
 from ..evaluation.settings import Settings, check_folder, cut
 from ..methods import Calibrated, KVQuant
 from ..methods.calibrated import Header, identity, table_tensors, write
 from ..methods.spec import parse_spec
 from . import kvquant
-from .budget import CHUNK, Side, sides
-from .losses import measure_losses, spend, text_of
+from .budget import CHUNK, sides
+from .losses import measure_losses, range_of_bits, spend, text_of
 
 # Pages that are full: sinks, blocks of 128 tokens and a window of 128; then the tokens that are predicted.
 _PAGES = 4 + 7 * 128 + 128
@@ -118,7 +118,7 @@ def prepare(config: Any, tokenizer: Any, text: str, method: str, out: Path, opti
         if budget is not None:
             raise OptionError(f"budget={budget!r} is not accepted with kvquant, whose layers all have the same bits")
     else:
-        _check_budget(sides(method), budget)
+        _check_budget(method, budget, config)
     context, documents = _sizes(config, is_kvquant, options)
     check_folder(out.parent)
     if out.is_dir():
@@ -149,9 +149,16 @@ def _kvquant(method: str) -> KVQuant:
     return codec
 
 
-def _check_budget(both: tuple[Side, Side], budget: Any) -> None:
-    low = sum(min(side.widths) for side in both) / 2
+def _check_budget(method: str, budget: Any, config: Any) -> None:
+    both = sides(method)
     if not isinstance(budget, int | float) or isinstance(budget, bool):
         raise OptionError(f"budget={budget!r} is not accepted; accepted: bits a number, such as 3.0")
-    if budget < low:
-        raise OptionError(f"budget={budget!r} is not accepted; accepted: from {low:.2f}, and scales come on top")
+    try:
+        least, most = range_of_bits(config, both)
+    except ModelNeededError:
+        return  # it is found out when it is spent
+    if not least - 1e-9 <= budget <= most + 1e-9:
+        raise OptionError(
+            f"budget={budget!r} is not accepted; accepted: {least:.3f} to {most:.3f} bits a number, scales included: "
+            f"what the narrowest and the widest codes of {method!r} take"
+        )

@@ -4,7 +4,7 @@
 
     contenders.py   what is compared        store.py       results on disk, one line a cell
     settings.py     how much of it          summary.py     from records to a row a method
-    plan.py         both, checked           bootstrap.py   confidence intervals
+    plan.py         both, checked           intervals.py   95 % intervals
     run.py          the order of the cells  report.py      tables
     forward.py      reading with a cache    pictures.py    pictures
     streaming.py    perplexity, KL          evaluation.py  all of these together
@@ -48,9 +48,9 @@ def evaluate(
         text: what is read; the tasks are hidden in it too.
         methods: names such as `"exact,kivi:bits=2"`, a YAML file of them, or a list. `window:tokens=n` keeps only the
             newest tokens; `hqq:bits=4` and `quanto:bits=4` are transformers' own.
-        out: a folder for the results. Each cell is written when it is finished, and what is there already is not
-            measured again.
-        progress: whether to show a bar.
+        out: a folder for the results of one model, with its weights, and one text and size. Each cell is written when
+            it is finished, and what is there already is not measured again. Several processes can write into it.
+        progress: whether to show a bar, and the table so far.
         **settings: the fields of `Settings`: `context`, `tokens`, `chunk`, `greedy`, `tasks`, ...
 
     Returns:

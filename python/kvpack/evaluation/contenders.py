@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +20,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .. import attention
 from ..cache import PackedCache
 from ..errors import OptionError
-from ..methods.spec import Spec, make, names, parse_spec, split_parameters
+from ..methods import Calibrated
+from ..methods.spec import Spec, make, names, parse_spec, split, split_parameters
 
 FULL = "full"
 
@@ -36,6 +39,11 @@ class Contender(ABC):
     @abstractmethod
     def label(self) -> str:
         """Its name in tables."""
+
+    @property
+    def files(self) -> str:
+        """A hash of the files that it was made from, whose content its label does not say; empty for most."""
+        return ""
 
     @abstractmethod
     def new_cache(self, model: Any) -> Any:
@@ -93,6 +101,11 @@ class Packed(Contender):
         """As it was written."""
         return self.spec.label
 
+    @property
+    def files(self) -> str:
+        """Of its calibrations."""
+        return "".join(sorted(set(_calibrations(self.spec.options))))
+
     def new_cache(self, model: Any) -> Any:
         """Return an empty PackedCache."""
         return PackedCache(model, **self.spec.options)
@@ -100,6 +113,16 @@ class Packed(Contender):
     def lossy_share(self, cache: Any, new: int, full_bytes: int) -> float:
         """Return what the cache says."""
         return float(cache.lossy_share(new))
+
+
+def _calibrations(part: Any) -> Iterator[str]:
+    """The hashes of all calibrations among methods, and within them."""
+    if isinstance(part, Calibrated):
+        yield part.sha256
+    elif isinstance(part, Mapping):
+        yield from chain.from_iterable(map(_calibrations, part.values()))
+    elif is_dataclass(part):
+        yield from chain.from_iterable(_calibrations(getattr(part, field.name)) for field in fields(part))
 
 
 class Full(Contender):
@@ -239,10 +262,10 @@ def parse(text: str) -> Contender:
     Raises:
         OptionError: it is unknown, or a parameter is not accepted.
     """
-    if any(sign in text for sign in "+/("):
-        return Packed(parse_spec(text))
-    name, parameters = split_parameters(text)
+    first = re.match(r"[\w-]*", text.strip())
+    name = first.group() if first else ""
     if name in REFERENCES:
+        name, parameters = split_parameters(text)
         contender: Contender = make(REFERENCES[name], name, parameters)
         return contender
     if name not in names():
@@ -262,7 +285,7 @@ def parse_all(methods: str | Path | Iterable[str | Contender]) -> list[Contender
     if isinstance(methods, Path) or (isinstance(methods, str) and methods.endswith((".yaml", ".yml"))):
         methods = _read_yaml(Path(methods))
     if isinstance(methods, str):
-        methods = methods.split(",")
+        methods = split(methods, ",", REFERENCES)
     contenders = [parse(method.strip()) if isinstance(method, str) else method for method in methods]
     for contender in contenders:
         if not isinstance(contender, Contender):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..cache import PackedCache
+from ..layer import PackedLayer
 from .contenders import Contender, Full, Packed, held_bytes
 from .forward import Reader
 from .peak import PeakMemory
@@ -28,7 +29,9 @@ def measure(model: Any, contenders: Sequence[Contender], ids: Tensor, tick: Call
         For the full cache and each contender: `bytes` held after the prompt and `TURN` tokens, `bytes_per_token`,
         `fp16_bytes` (of the full cache's keys and values as plain float16), `prefill_ms`, `peak_bytes` (the most memory
         that the prompt took above what the process had before; None where the system does not say), `pack_ms` (packing
-        a full cache; None where nothing is packed), `ms` of each decoded token, and `full_ms`, the full cache's median.
+        a full cache; None where nothing is packed, and where tokens are chosen by the prompt's queries, which a full
+        cache does not hold: their packing is a part of `prefill_ms`), `ms` of each decoded token, and `full_ms`, the
+        full cache's median.
     """
     every: list[Contender] = [Full(), *contenders]
     readers = [Reader(model, contender) for contender in every]
@@ -39,8 +42,8 @@ def measure(model: Any, contenders: Sequence[Contender], ids: Tensor, tick: Call
         records.append(_read(reader, ids))
         tick()
     full = readers[0].cache
-    for contender, record in zip(every, records, strict=True):
-        if isinstance(contender, Packed):
+    for contender, reader, record in zip(every, readers, records, strict=True):
+        if isinstance(contender, Packed) and not _chooses_by_queries(reader.cache):
             start = time.perf_counter()
             PackedCache.from_cache(full, model, **contender.spec.options)
             record["pack_ms"] = _ms(start)
@@ -85,6 +88,10 @@ def _read(reader: Reader, ids: Tensor) -> Record:
         "threads": torch.get_num_threads(),
         "ms": [],
     }
+
+
+def _chooses_by_queries(cache: PackedCache) -> bool:
+    return any(isinstance(layer, PackedLayer) and layer.chooses_by_queries for layer in cache.layers)
 
 
 def _step(reader: Reader, token: Tensor) -> float:

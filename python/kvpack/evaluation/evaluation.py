@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import OptionError
 from .report import html, markdown, text
-from .store import Record, read
+from .store import ABOUT, RESULTS, Record, read
 from .summary import Row, summarise
 
 
@@ -37,15 +37,18 @@ class Evaluation:
 
         folder = Path(folder)
         try:
-            identity = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            return cls(read(folder / "results.jsonl"), identity)
+            identity = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+            records = read(folder / RESULTS)
         except (OSError, json.JSONDecodeError) as error:
             raise OptionError(f"{folder} holds no results of an evaluation: {error}") from None
+        if not records:
+            raise OptionError(f"{folder} holds no results of an evaluation yet")
+        return cls(records, identity)
 
     @cached_property
     def rows(self) -> list[Row]:
         """A row a method, the full cache first; see `summary.summarise`."""
-        return summarise(self.records, int(self.identity.get("seed", 0)))
+        return summarise(self.records)
 
     def markdown(self) -> str:
         """Return the leaderboard as a Markdown table."""

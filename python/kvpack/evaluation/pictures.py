@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +16,10 @@ from .summary import Row
 
 # A KL below is rounding, and would stretch the axis for nothing.
 LEAST_KL = 1e-7
-AXES = {"bytes": ("bytes_per_token", "bytes a token, all layers"), "ms": ("ms", "ms a decoded token")}
+AXES = {
+    "bytes": ("bytes_per_token", "bytes a token, all layers"),
+    "ms": ("ms", "ms a decoded token: median, 10th to 90th percentile"),
+}
 
 
 def draw_all(rows: Sequence[Row], records: Sequence[Record], identity: dict[str, Any], folder: Path) -> list[Path]:
@@ -40,18 +44,24 @@ def draw_all(rows: Sequence[Row], records: Sequence[Record], identity: dict[str,
 
 
 def pareto(rows: Sequence[Row], identity: dict[str, Any], against: str) -> Any:
-    """Draw KL to the full cache against bytes or milliseconds a token, with the Pareto front through the best."""
+    """Draw KL to the full cache against bytes or milliseconds a token.
+
+    Bytes are counted: the Pareto front is drawn through the best. Times are measured: their spread is drawn, and no
+    front, which would run through whatever was disturbed least.
+    """
     if against not in AXES:
         raise OptionError(f"against={against!r} is not accepted; accepted: {', '.join(AXES)}")
     points = _points(rows, against)
     if not points:
         raise OptionError(f"against={against!r}: KL and {AXES[against][1]} were not both measured")
     figure, axes = _figure(identity)
-    for label, x, y, low, high in points:
-        axes.errorbar(x, y, yerr=[[y - low], [high - y]], fmt="o", color="tab:blue", capsize=3, elinewidth=1)
-        axes.annotate(label, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8)
-    front = pareto_front([(x, y) for _, x, y, *_ in points])
-    axes.step(*zip(*front, strict=True), where="post", color="tab:orange", linewidth=1, label="Pareto front", zorder=0)
+    for point in points:
+        bars = {"xerr": point.across, "yerr": point.along, "capsize": 3, "elinewidth": 1}
+        axes.errorbar(point.x, point.y, fmt="o", color="tab:blue", **bars)
+        axes.annotate(point.label, (point.x, point.y), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    if against == "bytes":
+        front = zip(*pareto_front([(point.x, point.y) for point in points]), strict=True)
+        axes.step(*front, where="post", color="tab:orange", linewidth=1, label="Pareto front", zorder=0)
     full = next((row for row in rows if row["method"] == FULL), {})
     name, title = AXES[against]
     if name in full:
@@ -112,13 +122,29 @@ def layer_errors(records: Sequence[Record], identity: dict[str, Any]) -> Any:
     return figure
 
 
-def _points(rows: Sequence[Row], against: str) -> list[tuple[str, float, float, float, float]]:
+@dataclass(frozen=True)
+class _Point:
+    """A method in a picture, and how far its bars reach below and above: `[[below], [above]]`, or None."""
+
+    label: str
+    x: float
+    y: float
+    across: list[list[float]] | None
+    along: list[list[float]] | None
+
+
+def _points(rows: Sequence[Row], against: str) -> list[_Point]:
     name, _ = AXES[against]
-    return [
-        (row["method"], row[name], *(max(row[kl], LEAST_KL) for kl in ("kl", "kl_low", "kl_high")))
-        for row in rows
-        if "kl" in row and name in row
-    ]
+    points = []
+    for row in rows:
+        if "kl" in row and name in row:
+            x, y = row[name], max(row["kl"], LEAST_KL)
+            across = [[x - row["ms_p10"]], [row["ms_p90"] - x]] if name == "ms" else None
+            along = None
+            if "kl_low" in row:
+                along = [[y - max(row["kl_low"], LEAST_KL)], [max(row["kl_high"], LEAST_KL) - y]]
+            points.append(_Point(row["method"], x, y, across, along))
+    return points
 
 
 def _figure(identity: dict[str, Any], columns: int = 0, width: float = 7.0, height: float = 4.6) -> tuple[Any, Any]:

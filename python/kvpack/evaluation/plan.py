@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import OptionError
 from .contenders import Contender, parse_all
 from .evaluation import Evaluation
-from .run import jobs, run
-from .settings import Settings, Text, check_folder, check_methods, check_tasks, cut, identity
+from .run import jobs, rehearse, run
+from .settings import Settings, Text, check_folder, check_methods, check_tasks, cut, identity, weights
 from .store import Store
 
 
@@ -34,9 +34,18 @@ class Plan:
     store: Store
 
     def run(self, model: Any, progress: bool = True) -> Evaluation:
-        """Measure what is missing."""
+        """Measure what is missing.
+
+        Raises:
+            OptionError: the results in the folder are of other weights; a method does not fit the model. Nothing was
+                measured then.
+        """
+        self.store.begin(weights(model))
         pending = list(jobs(model, self.tokenizer, self.text, self.contenders, self.settings, self.store))
+        if pending:
+            rehearse(model, self.contenders, self.text.documents[0][: self.settings.chunk])
         run(pending, self.store, model, progress)
+        self.store.catch_up()
         return Evaluation(self.store.records, self.store.identity)
 
 
@@ -62,7 +71,8 @@ def prepare(
         check_folder(out)
     documents = cut(text, tokenizer, chosen)
     check_tasks(text, tokenizer, chosen)
-    return Plan(tokenizer, documents, contenders, chosen, Store(out, identity(chosen, config, documents, dtype)))
+    about = identity(chosen, config, documents, dtype, contenders)
+    return Plan(tokenizer, documents, contenders, chosen, Store(out, about))
 
 
 def make_settings(settings: Mapping[str, Any]) -> Settings:

@@ -7,32 +7,36 @@ from typing import Any
 
 from ..memory import readable_bytes
 from .contenders import FULL
+from .intervals import LEAST
 from .summary import Row
 
 Format = Callable[[Row], str]
+TOO_FEW = "too few"
 
 
 def _number(name: str, form: str) -> Format:
     return lambda row: form.format(row[name]) if row.get(name) is not None else ""
 
 
-def _kl(row: Row) -> str:
-    if row["method"] == FULL and "perplexity" in row:
-        return "0"
-    return f"{row['kl']:.2e} ({row['kl_low']:.1e} to {row['kl_high']:.1e})" if "kl" in row else ""
-
-
-def _ranged(name: str, form: str) -> Format:
-    """A number with its interval, where it has one."""
+def _ranged(name: str, form: str, bounds: str | None = None) -> Format:
+    """A number with its interval, or why it has none."""
 
     def show(row: Row) -> str:
         if name not in row:
             return ""
-        if f"{name}_low" not in row:
-            return form.format(row[name])
-        return f"{form.format(row[name])} ({form.format(row[f'{name}_low'])} to {form.format(row[f'{name}_high'])})"
+        low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+        if low is None or high is None:
+            return f"{form.format(row[name])} ({TOO_FEW})"
+        return f"{form.format(row[name])} ({(bounds or form).format(low)} to {(bounds or form).format(high)})"
 
     return show
+
+
+_kl_of_others = _ranged("kl", "{:.2e}", "{:.1e}")
+
+
+def _kl(row: Row) -> str:
+    return "0" if row["method"] == FULL and "perplexity" in row else _kl_of_others(row)
 
 
 def _bytes(row: Row) -> str:
@@ -99,8 +103,14 @@ def notes(rows: Sequence[Row], identity: dict[str, Any]) -> str:
             f"- Text: {full['documents']} documents of {identity.get('context')} tokens, {full['tokens']:,} of them "
             f"predicted, fed {identity.get('chunk')} at a time, so that each token is predicted from a past that is "
             "compressed already (*compressed past*: its share, on average). KL, agreement: next-token distribution "
-            "against the full cache's on the same tokens. Intervals: paired bootstrap over documents."
+            "against the full cache's on the same tokens. Intervals: Student's over documents, each paired with the "
+            "full cache's; of KL by factors, of the others longer on the side to which documents are skewed."
         )
+        if full["documents"] < LEAST:
+            lines.append(
+                f"- No intervals: {full['documents']} documents are too few, expected at least {LEAST}; "
+                "read more tokens, or shorter documents."
+            )
     if "task_samples" in full:
         lines.append(
             f"- Tasks: {full['task_samples']} samples a method; the share of the expected answers that were given, and "
@@ -118,8 +128,9 @@ def notes(rows: Sequence[Row], identity: dict[str, Any]) -> str:
     if "cost_context" in full:
         lines.append(
             f"- Cost: one document of {full['cost_context']} tokens, {full['threads']} threads; all caches decode in "
-            "turn in one run, medians are shown; prefill and packing are measured once. Bytes: measured after the "
-            "prompt. Peak: above what the process held before."
+            "turn in one run, medians are shown; prefill and packing are measured once. Packing: of a full cache; none "
+            "where tokens are chosen by the prompt's queries, which such a cache does not hold: it is part of their "
+            "prefill. Bytes: measured after the prompt. Peak: above what the process held before."
         )
     return "\n".join(lines) + "\n"
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from . import costs
-from .contenders import FULL, Contender, Full, Packed, Quantized
-from .forward import evaluating
+from torch import Tensor
+
+from ..errors import KvpackError
+from . import costs, report
+from .contenders import FULL, Contender, Full, Packed, Quantized, held_bytes
+from .forward import Reader, evaluating
 from .greedy import continue_document
 from .layers import attention_errors
 from .retrieval import answer
 from .settings import Settings, Text
 from .store import Record, Store
 from .streaming import read_document
+from .summary import summarise
 from .tasks import has_depth
 
 Tick = Callable[[], None]
+REHEARSED = 64
+SHOWN = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,33 @@ def jobs(
     yield from _costs(model, text, contenders, settings, store)
 
 
+def rehearse(model: Any, contenders: Sequence[Contender], ids: Tensor) -> None:
+    """Read up to `REHEARSED` tokens `[n]` with each contender, and one more: what cannot work fails before the work.
+
+    Raises:
+        KvpackError: a method does not fit the model.
+    """
+    ids = ids[:REHEARSED]
+    with evaluating(model):
+        for contender in contenders:
+            try:
+                reader = Reader(model, contender)
+                reader(ids, keep=1)
+                reader(ids[-1:], keep=1)
+                contender.lossy_share(reader.cache, 1, held_bytes(reader.cache))
+            except KvpackError as error:
+                raise type(error)(f"method {contender.label!r}: {error}") from error
+
+
 def run(pending: Sequence[Job], store: Store, model: Any, progress: bool) -> None:
-    """Do all jobs under a progress bar. Whatever ends it, what is finished is in `store`."""
+    """Do all jobs under a progress bar. Whatever ends it, what is finished is in `store`.
+
+    The table so far is written above the bar after the first job, and whenever a share `SHOWN` of the work is done.
+    """
     from tqdm.auto import tqdm
 
     total = sum(job.weight for job in pending)
+    done, shown = 0, -total
     with (
         evaluating(model),
         tqdm(
@@ -64,6 +93,11 @@ def run(pending: Sequence[Job], store: Store, model: Any, progress: bool) -> Non
         for job in pending:
             bar.set_description(job.title)
             store.add(job.run(partial(_advance, bar, job.weight / job.ticks)))
+            done += job.weight
+            if progress and done < total and done - shown >= SHOWN * total:
+                so_far = report.text(summarise(store.records))
+                bar.write(f"so far, {done / total:.0%} of the work:\n{so_far}\n", file=sys.stderr)
+                shown = done
 
 
 def _advance(bar: Any, step: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Settings:
         ask: when the question of a task is read: `"after"` the text, which is packed by then, or `"with"` it, at the
             end of the prompt, as methods want it that choose tokens by the prompt's last queries.
         costs: whether time and memory are measured.
-        seed: of the tasks and of the bootstrap.
+        seed: of the tasks.
     """
 
     context: int = 2048
@@ -149,8 +150,14 @@ def check_tasks(text: str, tokenizer: Any, settings: Settings) -> None:
             build(task, tokenizer, settings.filler_of(text), context, 0.5, "check")
 
 
-def identity(settings: Settings, config: Any, text: Text, dtype: str) -> dict[str, Any]:
-    """Return what must be equal for results to belong together: resuming anything else would mix them up."""
+def identity(
+    settings: Settings, config: Any, text: Text, dtype: str, contenders: Sequence[Contender]
+) -> dict[str, Any]:
+    """Return what must be equal for results to belong together: resuming anything else would mix them up.
+
+    The model's `weights` belong to it too, as soon as it is loaded.
+    """
+    files = {contender.label: contender.files for contender in contenders if contender.files}
     volatile = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
     described = {name: value for name, value in config.to_dict().items() if name not in volatile}
     described_bytes = json.dumps(described, sort_keys=True, default=str).encode()
@@ -170,7 +177,42 @@ def identity(settings: Settings, config: Any, text: Text, dtype: str) -> dict[st
         "isa": _kvpack.isa(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"files": files} if files else {}),
     }
+
+
+SAMPLE = 4096
+"""Numbers of a tensor that are looked at one by one."""
+
+
+def weights(model: Any) -> str:
+    """Return a hash of a model's weights: a training step, or another checkpoint, gives another one.
+
+    It is of each tensor's name, dtype and shape, of `SAMPLE` of its numbers, evenly spread, and of the sum of the bits
+    of those around each. Tensors that are not in memory (offloaded ones) count by name, dtype and shape alone.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+        digest.update(name.encode())
+        _add_tensor(digest, tensor.detach())
+    return digest.hexdigest()[:16]
+
+
+def _add_tensor(digest: Any, tensor: Tensor) -> None:
+    digest.update(f" {tensor.dtype} {tuple(tensor.shape)}".encode())
+    if hasattr(type(tensor), "__tensor_flatten__"):  # one that is made of others, as quantised ones are
+        for part in tensor.__tensor_flatten__()[0]:
+            _add_tensor(digest, getattr(tensor, part))
+        return
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.reshape(-1).view(whole.get(tensor.element_size(), torch.uint8))
+    step = -(-len(bits) // SAMPLE)
+    steps = len(bits) // step * step
+    digest.update(bits[::step].contiguous().numpy().tobytes())
+    for part in (bits[:steps].view(-1, step), bits[steps:].view(1, -1)):
+        digest.update(part.sum(1, dtype=torch.int64).numpy().tobytes())
 
 
 def check_methods(contenders: list[Contender], config: Any) -> None:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
-from .bootstrap import interval, quantile, wilson
 from .contenders import FULL
+from .intervals import Interval, of_mean, of_positive_mean, quantile, wilson
 from .store import Record
 
 Row = dict[str, Any]
 
 
-def summarise(records: Sequence[Record], seed: int = 0) -> list[Row]:
+def summarise(records: Sequence[Record]) -> list[Row]:
     """Return a row for each method, the full cache first: what was not measured is not in it.
 
     Quality on the text: `tokens`, `documents`, `perplexity`, `perplexity_change` (relative to the full cache), `kl`
     (mean, nats a token), `kl_p95`, `agreement` (share of tokens with the same likeliest next one), `lossy` (share of
-    the past that was compressed on average). The change, KL and agreement have `_low` and `_high`: 95 %, paired
-    bootstrap over documents.
+    the past that was compressed on average). The change, KL and agreement have `_low` and `_high`: 95 % over
+    documents, each paired with the full cache's; without them where there are too few documents.
     Continuations: `greedy` (mean tokens before the first difference), `greedy_of`.
     Tasks: `task_<name>` (mean score) with `_low` and `_high` (95 %, Wilson), `task_samples`, `task_failed` (samples
     that the cache could not read: they are in no mean).
@@ -37,7 +37,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> list[Row]:
     for label in labels:
         kinds = by_method[label]
         row: Row = {"method": label}
-        row |= _text(kinds["text"], full.get("text", []), seed)
+        row |= _text(kinds["text"], full.get("text", []))
         row |= _greedy(kinds["greedy"])
         row |= _tasks(kinds["task"])
         row |= _costs(kinds["cost"])
@@ -45,7 +45,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> list[Row]:
     return rows
 
 
-def _text(own: list[Record], full: list[Record], seed: int) -> Row:
+def _text(own: list[Record], full: list[Record]) -> Row:
     baseline = {record["document"]: record for record in full}
     pairs = [(record, baseline[record["document"]]) for record in own if record["document"] in baseline]
     if not pairs:
@@ -61,29 +61,26 @@ def _text(own: list[Record], full: list[Record], seed: int) -> Row:
         return row
     kl = sorted(x for record, _ in pairs for x in record["kl"])
     row["kl_p95"] = quantile(kl, 0.95)
-    for name, statistic in (("kl", _kl), ("agreement", _agreement), ("perplexity_change", _perplexity_change)):
-        row[name] = statistic(pairs)
-        row[f"{name}_low"], row[f"{name}_high"] = interval(pairs, statistic, seed)
+    # All documents are of one length: the mean over them is the mean over tokens.
+    kls = [own["kl_sum"] / own["tokens"] for own, _ in pairs]
+    agreements = [own["agree"] / own["tokens"] for own, _ in pairs]
+    changes = [(own["nll"] - full["nll"]) / own["tokens"] for own, full in pairs]
+    row |= _with_interval("kl", fmean(kls), of_positive_mean(kls))
+    low_high = of_mean(agreements)
+    row |= _with_interval("agreement", fmean(agreements), low_high and (max(low_high[0], 0.0), min(low_high[1], 1.0)))
+    low_high = of_mean(changes)
+    row |= _with_interval(
+        "perplexity_change",
+        math.expm1(fmean(changes)),
+        low_high and (math.expm1(low_high[0]), math.expm1(low_high[1])),
+    )
     return row
 
 
-Pairs = Sequence[tuple[Record, Record]]
-
-
-def _kl(pairs: Pairs) -> float:
-    return _per_token(pairs, sum(own["kl_sum"] for own, _ in pairs))
-
-
-def _agreement(pairs: Pairs) -> float:
-    return _per_token(pairs, sum(own["agree"] for own, _ in pairs))
-
-
-def _perplexity_change(pairs: Pairs) -> float:
-    return math.expm1(_per_token(pairs, sum(own["nll"] - full["nll"] for own, full in pairs)))
-
-
-def _per_token(pairs: Pairs, total: float) -> float:
-    return float(total / sum(own["tokens"] for own, _ in pairs))
+def _with_interval(name: str, value: float, interval: Interval | None) -> Row:
+    if interval is None:
+        return {name: value}
+    return {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
 def _greedy(own: list[Record]) -> Row:
@@ -91,8 +88,8 @@ def _greedy(own: list[Record]) -> Row:
     if not compared:
         return {}
     return {
-        "greedy": statistics.fmean(record["equal"] for record in compared),
-        "greedy_of": statistics.fmean(record["of"] for record in compared),
+        "greedy": fmean(record["equal"] for record in compared),
+        "greedy_of": fmean(record["of"] for record in compared),
     }
 
 
@@ -104,7 +101,7 @@ def _tasks(own: list[Record]) -> Row:
     row: Row = {}
     for task, found in scores.items():
         name = f"task_{task}"
-        row[name] = statistics.fmean(found)
+        row[name] = fmean(found)
         row[f"{name}_low"], row[f"{name}_high"] = wilson(row[name], len(found))
     if scores:
         row["task_samples"] = sum(map(len, scores.values()))

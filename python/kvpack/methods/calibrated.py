@@ -7,7 +7,7 @@ import json
 import os
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,12 +88,14 @@ class Calibrated(Quantize):
 
     Attributes:
         path: the file.
+        sha256: a hash of what it held when it was read.
     """
 
     name: ClassVar[str] = "calibrated"
     standard: ClassVar[tuple[str, ...]] = ()
 
     path: str
+    sha256: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike):
@@ -101,6 +103,7 @@ class Calibrated(Quantize):
         object.__setattr__(self, "path", os.fspath(self.path))
         header, tensors = read(self.path)
         object.__setattr__(self, "header", header)
+        object.__setattr__(self, "sha256", hashlib.sha256(Path(self.path).read_bytes()).hexdigest()[:16])
         try:
             object.__setattr__(self, "_layers", _codecs(header, tensors))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

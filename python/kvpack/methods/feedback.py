@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class GPTQ:
         key_metrics: instead of what a prompt's queries give, `H` of keys as they are cached (after RoPE): a tensor
             `[layers, KV heads, D, D]`, or one `[KV heads, D, D]` a layer; positive semi-definite, in any unit.
     """
+
+    name: ClassVar[str] = "gptq"
 
     damping: float = 0.1
     threshold: float = 1.2
@@ -160,7 +162,7 @@ def checked(feedback: Any) -> GPTQ | None:
     Raises:
         OptionError: it is neither None nor a GPTQ.
     """
-    if feedback == "gptq":
+    if feedback == GPTQ.name:
         return GPTQ()
     if feedback is not None and not isinstance(feedback, GPTQ):
         raise OptionError(f"feedback={feedback!r} is not accepted; accepted: None, kvpack.GPTQ(...)")

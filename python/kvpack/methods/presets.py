@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
 
+from ..errors import UnknownPresetError
 from .quantize import Exact, Graded, KVarN, Quantize
 
-PRESETS: Mapping[str, Quantize] = MappingProxyType(
+
+class Presets(Mapping[str, Quantize]):
+    """Codecs by name; a name that is none of them is an error that says which there are."""
+
+    def __init__(self, codecs: Mapping[str, Quantize]) -> None:
+        self._codecs = dict(codecs)
+
+    def __getitem__(self, name: str) -> Quantize:
+        try:
+            return self._codecs[name]
+        except (KeyError, TypeError):
+            raise UnknownPresetError(
+                f"presets: {name!r} is unknown; accepted: {', '.join(map(repr, self._codecs))}; "
+                "or make a codec of your own, such as kvpack.KIVI(bits=4)"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._codecs)
+
+    def __len__(self) -> int:
+        return len(self._codecs)
+
+    def __repr__(self) -> str:
+        return f"Presets({self._codecs!r})"
+
+
+PRESETS = Presets(
     {
         "lossless": Exact(),
         "near-lossless": KVarN(bits=8),

@@ -4,25 +4,33 @@ A method is its registered name and, after colons, parameters of its dataclass; 
 codec and values by another are written with a slash (`kivi:bits=4/rotated:bits=2`), layers with a codec of their own
 after `@` (`kivi:bits=2@0=q8@-1=q8`), what AdaKV shares out in brackets (`adakv(snapkv:budget=0.25)`), methods of
 several families are joined with `+` (`snapkv:budget=0.25+kivi:bits=4`).
+
+Values are Python literals, or words. In quotes any sign is a letter: `calibrated:path='/a+b.safetensors'`. The path of
+a calibration may stand without them: it ends where the text does, or where `+`, or in a list a comma, and the name of
+a method follow.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
-from ..errors import OptionError
+from ..errors import KvpackError, OptionError
 from .calibrated import Calibrated
 from .evict import AdaKV
+from .feedback import GPTQ
 from .presets import PRESETS
 from .quantize import Apart, Layers
 from .registry import EVICT, QUANTIZE, SELECT
 
 FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE, "evict": EVICT, "select": SELECT}
 """The registry: the methods of each family by name. A family is also the name of PackedCache's argument."""
-_PATH = f"{Calibrated.name}:path="
+_PATH = re.compile(rf"\b{Calibrated.name}\s*:\s*path\s*=\s*(?![\s'\"])")
+_BEFORE_BRACKETS = re.compile(r"[^('\"]*[^=\s('\"]\s*\(")
+_WORD = re.compile(r"[A-Za-z_][\w.~/-]*")
 
 
 @dataclass(frozen=True)
@@ -45,30 +53,88 @@ def parse_spec(text: str) -> Spec:
         OptionError: a method or a parameter is unknown, a value is not accepted, or a family is named twice.
     """
     options: dict[str, Any] = {}
-    for part in text.split("+"):
+    parts = split(text, "+")
+    for part in parts:
         family, method = _parse_part(part)
         if family in options:
             raise OptionError(f"method {text!r} is not accepted: it names two methods of the family {family!r}")
         options[family] = method
-    return Spec("+".join(part.strip() for part in text.split("+")), options)
+    return Spec("+".join(part.strip() for part in parts), options)
+
+
+def spell(method: Any) -> str:
+    """Return the text that `parse_spec` reads as this method: its bits, and what else is not the default.
+
+    Raises:
+        OptionError: there is no text for it.
+    """
+    if isinstance(method, Apart):
+        return f"{spell(method.keys)}/{spell(method.values)}"
+    if isinstance(method, Layers):
+        return "@".join([spell(method.default), *(f"{layer}={spell(codec)}" for layer, codec in method.others.items())])
+    own = [field for field in fields(method) if field.init]
+    if isinstance(method, AdaKV):
+        return f"{method.name}:floor={method.floor!r}({spell(method.method)})"
+    changed = [f for f in own if f.name.endswith("bits") or getattr(method, f.name) != _default(f)]
+    return str(method.name) + "".join(f":{f.name}={_spell_value(method, getattr(method, f.name))}" for f in changed)
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _spell_value(method: Any, value: Any) -> str:
+    if value == GPTQ():
+        return GPTQ.name
+    if isinstance(value, str):
+        return value if _WORD.fullmatch(value) and value not in ("None", "True", "False") else repr(value)
+    text = repr(value)
+    if _literal(text) != value:
+        raise OptionError(f"{method!r} cannot be written as text: {text} is no literal")
+    return text
+
+
+def accepted_quantize(value: Any) -> str:
+    """Return what to give as `quantize=` in place of `value`, for the words of an error."""
+    if isinstance(value, str):
+        if value in PRESETS:
+            return f"kvpack.presets[{value!r}]"
+        try:
+            options = parse_spec(value).options
+        except KvpackError:
+            options = {}
+        if set(options) == {"quantize"}:
+            return _constructor(options["quantize"])
+        if options:
+            return ", ".join(f"{family}={_constructor(method)}" for family, method in options.items())
+    methods = ", ".join(f"kvpack.{method.__name__}(...)" for method in QUANTIZE.values())
+    presets = ", ".join(map(repr, PRESETS))
+    return f"{methods}, kvpack.presets[name] with a name of {presets}, or None for Exact()"
+
+
+def _constructor(method: Any) -> str:
+    """The call that makes a method, as it is written after `import kvpack`."""
+    if isinstance(method, Calibrated):
+        return f"kvpack.load_calibration({method.path!r})"
+    return re.sub(r"\b([A-Z]\w*)\(", r"kvpack.\1(", repr(method))
 
 
 def _parse_part(text: str) -> tuple[str, Any]:
     """Return the family and the method that one part of a text stands for."""
-    if text.strip().startswith(_PATH):  # it may have any of the signs that mean something elsewhere
-        return "quantize", Calibrated(text.strip().removeprefix(_PATH))
-    if "(" in text:
-        return "evict", _parse_adakv(text)
-    if "@" in text:
+    if path := _PATH.match(text.strip()):
+        return "quantize", make(Calibrated, Calibrated.name, {"path": text.strip()[path.end() :]})
+    if len(split(text, "@")) > 1:
         return "quantize", _parse_layers(text)
-    if "/" in text:
-        sides = [_parse_part(side) for side in text.split("/")]
+    if len(split(text, "/")) > 1:
+        sides = [_parse_part(side) for side in split(text, "/")]
         if len(sides) != 2 or any(family != "quantize" for family, _ in sides):
             raise OptionError(
                 f"method {text!r} is not accepted; a slash stands between a codec of keys and one of values"
             )
         (_, keys), (_, values) = sides
         return "quantize", Apart(keys, values)
+    if _BEFORE_BRACKETS.match(text):
+        return "evict", _parse_adakv(text)
     name, parameters = split_parameters(text)
     if name in PRESETS and not parameters:
         return "quantize", PRESETS[name]
@@ -95,7 +161,7 @@ def _parse_adakv(text: str) -> AdaKV:
 
 def _parse_layers(text: str) -> Layers:
     """Return what `default@layer=codec@...` stands for."""
-    default, *others = text.split("@")
+    default, *others = split(text, "@")
     codecs: dict[int, Any] = {}
     for other in others:
         layer, equals, codec = other.partition("=")
@@ -123,13 +189,45 @@ def names() -> list[str]:
     return [*(name for methods in FAMILIES.values() for name in methods), *PRESETS]
 
 
+def split(text: str, sign: str, known: Iterable[str] = ()) -> list[str]:
+    """Split a text at each `sign` that is not in quotes, in brackets, or in the path of a calibration.
+
+    Args:
+        text: of methods.
+        sign: one of `,+@/:`.
+        known: names, besides those of the registry, that end a path.
+    """
+    method = "|".join(map(re.escape, sorted([*names(), *known], key=len, reverse=True)))
+    # Within one method there is no telling where a path ends.
+    end_of_path = re.compile(rf"\{sign}\s*(?:{method})\s*(?:$|[:+,@/(])" if sign in ",+" else r"\Z")
+    parts, start, depth, quote, at = [], 0, 0, "", 0
+    while at < len(text):
+        letter = text[at]
+        if quote:
+            at += letter == "\\"
+            quote = "" if letter == quote else quote
+        elif path := _PATH.match(text, at):
+            end = end_of_path.search(text, path.end())
+            at = end.start() if end else len(text)
+            continue
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "()[]{}":
+            depth += 1 if letter in "([{" else -1
+        elif letter == sign and not depth:
+            parts.append(text[start:at])
+            start = at + 1
+        at += 1
+    return [*parts, text[start:]]
+
+
 def split_parameters(text: str) -> tuple[str, dict[str, Any]]:
     """Split `name:parameter=value:...` into the name and the parameters; values are Python literals, or strings.
 
     Raises:
         OptionError: something after a colon is no `parameter=value`, or a parameter is there twice.
     """
-    name, *settings = (part.strip() for part in text.split(":"))
+    name, *settings = (part.strip() for part in split(text, ":"))
     parameters: dict[str, Any] = {}
     for setting in settings:
         parameter, equals, value = (piece.strip() for piece in setting.partition("="))
