@@ -188,6 +188,7 @@ EIGHT_BITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "changes"), PACKED)
 def test_eight_bits_hardly_change_the_logits(name: str, changes: dict[str, Any]) -> None:
     """Whatever the heads' sizes and the layers' kinds; and something was packed."""

@@ -52,6 +52,7 @@ def results(fresh: Any, isa: str, folder: Path) -> dict[str, Any]:
     return torch.load(saved)
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_scalar_results(fresh: Any, tmp_path: Path) -> None:
     scalar = results(fresh, "scalar", tmp_path)
     assert scalar.pop("isa") == "scalar"
@@ -197,6 +198,7 @@ for threads in (1, 4, 2, 3, 1, 2):
     threaded(fresh, code, KVPACK_NUM_THREADS="3")
 
 
+@pytest.mark.slow
 @every_codec
 def test_threads_are_torchs_and_change_no_result(codec: Any) -> None:
     config = tiny_config(layers=1, heads=8, kv_heads=4, head_dim=64)

@@ -472,6 +472,7 @@ print(rss() - before, cache.memory().total)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_what_goes_is_given_back_to_the_system(fresh: Any) -> None:
     done = fresh(RSS, "kvpack.SnapKV(budget=0.25)", Path(__file__).parent)

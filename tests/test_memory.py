@@ -48,6 +48,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @every_codec
 def test_the_process_grows_by_what_memory_says(fresh: Any, codec: Any, record_property: Any) -> None:
     layer = 2 * TOKENS * 8 * 128 * min(stored_bits(codec, 128), 16) / 8  # Exact keeps the 16 bits that it is given
