@@ -152,10 +152,10 @@ def bfloat16_models() -> Iterator[SimpleNamespace]:
 
 @pytest.fixture(scope="session")
 def short_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """The folder of the test model with four of its layers: for what must run, whatever it says."""
+    """The folder of the test model with six of its layers: for what must run, whatever it says."""
     folder = tmp_path_factory.mktemp("short-model")
     model = _load(torch.float32)
-    _cut_layers(model, keep=3)
+    _cut_layers(model, keep=5)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
