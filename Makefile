@@ -9,12 +9,18 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-BUILT := $(VENV)/.kvpack-built
+DEVELOPED := $(VENV)/.kvpack-develop
+RELEASED := $(VENV)/.kvpack-release
 COMPARED := $(VENV)/.kvpack-bench
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed
 SOURCES := $(shell find src -name '*.rs' 2>/dev/null) $(wildcard Cargo.toml Cargo.lock build.rs pyproject.toml)
-PYTHON_CODE := python tests examples tools benchmarks notebooks
+PYTHON_CODE := $(wildcard python tests examples tools benchmarks notebooks)
+# cargo-nextest where it is installed.
+CARGO_TEST := cargo $(if $(shell command -v cargo-nextest),nextest run --status-level slow,test) --locked
+# Processes of pytest: no more than two, as each loads the test model several times; 0 is pytest alone.
+WORKERS := $(if $(filter-out 1,$(shell nproc 2>/dev/null)),2,0)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # One interpreter for maturin and clippy, or each would rebuild the other's pyo3.
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
@@ -23,38 +29,42 @@ unexport CONDA_PREFIX PYTHONHOME
 MAKEFLAGS += --no-print-directory
 
 .NOTPARALLEL:
-.PHONY: help setup demo test rust python lint format bench bench-peers leaderboard compat clean
+.PHONY: help setup demo test check rust python lint format bench bench-peers leaderboard compat clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
 
-setup: $(BUILT) ## make .venv, install what is needed, build the extension
+setup: $(DEVELOPED) ## make .venv, install what is needed, build the extension for development
 
-demo: $(BUILT) ## compare the caches on a real model; leaves a table and a picture in demo-output
+demo: $(RELEASED) ## compare the caches on a real model; leaves a table and a picture in demo-output
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint rust python ## every check: lint, Rust tests, Python tests
 
+check: lint ## the quick checks, after a small change: lint, the Rust unit tests, the Python tests that need no real model
+	$(CARGO_TEST) --lib
+	$(PYTEST) -m "not model and not slow" $(ARGS)
+
 rust: ## the tests of the Rust core (no Python needed)
-	cargo test --locked
+	$(CARGO_TEST)
 
-python: $(BUILT) ## the tests of the Python package, on a real model
+python: $(DEVELOPED) ## the tests of the Python package, on a real model; WORKERS=0: in one process
 	$(BIN)/python tools/test_model.py
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
-lint: $(BUILT) ## formats, lints, types, and the stub against the extension
+lint: $(DEVELOPED) ## formats, lints, types, and the stub against the extension
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --lib --features python -- -D warnings
-	$(BIN)/ruff check $(wildcard $(PYTHON_CODE))
-	$(BIN)/ruff format --check $(wildcard $(PYTHON_CODE))
+	$(BIN)/ruff check $(PYTHON_CODE)
+	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/mypy
 	MYPYPATH=python $(BIN)/stubtest kvpack._kvpack
 
-format: $(BUILT) ## format the Rust and the Python code
+format: $(DEVELOPED) ## format the Rust and the Python code
 	cargo fmt
-	$(BIN)/ruff check --fix $(wildcard $(PYTHON_CODE))
-	$(BIN)/ruff format $(wildcard $(PYTHON_CODE))
+	$(BIN)/ruff check --fix $(PYTHON_CODE)
+	$(BIN)/ruff format $(PYTHON_CODE)
 
 bench: $(COMPARED) ## against torch and transformers, 30 minutes; make bench ARGS="--only attention" for a part
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -65,7 +75,7 @@ bench-peers: $(COMPARED) $(PEERS_READY) ## against llama.cpp (compiled first, 10
 leaderboard: $(COMPARED) ## every method on the test model: make leaderboard TEXT=FILE; measures what is new
 	$(BIN)/python tools/leaderboard.py $(if $(TEXT),--text $(TEXT)) $(ARGS)
 
-compat: $(BUILT) ## the equality tests under the oldest, a middle and the newest transformers
+compat: $(DEVELOPED) ## the equality tests under the oldest, a middle and the newest transformers
 	tools/compat.sh
 
 clean: ## remove everything that was built, .venv too
@@ -81,20 +91,24 @@ $(VENV)/pyvenv.cfg:
 	    fi; \
 	done; echo "no Python 3.11 or later found; name one: make PYTHON=/path/to/python" >&2; exit 1
 
-# Built again when the sources or the metadata change; pip leaves alone what is installed already.
-$(BUILT): $(VENV)/pyvenv.cfg $(SOURCES)
+# The extension, built again when the sources or the metadata change; pip leaves alone what is installed already. It is
+# built for development, or as a wheel would have it for what measures; python/kvpack holds the one that was made last.
+$(DEVELOPED): BUILD := --profile develop
+$(RELEASED): BUILD := --release
+$(DEVELOPED) $(RELEASED): $(VENV)/pyvenv.cfg $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'maturin>=1.9,<2'
-	$(BIN)/maturin develop --release --extras transformers,dev
+	$(BIN)/maturin develop $(BUILD) --extras transformers,dev
+	@rm -f $(DEVELOPED) $(RELEASED)
 	@touch $@
 
 # What the benchmarks compare with, in transformers' own interface.
-$(COMPARED): pyproject.toml | $(BUILT)
+$(COMPARED): pyproject.toml | $(RELEASED)
 	$(BIN)/maturin develop --release --extras transformers,dev,bench
 	@touch $@
 
 # The other runtimes have an environment of their own. One that cannot be installed is reported as missing, and tried
 # again the next time.
-$(PEERS_READY): benchmarks/peers-requirements.txt | $(BUILT)
+$(PEERS_READY): benchmarks/peers-requirements.txt | $(RELEASED)
 	$(BIN)/python -m venv $(PEERS)
 	@failed=; while read -r package; do \
 	    $(PEERS)/bin/python -m pip install --disable-pip-version-check "$$package" || failed+=" $$package"; \

@@ -13,7 +13,7 @@ use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated, Spacing};
 use kvpack::tensor::{Slice, View, ViewMut};
 use kvquant::kvquant;
 
-#[path = "../tests/kvquant/mod.rs"]
+#[path = "../src/tests/kvquant.rs"]
 mod kvquant;
 
 /// Bytes that all layers together read, at least: beyond the last cache level.

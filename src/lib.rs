@@ -18,6 +18,10 @@
 //! [`cache::Layer::attend`] reads sealed pages and tails as they are, [`cache::Layer::settle`] seals what the codec's
 //! rule says is due.
 
+// The tests of the public interface name the crate as its users do.
+#[cfg(test)]
+extern crate self as kvpack;
+
 pub mod amount;
 pub mod attend;
 #[cfg(feature = "python")]
@@ -30,3 +34,5 @@ pub mod quantize;
 #[cfg(target_os = "linux")]
 pub mod slabs;
 pub mod tensor;
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +41,61 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+# Reads lines of JSON: code, argv, environment, and the files for its output. Each runs in a fork of this process, which
+# has imported all that takes seconds, but not kvpack and none of torch's threads.
+FORKS = """
+import json, os, sys, traceback
+import torch, transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, cache_utils, generation, masking_utils, modeling_utils
+
+for line in sys.stdin:
+    code, arguments, environment, out, err = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            for number, path in enumerate((os.devnull, out, err)):
+                os.dup2(os.open(path, os.O_RDWR), number)
+            os.environ.update(environment)
+            sys.argv = ["-c", *arguments]
+            exec(code, {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs code as `python -c` does, with arguments and variables, in a process that has not imported kvpack yet.
+
+    torch and transformers it has: their import takes longer than what the tests do with it.
+    """
+    folder = tmp_path_factory.mktemp("fresh")
+    out, err = folder / "out", folder / "err"
+    command = [sys.executable, "-W", "ignore", "-c", FORKS]
+    forks = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert forks.stdin is not None
+    assert forks.stdout is not None
+
+    def run(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        out.write_text("")
+        err.write_text("")
+        order = [code, [str(argument) for argument in arguments], environment, str(out), str(err)]
+        print(json.dumps(order), file=forks.stdin, flush=True)
+        status = int(forks.stdout.readline())
+        return subprocess.CompletedProcess(code, status, out.read_text(), err.read_text())
+
+    yield run
+    forks.stdin.close()
+    forks.wait()
+    forks.stdout.close()
 
 
 @pytest.fixture(scope="session")
@@ -94,9 +151,31 @@ def bfloat16_models() -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture(scope="session")
+def short_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """The folder of the test model with six of its layers: for what must run, whatever it says."""
+    folder = tmp_path_factory.mktemp("short-model")
+    model = _load(torch.float32)
+    _cut_layers(model, keep=5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def document() -> str:
     """A speech of about 4000 tokens."""
     return model_files.document()
+
+
+# Fixtures of the real model.
+REAL = {"tokenizer", "float32_models", "bfloat16_models", "short_model", "document"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    for item in items:
+        if REAL & set(item.fixturenames):
+            item.add_marker("model")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

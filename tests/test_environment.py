@@ -45,19 +45,20 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
 
 
-def results(isa: str, folder: Path) -> dict[str, Any]:
+def results(fresh: Any, isa: str, folder: Path) -> dict[str, Any]:
     saved = folder / f"{isa}.pt"
-    done = python("-c", SEEDED, str(saved), str(Path(__file__).parent), KVPACK_ISA=isa)
+    done = fresh(SEEDED, saved, Path(__file__).parent, KVPACK_ISA=isa)
     assert done.returncode == 0, done.stderr
     return torch.load(saved)
 
 
-def test_every_instruction_set_gives_the_scalar_results(tmp_path: Path) -> None:
-    scalar = results("scalar", tmp_path)
+@pytest.mark.slow
+def test_every_instruction_set_gives_the_scalar_results(fresh: Any, tmp_path: Path) -> None:
+    scalar = results(fresh, "scalar", tmp_path)
     assert scalar.pop("isa") == "scalar"
     others = [isa for isa in kvpack.info()["isa_available"] if isa != "scalar"]
     for isa in others:
-        found = results(isa, tmp_path)
+        found = results(fresh, isa, tmp_path)
         assert found.pop("isa") == isa
         assert found.keys() == scalar.keys()
         for name, expected in scalar.items():
@@ -77,8 +78,8 @@ def test_scalar_is_always_there_and_the_one_in_use_is_available() -> None:
 
 
 @pytest.mark.parametrize("isa", ["sse9", "AVX2 ", ""])
-def test_an_unknown_instruction_set_is_refused_at_import(isa: str) -> None:
-    done = python("-c", "import kvpack", KVPACK_ISA=isa)
+def test_an_unknown_instruction_set_is_refused_at_import(fresh: Any, isa: str) -> None:
+    done = fresh("import kvpack", KVPACK_ISA=isa)
     if isa == "":  # as good as not set
         assert done.returncode == 0, done.stderr
         return
@@ -110,16 +111,16 @@ def test_the_team_is_torchs_openmp() -> None:
 
 
 @pytest.mark.parametrize(("most", "threads"), [("", 3), ("1", 1), ("2", 2), ("64", 3)])
-def test_the_environment_caps_the_threads(most: str, threads: int) -> None:
+def test_the_environment_caps_the_threads(fresh: Any, most: str, threads: int) -> None:
     code = "import torch; torch.set_num_threads(3); import kvpack; print(kvpack.info()['threads'])"
-    done = python("-c", code, KVPACK_NUM_THREADS=most)
+    done = fresh(code, KVPACK_NUM_THREADS=most)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(threads)]
 
 
 @pytest.mark.parametrize("most", ["0", "-2", "two", "1.5", " 1", "99999999999999999999999"])
-def test_a_bad_number_of_threads_is_refused_at_import(most: str) -> None:
-    done = python("-c", "import kvpack", KVPACK_NUM_THREADS=most)
+def test_a_bad_number_of_threads_is_refused_at_import(fresh: Any, most: str) -> None:
+    done = fresh("import kvpack", KVPACK_NUM_THREADS=most)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     expected = f"KVPACK_NUM_THREADS={most} is not accepted; accepted: a positive whole number"
@@ -154,13 +155,13 @@ assert relative_error(attend(), expected) < 1e-4
 """
 
 
-def threaded(code: str, **environment: str) -> str:
-    done = python("-W", "ignore", "-c", THREADED + code, str(Path(__file__).parent), **environment)
+def threaded(fresh: Any, code: str, **environment: str) -> str:
+    done = fresh(THREADED + code, Path(__file__).parent, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_forked_process_uses_threads_of_its_own() -> None:
+def test_a_forked_process_uses_threads_of_its_own(fresh: Any) -> None:
     code = """
 child = os.fork()
 if child == 0:
@@ -170,10 +171,10 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert relative_error(attend(), expected) < 1e-4
 print(kvpack.info()["team"])
 """
-    assert threaded(code).strip() == kvpack.info()["team"]
+    assert threaded(fresh, code).strip() == kvpack.info()["team"]
 
 
-def test_several_threads_at_once() -> None:
+def test_several_threads_at_once(fresh: Any) -> None:
     code = """
 right = []
 def work():
@@ -184,22 +185,22 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 assert right == [True] * 80, right
 """
-    threaded(code)
+    threaded(fresh, code)
 
 
-def test_the_number_of_threads_may_change_at_any_time() -> None:
+def test_the_number_of_threads_may_change_at_any_time(fresh: Any) -> None:
     code = """
 for threads in (1, 4, 2, 3, 1, 2):
     torch.set_num_threads(threads)
     assert kvpack.info()["threads"] == cache.info()["threads"] == min(threads, 3)
     assert relative_error(attend(), expected) < 1e-4
 """
-    threaded(code, KVPACK_NUM_THREADS="3")
+    threaded(fresh, code, KVPACK_NUM_THREADS="3")
 
 
+@pytest.mark.slow
 @every_codec
-@pytest.mark.parametrize("queries", [1, 40])
-def test_threads_are_torchs_and_change_no_result(codec: Any, queries: int) -> None:
+def test_threads_are_torchs_and_change_no_result(codec: Any) -> None:
     config = tiny_config(layers=1, heads=8, kv_heads=4, head_dim=64)
     results = []
     for threads in (1, 2, 3):
@@ -209,14 +210,19 @@ def test_threads_are_torchs_and_change_no_result(codec: Any, queries: int) -> No
             cache = kvpack.PackedCache(config, quantize=codec)
             assert cache.info()["threads"] == kvpack.info()["threads"] == threads
             cache.update(*random_kv(2, 4, 8192, 64), 0)
-            out = forward(cache, *random_kv(2, 4, queries, 64), query=torch.randn(2, 8, queries, 64))
+            found = []
+            for queries in (1, 40):
+                after = cache.fork()
+                out = forward(after, *random_kv(2, 4, queries, 64), query=torch.randn(2, 8, queries, 64))
+                found.append((out, after.layers[0].keys, after.layers[0].values))
         finally:
             torch.set_num_threads(1)
-        results.append((out, cache.layers[0].keys, cache.layers[0].values))
-    for out, keys, values in results[1:]:
-        assert relative_error(out, results[0][0]) < 1e-5
-        assert torch.equal(keys, results[0][1])
-        assert torch.equal(values, results[0][2])
+        results.append(found)
+    for found in results[1:]:
+        for (out, keys, values), (first, first_keys, first_values) in zip(found, results[0], strict=True):
+            assert relative_error(out, first) < 1e-5
+            assert torch.equal(keys, first_keys)
+            assert torch.equal(values, first_values)
 
 
 def test_without_torch_the_import_says_what_to_install() -> None:
@@ -227,9 +233,9 @@ def test_without_torch_the_import_says_what_to_install() -> None:
     assert "pip install 'kvpack[transformers]'" in done.stderr
 
 
-def test_with_too_old_a_transformers_the_import_says_which_it_needs() -> None:
+def test_with_too_old_a_transformers_the_import_says_which_it_needs(fresh: Any) -> None:
     code = "import transformers; transformers.__version__ = '5.3.0'; import kvpack"
-    done = python("-c", code)
+    done = fresh(code)
     assert done.returncode == 1
     assert re.search(r"ImportError: .*5\.4.*5\.3\.0", done.stderr)
 

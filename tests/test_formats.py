@@ -310,6 +310,7 @@ def test_presets_are_what_they_promise() -> None:
 # ---- all -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS[1:], ids=codec_id)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_bits_that_are_named_are_the_bits_that_are_held(codec: object, dim: int) -> None:

@@ -22,7 +22,7 @@ fn the_environment_variable_is_a_positive_whole_number() {
 /// One after the other, as the number of threads is the process's.
 #[test]
 fn teams() {
-    set_threads(3);
+    let _alone = crate::tests::threads(3);
     items_stay_in_order_and_none_is_lost();
     little_work_is_the_callers();
     a_panic_reaches_the_caller_and_the_next_call_works();

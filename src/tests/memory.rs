@@ -1,31 +1,31 @@
 //! `Layer::memory` against what the allocator really gave, and what sharing saves.
 
-mod kvquant;
-
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicIsize, Ordering};
+use std::cell::Cell;
 
 use kvpack::cache::{Layer, New};
 use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated, Spacing};
 use kvpack::tensor::{Slice, View};
 
+use super::{kvquant, threads};
+
 struct Counting;
 
-static HELD: AtomicIsize = AtomicIsize::new(0);
-/// One test at a time may look at the counter.
-static TURN: Mutex<()> = Mutex::new(());
+thread_local! {
+    /// Bytes that this thread holds; other tests run beside it.
+    static HELD: Cell<isize> = const { Cell::new(0) };
+}
 
 // SAFETY: everything is passed on to the system's allocator; only sizes are counted.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        HELD.fetch_add(layout.size() as isize, Ordering::Relaxed);
+        HELD.set(HELD.get() + layout.size() as isize);
         // SAFETY: the caller's contract is the system allocator's.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size() as isize, Ordering::Relaxed);
+        HELD.set(HELD.get() - layout.size() as isize);
         // SAFETY: as above.
         unsafe { System.dealloc(ptr, layout) }
     }
@@ -35,7 +35,7 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 fn held() -> isize {
-    HELD.load(Ordering::Relaxed)
+    HELD.get()
 }
 
 fn numbers(n: usize) -> Vec<f32> {
@@ -65,8 +65,7 @@ fn codecs() -> Vec<Codec> {
 
 #[test]
 fn memory_is_what_was_allocated() {
-    let _turn = TURN.lock().unwrap();
-    kvpack::pool::set_threads(1);
+    let _alone = threads(1);
     for codec in codecs() {
         for [heads, d] in [[3, 64], [8, 128], [1, 256]] {
             let x = numbers(heads * 16384 * d);
@@ -92,7 +91,7 @@ fn memory_is_what_was_allocated() {
 /// Its tables are the codec's, and none of the layer's bytes.
 #[test]
 fn memory_with_calibrated_tables() {
-    let _turn = TURN.lock().unwrap();
+    let _alone = threads(1);
     for [heads, d] in [[3, 64], [8, 128], [1, 256]] {
         let codec = kvquant::kvquant(3, heads, d, d as u16, 0.01);
         let x = numbers(heads * 4096 * d);
@@ -115,7 +114,7 @@ fn memory_with_calibrated_tables() {
 
 #[test]
 fn a_long_decode_grows_as_its_tokens_do() {
-    let _turn = TURN.lock().unwrap();
+    let _alone = threads(1);
     let kivi = Codec::kivi(Kivi::new(4, 32, 128, 4).unwrap());
     let x = numbers(3 * 64);
     let mut layer = Layer::new(kivi);
@@ -135,7 +134,7 @@ fn a_long_decode_grows_as_its_tokens_do() {
 
 #[test]
 fn copies_of_a_prompt_cost_one_prompt() {
-    let _turn = TURN.lock().unwrap();
+    let _alone = threads(1);
     let x = numbers(4 * 3 * 4096 * 64);
     for codec in codecs() {
         let mut single = Layer::new(codec.clone());

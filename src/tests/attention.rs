@@ -1,13 +1,13 @@
 //! A layer's attention against softmax(q k / sqrt(d)) v in f64 over the keys and values that it says it holds.
 
-mod kvquant;
-
 use kvpack::attend::kernels::{Kernels, available};
 use kvpack::attend::{BoolView, Mask, MaskData, Softmax};
 use kvpack::cache::{Layer, New, Request};
 use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated, Spacing};
 use kvpack::tensor::{Slice, View, ViewMut};
-use kvquant::kvquant;
+
+use super::kvquant::kvquant;
+use super::threads;
 
 fn numbers(n: usize, seed: u64) -> Vec<f32> {
     let mut state = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -213,10 +213,10 @@ fn threads_agree() {
         let softmax = Softmax { scaling: 0.125, softcap: None };
         let dense = dense(&layer, &case, available()[0]);
         let want = reference(&case, &dense, &q, [queries, tokens], softmax, None, &|_, _, _| true);
-        for threads in [1, 2, 3] {
-            kvpack::pool::set_threads(threads);
+        for n in [1, 2, 3] {
+            let _alone = threads(n);
             let got = attend(&layer, &case, &q, queries, Some(shown), softmax, None, available()[0]);
-            assert_close(&case.codec, &got, &want, &format!("{threads} threads"));
+            assert_close(&case.codec, &got, &want, &format!("{n} threads"));
         }
     }
 }
