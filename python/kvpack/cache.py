@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from . import _kvpack
+from . import _kvpack, models
 from ._lazy import Lazy
 from ._threads import threads
 from .errors import ConcurrencyError, CropError, DeviceError, KvpackError, ModelMismatchError, OptionError, ShapeError
@@ -51,11 +52,14 @@ class PackedCache(Cache):
             OptionError: an option is not accepted, or does not fit the model.
             DeviceError: the model is on another device.
         """
-        config = _text_config(model_or_config)
+        models.check(model_or_config)
+        config = models.decoder_config(model_or_config)
         self.quantize = _checked(quantize)
         self.evict = _checked_eviction(evict, self.quantize, config)
         self.select = _checked_select(select)
         self.config = config
+        self._has_encoder = bool(getattr(getattr(model_or_config, "config", model_or_config), "is_encoder_decoder", 0))
+        self._newest_layer = -1
         # transformers decides the structure (sliding, linear, layers that share keys and values ...);
         # exactly the plain full-attention layers are replaced.
         shared = bool(getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0))
@@ -73,12 +77,26 @@ class PackedCache(Cache):
                     f"model_or_config: given a configuration without decoder layers ({type(config).__name__}), "
                     "expected a decoder model"
                 )
+        unpacked = models.describe_unpacked(layers)
+        if unpacked is not None:
+            warnings.warn(unpacked, stacklevel=2)
         super().__init__(layers=layers)
         self._last_layer = max((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), default=-1)
         # The thread whose forward is between its first and its last layer.
         self._forward_of: int | None = None
         # What LazyLLM left out, where it filled this cache.
         self.lazy: Lazy | None = None
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """Whether `generate` was given this cache: it sets this before anything else."""
+        return bool(self.__dict__.get("_is_user_defined", False))
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, given: bool) -> None:
+        if self._has_encoder:
+            raise models.given_alone()
+        self.__dict__["_is_user_defined"] = given
 
     @classmethod
     def from_cache(
@@ -151,7 +169,13 @@ class PackedCache(Cache):
                 f"this cache is in the middle of a forward of another thread (given thread {thread}, expected "
                 f"{self._forward_of}); give each thread its own cache: cache.fork() shares the pages"
             )
+        if self._has_encoder and self._forward_of == thread and layer_idx == self._newest_layer:
+            self._forward_of = None
+            error = models.given_alone()  # these are the encoder's
+            self._take_back(layer_idx, error)
+            raise error
         self._forward_of = None if layer_idx >= self._last_layer else thread
+        self._newest_layer = layer_idx
         try:
             keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         except KvpackError as error:
@@ -341,20 +365,6 @@ def _feedback(layers: list[PackedLayer]) -> dict[str, Any]:
                 f"median {ratios[len(ratios) // 2]:.2f}"
             )
     return told
-
-
-def _text_config(model_or_config: Any) -> Any:
-    """The decoder's configuration."""
-    config = getattr(model_or_config, "config", model_or_config)
-    if not hasattr(config, "get_text_config"):
-        raise OptionError(
-            f"model_or_config: given a {type(model_or_config).__name__}, "
-            "expected a transformers model or its configuration"
-        )
-    device = getattr(model_or_config, "device", None)
-    if isinstance(device, torch.device) and device.type != "cpu":
-        raise DeviceError(f"model: given one on device {device}, expected cpu: kvpack computes in CPU memory")
-    return config.get_text_config(decoder=True)
 
 
 def _checked(quantize: Quantize | None) -> Quantize:

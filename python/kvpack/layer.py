@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from ._tensors import DTYPES, New, describe, plain, readable
+from ._tensors import DTYPES, New, autocast, describe, plain, readable
 from .errors import CropError, KvpackError, OptionError, ShapeError, StaleHandleError
 from .handle import LazyKV
 from .methods import AdaKV, Evict, Longformer, PyramidKV, Quantize, Select, Site
@@ -109,13 +109,13 @@ class PackedLayer(CacheLayerMixin):
             ShapeError, DtypeError, DeviceError, NonFiniteError, GradError, OptionError: the tensors do not fit;
                 the cache is unchanged.
         """
-        keys, values = plain("keys", key_states), plain("values", value_states)
+        keys, values = plain("keys", autocast(key_states)), plain("values", autocast(value_states))
         if self._pending is not None:
             self.absorb()
         gone = self._gone()
         self._store.check(describe(keys), describe(values))
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(keys, values)
         self.version += 1
         self._pending = keys, values
         if self._seen == 0:

@@ -265,9 +265,9 @@ def decoder_config(model_or_config: Any) -> Any:
 
 def why_not_in_place(model: PreTrainedModel) -> str | None:
     """Why kvpack's attention cannot read the cache of this model's decoder; None where it can."""
-    config = decoder_config(model)
+    configs = (model.config, decoder_config(model))
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.config in (config, model.config):
+        if isinstance(part, PreTrainedModel) and any(part.config is config for config in configs):
             reason = own_attention(type(part))
             if reason is not None:
                 return f"{type(part).__name__} {reason}"
@@ -302,17 +302,12 @@ def check(model_or_config: Any) -> None:
         )
 
 
-def check_alone(config: Any) -> None:
-    """Refuses a PackedCache that is given alone to a model with an encoder, whose layers attend to two things.
-
-    Raises:
-        OptionError: the configuration is that of an encoder-decoder model.
-    """
-    if getattr(config, "is_encoder_decoder", False):
-        raise OptionError(
-            "cache: given a PackedCache to a model with an encoder, expected transformers.EncoderDecoderCache("
-            "kvpack.PackedCache(model), transformers.DynamicCache()): attention to the encoder has a cache of its own"
-        )
+def given_alone() -> OptionError:
+    """What to raise where a model with an encoder uses a PackedCache for attention to the encoder too."""
+    return OptionError(
+        "cache: given a PackedCache alone to a model with an encoder, expected transformers.EncoderDecoderCache("
+        "kvpack.PackedCache(model), transformers.DynamicCache()): attention to the encoder has a cache of its own"
+    )
 
 
 def check_generate(model: Any) -> None:
@@ -327,7 +322,8 @@ def check_generate(model: Any) -> None:
     if generate is not GenerationMixin.generate and family is not None and family not in _DELEGATES:
         raise OptionError(
             f"model: given a {type(model).__name__}, whose generate is its own and may run several generations, which "
-            "one cache cannot serve; expected the part of it that generates text, or the cache= of a single forward"
+            "one cache cannot serve; expected the part of it that generates text (or give generate a cache, where a "
+            "call of it is one generation)"
         )
 
 
