@@ -507,6 +507,12 @@ def test_where_something_is_packed_nothing_is_said() -> None:
     assert models.describe_unpacked(kvpack.PackedCache(mixed).layers) is None
 
 
+@pytest.mark.parametrize("name", ["minimax", "openai-gpt", "reformer", "rwkv", "xlnet", "xlstm"])
+def test_models_that_take_no_cache_are_refused(name: str) -> None:
+    with pytest.raises(kvpack.OptionError, match=f"'{name}', which .*; expected a model that hands its keys"):
+        kvpack.PackedCache(CONFIG_MAPPING[name]())
+
+
 def test_devices() -> None:
     config = tiny_config()
     for device in ("cpu", "meta"):  # accelerate keeps offloaded weights on meta between two forwards

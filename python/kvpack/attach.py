@@ -21,10 +21,10 @@ class _Generate:
 
     def __init__(self, attachment: Attachment, own: Any) -> None:
         """Around `own`, somebody else's wrapper, or the `generate` of the model's class if that is None."""
-        self.attachment = attachment
-        self.own = own
         if own is not None or hasattr(type(attachment.model), "generate"):
             functools.update_wrapper(self, own or _generate_of(attachment.model))
+        self.attachment = attachment  # last: `own` may be a wrapper that took an earlier wrapper's attributes
+        self.own = own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's `generate`."""

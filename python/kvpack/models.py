@@ -57,8 +57,15 @@ HARMLESS = frozenset(
 # What the source does not tell, by model type.
 _OWN = {"deepseek_v4": "adds its compressor's bias to the mask that it is given, which has to be additive"}
 
-# By model type: models that call their cache in ways of their own, and why a packed one is not right there.
-_REFUSED: dict[str, str] = {}
+# By model type: models that do not hand keys and values to a cache that they are given, and what they do instead.
+_REFUSED = {
+    "minimax": "works with a cache class of its own alone",
+    "openai-gpt": "computes everything anew for each token",
+    "reformer": "keeps hashed buckets of its own",
+    "rwkv": "keeps the states of a recurrence of its own",
+    "xlnet": "keeps memories of its own",
+    "xlstm": "keeps the states of a recurrence of its own",
+}
 
 # transformers' classes whose own `generate` calls one decoder's, once, with the arguments that are left.
 _DELEGATES = frozenset(
@@ -281,7 +288,7 @@ def check(model_or_config: Any) -> None:
         model_or_config: a transformers model or its configuration.
 
     Raises:
-        OptionError: it is neither, has no decoder layers that attend, or uses its cache in a way of its own.
+        OptionError: it is neither, or a model that does not hand keys and values to its cache.
         DeviceError: the model computes on an accelerator.
     """
     config = getattr(model_or_config, "config", model_or_config)
@@ -297,8 +304,8 @@ def check(model_or_config: Any) -> None:
     model_type = getattr(decoder_config(config), "model_type", None)
     if model_type in _REFUSED:
         raise OptionError(
-            f"model_or_config: given a model of type {model_type!r}, which {_REFUSED[model_type]}; expected another "
-            "model, or this one with the cache that `generate` makes for it"
+            f"model_or_config: given a model of type {model_type!r}, which {_REFUSED[model_type]}; expected a model that "
+            "hands its keys and values to a cache (this one generates without a PackedCache)"
         )
 
 
