@@ -315,7 +315,8 @@ def with_encoder(kind: str, attention: str | None = None) -> Any:
     options = {} if attention is None else {"attn_implementation": attention}
     if kind == "bert2bert":
         small = {**BASE, "hidden_size": 32, "vocab_size": 100}
-        parts = (CONFIG_MAPPING["bert"](**small, **more) for more in ({}, {"is_decoder": True, "add_cross_attention": True}))
+        decoder = {"is_decoder": True, "add_cross_attention": True}
+        parts = (CONFIG_MAPPING["bert"](**small, **more) for more in ({}, decoder))
         config = EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
         config.decoder_start_token_id, config.pad_token_id = 1, 0
         return shaken(EncoderDecoderModel(config), 2)

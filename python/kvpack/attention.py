@@ -17,7 +17,8 @@ from . import models
 from ._tensors import autocast
 from .errors import DtypeError, ModelMismatchError, OptionError, ShapeError
 from .handle import LazyKV
-from .models import HARMLESS, NAME
+from .models import HARMLESS
+from .models import NAME as NAME
 
 # An additive mask at or below this hides a token: models use the dtype's minimum, -inf, -1e9 or -1e4.
 _HIDDEN = -1e4
@@ -93,10 +94,9 @@ def kvpack_attention(
 
 def _more(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments that would change the result, all of which the model's eager attention takes."""
+    kind: Any = type(module)
     more = {
-        name: x
-        for name, x in kwargs.items()
-        if x is not None and name not in HARMLESS and models.passes(type(module), name)
+        name: x for name, x in kwargs.items() if x is not None and name not in HARMLESS and models.passes(kind, name)
     }
     eager = _eager(module) if more else None
     taken = {} if eager is None else inspect.signature(eager).parameters
@@ -135,11 +135,12 @@ def _exact_attention(
 ) -> Tensor:
     """Attention over real tensors: torch's SDPA, or the model's `own` function for what SDPA does not know."""
     q, n = query.shape[2], key.shape[2]
-    if mask is None and is_causal and 1 < q and (q < n or own):
+    if mask is None and is_causal and q > 1 and (q < n or own):
         # SDPA would let the first query see the first token alone, eager attention lets all see all.
         mask = torch.ones((q, n), dtype=torch.bool, device=query.device).tril(n - q)[None, None]
     if not own:
-        out: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, is_causal=is_causal, **options)[0]
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        out: Tensor = sdpa(module, query, key, value, mask, is_causal=is_causal, **options)[0]
         return out
     if mask is not None and mask.dtype == torch.bool:
         zero = torch.zeros((), dtype=query.dtype, device=query.device)

@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from . import _kvpack, models
 from ._lazy import Lazy
 from ._threads import threads
-from .errors import ConcurrencyError, CropError, DeviceError, KvpackError, ModelMismatchError, OptionError, ShapeError
+from .errors import ConcurrencyError, CropError, KvpackError, ModelMismatchError, OptionError, ShapeError
 from .layer import PackedLayer
 from .memory import Memory, readable_bytes
 from .methods import EVICT, QUANTIZE, SELECT, Evict, Exact, Quantize, Select, Site
@@ -77,15 +77,15 @@ class PackedCache(Cache):
                     f"model_or_config: given a configuration without decoder layers ({type(config).__name__}), "
                     "expected a decoder model"
                 )
-        unpacked = models.describe_unpacked(layers)
-        if unpacked is not None:
-            warnings.warn(unpacked, stacklevel=2)
         super().__init__(layers=layers)
         self._last_layer = max((i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), default=-1)
         # The thread whose forward is between its first and its last layer.
         self._forward_of: int | None = None
         # What LazyLLM left out, where it filled this cache.
         self.lazy: Lazy | None = None
+        unpacked = models.describe_unpacked(layers)
+        if unpacked is not None:
+            warnings.warn(unpacked, stacklevel=2)
 
     @property
     def _is_user_defined(self) -> bool:
@@ -334,6 +334,7 @@ class PackedCache(Cache):
             "evict": repr(self.evict),
             "quantize": repr(self.quantize),
             "select": repr(self.select),
+            "attention": self.config._attn_implementation,
             "layers": [type(layer).__name__ for layer in self.layers],
             "tokens": self.get_seq_length(),
             **_feedback(packed),

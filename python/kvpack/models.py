@@ -176,7 +176,8 @@ def _parts(model_class: type[PreTrainedModel]) -> Iterator[tuple[str, _Source]]:
             if isinstance(found, dict):  # a table of classes
                 stack.append((module, other))
             elif isinstance(found, type) and issubclass(found, nn.Module) and _of_a_model(found):
-                if not (issubclass(found, PreTrainedModel) and getattr(found, "config_class", None) != config_class):
+                another = issubclass(found, PreTrainedModel) and getattr(found, "config_class", None) != config_class
+                if not another:
                     stack.extend((base.__module__, base.__name__) for base in _bases(found))
 
 
@@ -219,9 +220,14 @@ def own_attention(model_class: type[PreTrainedModel]) -> str | None:
     return None
 
 
+def _why_own(model: PreTrainedModel) -> str | None:
+    model_class: Any = type(model)
+    return own_attention(model_class)
+
+
 @functools.cache
-def passes(module_class: type, argument: str) -> bool:
-    """Whether an attention module hands this argument to its attention function on purpose.
+def passes(module_class: Any, argument: str) -> bool:
+    """Whether an attention module of this class hands this argument to its attention function on purpose.
 
     What it only lets through from the model's caller is read by none of transformers' attention functions. Where the
     source is not to be had the answer is yes.
@@ -248,17 +254,18 @@ def choose_by_model() -> None:
 
     @functools.wraps(method)
     def get_correct_attn_implementation(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-        if requested_attention == NAME and (reason := own_attention(type(self))) is not None:
+        reason = _why_own(self) if requested_attention == NAME else None
+        if reason is not None:
             before = self.config._attn_implementation
             requested_attention = None if before == NAME else before
-            chosen: str = method(self, requested_attention, *args, **kwargs)
+        chosen: str = method(self, requested_attention, *args, **kwargs)
+        if reason is not None:
             warnings.warn(
                 f"{type(self).__name__} {reason}: it runs with attention {chosen!r} instead of {NAME!r}. A PackedCache "
                 "is right with it, and dequantises its keys and values at each step.",
                 stacklevel=2,
             )
-            return chosen
-        return method(self, requested_attention, *args, **kwargs)
+        return chosen
 
     get_correct_attn_implementation._kvpack = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
@@ -275,7 +282,7 @@ def why_not_in_place(model: PreTrainedModel) -> str | None:
     configs = (model.config, decoder_config(model))
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and any(part.config is config for config in configs):
-            reason = own_attention(type(part))
+            reason = _why_own(part)
             if reason is not None:
                 return f"{type(part).__name__} {reason}"
     return None
@@ -304,8 +311,8 @@ def check(model_or_config: Any) -> None:
     model_type = getattr(decoder_config(config), "model_type", None)
     if model_type in _REFUSED:
         raise OptionError(
-            f"model_or_config: given a model of type {model_type!r}, which {_REFUSED[model_type]}; expected a model that "
-            "hands its keys and values to a cache (this one generates without a PackedCache)"
+            f"model_or_config: given a model of type {model_type!r}, which {_REFUSED[model_type]}; expected a model "
+            "that hands its keys and values to a cache (this one generates without a PackedCache)"
         )
 
 
