@@ -350,7 +350,7 @@ def test_attach_to_models_with_an_encoder(kind: str, beams: int) -> None:
 @pytest.mark.filterwarnings("ignore:.*instead of 'kvpack'")
 def test_a_packed_cache_within_an_encoder_decoder_cache(kind: str) -> None:
     expected = with_encoder(kind).generate(**INPUTS, **GREEDY)
-    for attention in ("sdpa", "kvpack"):
+    for attention in (None, "kvpack"):
         model = with_encoder(kind, attention)
         cache = EncoderDecoderCache(kvpack.PackedCache(model), DynamicCache())
         assert torch.equal(model.generate(**INPUTS, **GREEDY, past_key_values=cache), expected)
@@ -363,8 +363,15 @@ def test_a_packed_cache_alone_is_refused_for_a_model_with_an_encoder(kind: str) 
     cache = kvpack.PackedCache(model)
     with pytest.raises(kvpack.OptionError, match="EncoderDecoderCache"):
         model.generate(**inputs, **GREEDY, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_forward_with_a_packed_cache_alone_is_refused_too(kind: str) -> None:
+    model = with_encoder(kind)
+    cache = kvpack.PackedCache(model)
     with pytest.raises(kvpack.OptionError, match="EncoderDecoderCache"):
-        model(**inputs, decoder_input_ids=torch.tensor([[1, 5]]), past_key_values=cache, use_cache=True)
+        model(**INPUTS, decoder_input_ids=torch.tensor([[1, 5]]), past_key_values=cache, use_cache=True)
 
 
 def test_attach_refuses_models_that_generate_in_ways_of_their_own() -> None:
