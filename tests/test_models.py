@@ -23,6 +23,7 @@ from transformers import (
     EncoderDecoderConfig,
     EncoderDecoderModel,
     LlamaForCausalLM,
+    PreTrainedModel,
     StaticCache,
     WhisperForConditionalGeneration,
 )
@@ -228,6 +229,11 @@ def test_attention_that_kvpack_stands_in_for() -> None:
     for name in ("llama", "gpt_oss", "gemma2", "deepseek_v3", "qwen3_next", "bart", "gpt2"):
         model_class = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[name]]
         assert models.own_attention(model_class) is None, name
+
+
+def test_classes_without_a_source_keep_their_own() -> None:
+    model_class: Any = type("Unknown", (PreTrainedModel,), {"__module__": "nowhere"})
+    assert models.own_attention(model_class) == "is made of code whose source is not to be had"
 
 
 class OwnLlama(LlamaForCausalLM):

@@ -92,13 +92,15 @@ class _Source:
     Attributes:
         names: the names in it.
         updates: whether it hands keys and values to a cache.
-        chosen_by_name: whether it picks a class, or what to do, by the attention implementation's name.
+        compares: whether what it does depends on whether attention is called "sdpa".
+        picks: whether it picks a class by the name of the attention implementation.
         passed: arguments that it names when it calls its attention function.
     """
 
     names: frozenset[str]
     updates: bool
-    chosen_by_name: bool
+    compares: bool
+    picks: bool
     passed: frozenset[str]
 
     @property
@@ -125,7 +127,7 @@ def _sources(module: str) -> dict[str, _Source]:
 
 def _source(tree: ast.AST) -> _Source:
     names, passed = set(), set()
-    updates = chosen = False
+    updates = compares = picks = False
     for node in _walk(tree):
         if isinstance(node, ast.Name):
             names.add(node.id)
@@ -135,10 +137,10 @@ def _source(tree: ast.AST) -> _Source:
             if isinstance(node.args[0], ast.Name) and node.args[0].id == "self":
                 passed |= {keyword.arg for keyword in node.keywords if keyword.arg}
         elif isinstance(node, ast.Compare):
-            chosen |= _says_implementation(node.left) and any(_says_sdpa(right) for right in node.comparators)
+            compares |= _says_implementation(node.left) and any(_says_sdpa(right) for right in node.comparators)
         elif isinstance(node, ast.Subscript):
-            chosen |= _says_implementation(node.slice) and not ast.unparse(node.value).startswith("ALL_")
-    return _Source(frozenset(names), updates, chosen, frozenset(passed))
+            picks |= _says_implementation(node.slice) and not ast.unparse(node.value).startswith("ALL_")
+    return _Source(frozenset(names), updates, compares, picks, frozenset(passed))
 
 
 def _walk(tree: ast.AST) -> Iterator[ast.AST]:
@@ -171,7 +173,7 @@ def _parts(model_class: type[PreTrainedModel]) -> Iterator[tuple[str, _Source]]:
             continue
         done.add((module, name))
         yield name, source
-        for other in source.names:
+        for other in sorted(source.names):
             found = getattr(sys.modules[module], other, None)
             if isinstance(found, dict):  # a table of classes
                 stack.append((module, other))
@@ -198,16 +200,18 @@ def own_attention(model_class: type[PreTrainedModel]) -> str | None:
     model_type = getattr(config_class, "model_type", None)
     if model_type in _OWN:
         return _OWN[model_type]
-    parts = [(name, source) for name, source in _parts(model_class) if "Attention" in name or source.chosen_by_name]
+    composed = bool(getattr(config_class, "sub_configs", None))  # then the parts that attend are asked themselves
+    parts = list(_parts(model_class))
     attention = [(name, source) for name, source in parts if "Attention" in name]
     for name, source in attention:
         if source.updates and not source.uses_interface:
             return f"has attention code of its own ({name})"
-    composed = bool(getattr(config_class, "sub_configs", None))  # then the parts that attend are asked themselves
     if attention and not composed and not any(source.uses_interface for _, source in attention):
         return f"has attention code of its own ({attention[0][0]})"
+    if any(base.__name__ not in _sources(base.__module__) for base in _bases(model_class)) and not attention:
+        return "is made of code whose source is not to be had"
     for name, source in parts:
-        if source.chosen_by_name and (source.updates or not source.names & {"create_causal_mask", "Cache"}):
+        if source.picks or (source.compares and "Attention" in name):
             return f"does something else by the name of its attention ({name})"
     reading = [(name, source) for name, source in attention if source.updates]
     for name, source in reading:
