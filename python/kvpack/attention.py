@@ -65,21 +65,24 @@ def kvpack_attention(
     """
     more = {} if HARMLESS.issuperset(kwargs) else _more(module, kwargs)
     packed = key.packed_layer if isinstance(key, LazyKV) and isinstance(value, LazyKV) else None
-    prefill, version = getattr(key, "_kvpack_prefill", (lambda: None, 0))
-    prefilled = prefill()
-    attention_mask = _checked_mask(attention_mask, query, packed is not None or prefilled is not None)
+    prefill, version = (None, 0) if packed is not None else getattr(key, "_kvpack_prefill", (None, 0))
+    prefilled = None if prefill is None else prefill()
+    if attention_mask is not None:
+        attention_mask = _checked_mask(attention_mask, query, packed is not None or prefilled is not None)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
     new = query.shape[2]
+    if is_causal is None and attention_mask is None and new > 1:
+        is_causal = getattr(module, "is_causal", True)
     if packed is not None and not dropout and not more:
         value.packed_layer  # noqa: B018  # a stale handle raises
         _check_model(packed, module)
         if attention_mask is None and new > 1 and not is_causal:
             attention_mask = torch.ones((1, 1, new, key.shape[2]), dtype=torch.bool)
+        if query.dtype is not key.dtype:
+            query = autocast(query)  # as `update` did with the keys
         valid = _PADS.valid(attention_mask, new)
-        return packed.attend(autocast(query), attention_mask, valid, scaling, softcap, s_aux), None
+        return packed.attend(query, attention_mask, valid, scaling, softcap, s_aux), None
     if prefilled is not None:
         _check_model(prefilled, module)
     more.update((name, x) for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None)
@@ -109,10 +112,8 @@ def _more(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     return more
 
 
-def _checked_mask(mask: Tensor | None, query: Tensor, packed: bool) -> Tensor | None:
+def _checked_mask(mask: Tensor, query: Tensor, packed: bool) -> Tensor:
     """The mask with a row a query, if its dtype and, for a PackedCache's tokens, its dimensions are right."""
-    if mask is None:
-        return None
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise DtypeError(f"attention mask: given {mask.dtype}, expected bool (True: attend) or an additive float mask")
     if packed and mask.dim() != 4:
@@ -128,7 +129,7 @@ def _exact_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    is_causal: bool,
+    is_causal: bool | None,
     *,
     own: bool,
     options: dict[str, Any],
