@@ -138,6 +138,7 @@ def test_at_least_twenty_architectures_are_tested() -> None:
     assert len(ARCHITECTURES) >= 20
 
 
+@pytest.mark.filterwarnings("ignore:nothing is packed")
 @pytest.mark.parametrize(("name", "changes", "path"), ARCHITECTURES)
 def test_logits_equal_the_full_caches(name: str, changes: dict[str, Any], path: str, record_property: Any) -> None:
     config = config_of(name, changes)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
+import inspect
+import weakref
 from typing import Any
 
 import kvpack
 import pytest
 import torch
 from support import tiny_model
-from transformers import DynamicCache, PreTrainedModel, TextStreamer, pipeline
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, TextStreamer, pipeline
 
 IDS = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
@@ -88,14 +93,54 @@ def test_calls_that_say_otherwise_are_left_alone(model: PreTrainedModel, options
         assert handle.cache is before
 
 
-def test_the_models_generation_config_counts(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [
+        ("use_cache", False, True),
+        ("cache_implementation", "static", None),
+        ("cache_implementation", "dynamic", None),
+    ],
+)
+def test_a_default_of_the_model_that_turns_kvpack_off_is_said(
+    model: PreTrainedModel, name: str, value: Any, other: Any
+) -> None:
+    expected = model.generate(**IDS, **GREEDY)
+    setattr(model.generation_config, name, value)
+    with kvpack.attach(model) as handle:
+        before = handle.cache
+        for given in ({}, {"generation_config": GenerationConfig(max_new_tokens=6)}):
+            with pytest.warns(UserWarning, match=f"does not use kvpack.*{name} is {value!r}; set it to {other}"):
+                assert torch.equal(model.generate(**IDS, **(given or GREEDY)), expected)
+        assert handle.cache is before
+        setattr(model.generation_config, name, other)
+        assert torch.equal(model.generate(**IDS, **GREEDY), expected)
+        assert handle.cache is not before
+
+
+def test_the_caller_overrides_the_models_default(model: PreTrainedModel) -> None:
     model.generation_config.use_cache = False
     with kvpack.attach(model) as handle:
         before = handle.cache
-        model.generate(**IDS, **GREEDY)
-        assert handle.cache is before
         model.generate(**IDS, **GREEDY, use_cache=True)
         assert handle.cache is not before
+
+
+@pytest.mark.parametrize("said", ["by the model", "by a generation config", "by the call"])
+def test_hybrid_means_nothing_as_generate_takes_it(model: PreTrainedModel, said: str) -> None:
+    """Old checkpoints of Gemma say so; `generate` itself unsets it."""
+    expected = model.generate(**IDS, **GREEDY)
+    options: dict[str, Any] = dict(GREEDY)
+    if said == "by the model":
+        model.generation_config.cache_implementation = "hybrid"
+    elif said == "by the call":
+        options["cache_implementation"] = "hybrid"
+    else:
+        options = {"generation_config": GenerationConfig(**GREEDY, cache_implementation="hybrid")}
+    with kvpack.attach(model) as handle:
+        before = handle.cache
+        assert torch.equal(model.generate(**IDS, **options), expected)
+        assert handle.cache is not before
+        assert handle.cache.info()["fused"] > 0
 
 
 @pytest.mark.parametrize("mode", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=str)
@@ -135,3 +180,103 @@ def test_a_refused_option_leaves_the_model_alone(model: PreTrainedModel) -> None
         kvpack.attach(model, quantize=kvpack.KIVI(group=64))  # its heads have 32 numbers
     assert model.config._attn_implementation == "sdpa"
     assert "generate" not in vars(model)
+
+
+# ---- copies, and other wrappers ----------------------------------------------------------------------------------
+
+
+def test_a_copy_of_an_attached_model_is_its_own(model: PreTrainedModel) -> None:
+    expected = model.generate(**IDS, **GREEDY)
+    handle = kvpack.attach(model, quantize=kvpack.KIVI(bits=8))
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.copy_(parameter.roll(1, 0))
+    detached = copy.deepcopy(twin)
+    detached.set_attn_implementation("sdpa")
+    del detached.generate
+    own = detached.generate(**IDS, **GREEDY)
+    assert not torch.equal(own, expected)
+    before = handle.cache
+    assert torch.equal(twin.generate(**IDS, **GREEDY), own)
+    other = twin.generate.attachment
+    assert handle.cache is before
+    assert other.cache.quantize == kvpack.KIVI(bits=8)
+    assert other.cache.info()["fused"] > 0
+    handle.detach()
+    assert torch.equal(model.generate(**IDS, **GREEDY), expected)
+    assert twin.config._attn_implementation == "kvpack"
+    last = other.cache
+    assert torch.equal(twin.generate(**IDS, **GREEDY), own)
+    assert other.cache is not last
+    other.detach()
+    assert "generate" not in vars(twin)
+    assert twin.config._attn_implementation == "sdpa"
+    assert torch.equal(twin.generate(**IDS, **GREEDY), own)
+
+
+def test_a_copy_does_not_keep_the_original() -> None:
+    model = tiny_model(attention="sdpa")
+    original, handle = weakref.ref(model), kvpack.attach(model)
+    twin = copy.deepcopy(model)
+    del model, handle
+    gc.collect()
+    assert original() is None
+    assert twin.generate(**IDS, **GREEDY).shape == (1, 10)
+
+
+def wrapped(generate: Any, calls: list[int], alike: bool) -> Any:
+    """Somebody else's wrapper around `generate`, which may look like what it wraps."""
+
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return generate(*args, **kwargs)
+
+    return functools.wraps(generate)(outer) if alike else outer
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_wrapper_around_ours_stays(model: PreTrainedModel, alike: bool) -> None:
+    expected = model.generate(**IDS, **GREEDY)
+    handle = kvpack.attach(model)
+    calls: list[int] = []
+    outer = model.generate = wrapped(model.generate, calls, alike)
+    assert torch.equal(model.generate(**IDS, **GREEDY), expected)
+    cache = handle.cache
+    assert cache.info()["fused"] > 0
+    handle.detach()
+    assert model.generate is outer
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model.generate(**IDS, **GREEDY), expected)
+    assert calls == [1, 1]
+    assert handle.cache is cache  # ours only passes on
+    with kvpack.attach(model) as again:
+        before = again.cache
+        assert torch.equal(model.generate(**IDS, **GREEDY), expected)
+        assert again.cache is not before
+    assert model.generate is outer
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_wrapper_within_ours_stays(model: PreTrainedModel, alike: bool) -> None:
+    expected = model.generate(**IDS, **GREEDY)
+    calls: list[int] = []
+    inner = model.generate = wrapped(model.generate, calls, alike)
+    with kvpack.attach(model) as handle:
+        assert torch.equal(model.generate(**IDS, **GREEDY), expected)
+        assert handle.cache.info()["fused"] > 0
+    assert model.generate is inner
+    assert calls == [1]
+
+
+def test_attaching_under_a_wrapper_that_looks_like_ours_is_refused(model: PreTrainedModel) -> None:
+    with kvpack.attach(model):
+        model.generate = wrapped(model.generate, [], alike=True)
+        with pytest.raises(kvpack.OptionError, match="detach"):
+            kvpack.attach(model)
+
+
+def test_the_wrapper_has_generates_signature(model: PreTrainedModel) -> None:
+    before = inspect.signature(model.generate)
+    with kvpack.attach(model):
+        assert inspect.signature(model.generate) == before
+        assert model.generate.__doc__ == type(model).generate.__doc__

@@ -60,6 +60,13 @@ def plain(what: str, x: Tensor) -> Tensor:
     return readable(x)
 
 
+def autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype that torch's SDPA would see it in: under `torch.autocast` the one of its region."""
+    if not torch.is_autocast_enabled("cpu") or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype("cpu"))
+
+
 def readable(x: Tensor) -> Tensor:
     """`x`, or a contiguous copy where its last stride is not 1 or its memory is marked as negated."""
     if x.is_neg():

@@ -3,45 +3,94 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from types import TracebackType
 from typing import Any
 
-from . import attention
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+
+from . import models
 from .cache import PackedCache
 from .errors import OptionError
 from .forward import CACHE_ARGUMENT
 from .methods import Evict, Quantize, Select
 
 
+class _Generate:
+    """A model's `generate` that makes a packed cache for every call, as long as its attachment holds."""
+
+    def __init__(self, attachment: Attachment, own: Any) -> None:
+        """Around `own`, somebody else's wrapper, or the `generate` of the model's class if that is None."""
+        if own is not None or hasattr(type(attachment.model), "generate"):
+            functools.update_wrapper(self, own or _generate_of(attachment.model))
+        self.attachment = attachment  # last: `own` may be a wrapper that took an earlier wrapper's attributes
+        self.own = own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's `generate`."""
+        attachment = self.attachment
+        if attachment.attached and _wants_our_cache(attachment.model, args, kwargs):
+            kwargs[CACHE_ARGUMENT] = attachment.make_cache()
+        generate = self.own or _generate_of(attachment.model)
+        return generate(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Generate:
+        """The wrapper of the model's copy: attached likewise, with caches of its own."""
+        model = memo.get(id(self.attachment.model))
+        return self if model is None else self.attachment.copy_for(model, self.own)
+
+
 class Attachment:
-    """What `attach` returns: a handle that undoes it, and a context manager that does so at its end."""
+    """What `attach` returns: a handle that undoes it, and a context manager that does so at its end.
+
+    Attributes:
+        cache: the newest cache that was made.
+        model: the model.
+        attached: whether `model.generate` still makes packed caches.
+    """
 
     def __init__(self, model: Any, evict: Evict | None, quantize: Quantize | None, select: Select | None) -> None:
         """Attaches; see `attach`."""
-        options: dict[str, Any] = {"evict": evict, "quantize": quantize, "select": select}
-        self.cache: PackedCache | None = PackedCache(model, **options)  # also checks them
-        self._model = model
-        self._before = model.config._attn_implementation
-        model.set_attn_implementation(attention.NAME)
-        self._own_generate = model.__dict__.get("generate")  # somebody else's wrapper, if any
-        generate = model.generate
+        self.model = model
+        self._options: dict[str, Any] = {"evict": evict, "quantize": quantize, "select": select}
+        self.cache: PackedCache | None = PackedCache(model, **self._options)  # also checks them
+        self._before = _implementations(model.config)
+        if models.why_not_in_place(model) is None:
+            model.set_attn_implementation(models.NAME)
+        self.attached = True
+        self._wrapper = _Generate(self, model.__dict__.get("generate"))
+        model.generate = self._wrapper
 
-        @functools.wraps(generate)
-        def with_packed_cache(*args: Any, **kwargs: Any) -> Any:
-            if _wants_our_cache(model, args, kwargs):
-                kwargs[CACHE_ARGUMENT] = self.cache = PackedCache(model, **options)
-            return generate(*args, **kwargs)
+    def make_cache(self) -> Cache:
+        """A fresh cache for a call of `generate`; `cache` is what of it is packed."""
+        self.cache = PackedCache(self.model, **self._options)
+        config = models.decoder_config(self.model)
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            return EncoderDecoderCache(self.cache, DynamicCache(config=config))
+        return self.cache
 
-        with_packed_cache._kvpack = self  # type: ignore[attr-defined]
-        model.generate = with_packed_cache
+    def copy_for(self, model: Any, own: Any) -> _Generate:
+        """The wrapper of a copy of the model, which may still be in the making."""
+        other = object.__new__(Attachment)
+        other.__dict__.update(self.__dict__)
+        other.model, other.cache = model, None
+        other._wrapper = _Generate(other, own)
+        return other._wrapper
 
     def detach(self) -> None:
-        """Gives the model its own `generate` and attention implementation back; a second call does nothing."""
-        if getattr(self._model.__dict__.get("generate"), "_kvpack", None) is self:
-            del self._model.generate
-            if self._own_generate is not None:
-                self._model.generate = self._own_generate
-            self._model.set_attn_implementation(self._before)
+        """Gives the model its own `generate` and attention implementation back; a second call does nothing.
+
+        If somebody has wrapped `model.generate` since, that wrapper stays, and ours inside it only passes calls on.
+        """
+        if not self.attached:
+            return
+        self.attached = False
+        if self.model.__dict__.get("generate") is self._wrapper:
+            del self.model.generate
+            if self._wrapper.own is not None:
+                self.model.generate = self._wrapper.own
+        if _implementations(self.model.config) != self._before:
+            self.model.set_attn_implementation(self._before)
 
     def __enter__(self) -> Attachment:
         return self
@@ -57,10 +106,12 @@ def attach(
 ) -> Attachment:
     """Makes `model.generate`, and pipelines around the model, use a fresh PackedCache at every call.
 
-    A call that names its own cache, `cache_implementation` or `use_cache=False` is left alone.
+    A call that names its own cache, `cache_implementation` or `use_cache=False` is left alone. Where the model's own
+    generation config does so, each such call warns. A model whose attention kvpack's cannot stand in for keeps its
+    own. A `copy.deepcopy` of the model is attached likewise.
 
     Args:
-        model: a transformers model on the CPU.
+        model: a transformers model on the CPU; of one with an encoder the decoder's self-attention is packed.
         evict: as in `PackedCache`.
         quantize: as in `PackedCache`.
         select: as in `PackedCache`.
@@ -69,24 +120,61 @@ def attach(
         A handle with `detach()` and `cache` (the last one made), also usable in a `with` statement.
 
     Raises:
-        OptionError: as PackedCache, or the model is attached already.
+        OptionError: as PackedCache, or the model is attached already, or its `generate` is its own and may run
+            several generations.
     """
     if not hasattr(model, "generate") or not hasattr(model, "set_attn_implementation"):
         raise OptionError(f"model: given a {type(model).__name__}, expected a transformers model that generates")
-    if hasattr(model.__dict__.get("generate"), "_kvpack"):
+    if _attached(model):
         raise OptionError("model: given one that kvpack is attached to already, expected detach() first")
+    models.check_generate(model)
     return Attachment(model, evict, quantize, select)
 
 
+def _generate_of(model: Any) -> Any:
+    """`model.generate` as its class has it, or as it passes it on from what it wraps."""
+    generate = getattr(type(model), "generate", None)
+    return model.__getattr__("generate") if generate is None else generate.__get__(model)
+
+
+def _attached(model: Any) -> bool:
+    """Whether the model's `generate`, or what it wraps, makes packed caches."""
+    generate = model.__dict__.get("generate")
+    while generate is not None:
+        if isinstance(generate, _Generate) and generate.attachment.attached:
+            return True
+        generate = generate.own if isinstance(generate, _Generate) else getattr(generate, "__wrapped__", None)
+    return False
+
+
+def _implementations(config: Any) -> str | dict[str, Any]:
+    """The attention implementations of a configuration and its parts, as `set_attn_implementation` takes them."""
+    found = ((name, getattr(config, name, None)) for name in config.sub_configs)
+    parts = {name: _implementations(part) for name, part in found if part is not None}
+    own: str = config._attn_implementation
+    return {"": own, **parts} if parts else own
+
+
 def _wants_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `generate` is left to kvpack; warns where the model's own defaults say it is not."""
+    if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
+        return False
     given = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    config = given or model.generation_config
 
-    def setting(name: str) -> Any:
-        return kwargs[name] if name in kwargs else getattr(config, name, None)
+    def setting(name: str) -> tuple[Any, bool]:
+        """What `generate` will take, and whether the caller said it."""
+        asked = kwargs[name] if name in kwargs else getattr(given, name, None)
+        return (getattr(model.generation_config, name, None), False) if asked is None else (asked, True)
 
-    return (
-        all(kwargs.get(name) is None for name in ("past_key_values", "cache"))
-        and setting("use_cache") is not False
-        and setting("cache_implementation") is None
-    )
+    for name, kept in (("use_cache", (None, True)), ("cache_implementation", (None, "hybrid"))):
+        value, said = setting(name)
+        if value in kept:  # generate itself takes "hybrid", which old checkpoints say, for nothing
+            continue
+        if not said:
+            warnings.warn(
+                f"this call of generate does not use kvpack: model.generation_config.{name} is {value!r}; set it to "
+                f"{kept[-1] if name == 'use_cache' else None} to have packed caches",
+                stacklevel=3,
+            )
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from . import _kvpack, checks
+from . import _kvpack, checks, models
 from ._forwards import Begun, begun, is_under_way
 from ._tensors import RECORDING_EXISTS, crop_of, rows_at
 from .beside import State
@@ -56,7 +57,8 @@ class PackedCache(CacheInspection):
             OptionError: an option is not accepted, or does not fit the model.
             DeviceError: the model is on another device.
         """
-        config = checks.text_config(model_or_config)
+        models.check(model_or_config)
+        config = models.decoder_config(model_or_config)
         self.quantize = checks.checked_codec(quantize)
         self.evict = checks.checked_eviction(evict, self.quantize, config)
         self.select = checks.checked_select(select)
@@ -92,6 +94,21 @@ class PackedCache(CacheInspection):
         super().__init__(layers=layers)
         # What LazyLLM left out, where it filled this cache.
         self.lazy = None
+        self._has_encoder = bool(getattr(getattr(model_or_config, "config", model_or_config), "is_encoder_decoder", 0))
+        self._newest_layer = -1
+        if (unpacked := models.describe_unpacked(layers)) is not None:
+            warnings.warn(unpacked, stacklevel=2)
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """Whether `generate` was given this cache: it sets this before anything else."""
+        return bool(self.__dict__.get("_is_user_defined", False))
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, given: bool) -> None:
+        if self._has_encoder:
+            raise models.given_alone()
+        self.__dict__["_is_user_defined"] = given
 
     @classmethod
     def from_cache(
@@ -182,12 +199,15 @@ class PackedCache(CacheInspection):
         """Gives a layer tokens (0) or states (another kind), as a part of a forward; if that fails, it is rolled back."""
         try:
             layer = self._taking_part(layer_idx)
+            if self._has_encoder and layer_idx == self._newest_layer and self.store.is_under_way():
+                raise models.given_alone()  # these are the encoder's
             if isinstance(layer, PackedLayer):
                 given = self._changing(lambda: change(layer))
             else:
                 if self._changing(lambda: self.store.enter(layer_idx, kind)):
                     self.store.keep(layer_idx, State(layer))
                 given = change(layer)
+            self._newest_layer = layer_idx
             if layer_idx == self._first:
                 self._begun = begun()
                 if self._begun.in_module:

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from .errors import DeviceError, OptionError
-from .methods import EVICT, QUANTIZE, SELECT, Evict, Exact, Quantize, Select
-
-
-def text_config(model_or_config: Any) -> Any:
-    """The decoder's configuration."""
-    config = getattr(model_or_config, "config", model_or_config)
-    if not hasattr(config, "get_text_config"):
-        raise OptionError(
-            f"model_or_config: given a {type(model_or_config).__name__}, "
-            "expected a transformers model or its configuration"
-        )
-    device = getattr(model_or_config, "device", None)
-    if isinstance(device, torch.device) and device.type != "cpu":
-        raise DeviceError(f"model: given one on device {device}, expected cpu: kvpack computes in CPU memory")
-    return config.get_text_config(decoder=True)
+from .errors import OptionError
+from .methods import EVICT, SELECT, Evict, Exact, Quantize, Select
+from .methods.spec import accepted_quantize
 
 
 def checked_codec(quantize: Quantize | None) -> Quantize:
     """The codec."""
     quantize = Exact() if quantize is None else quantize
     if not isinstance(quantize, Quantize):
-        accepted = ", ".join(f"kvpack.{method.__name__}(...)" for method in QUANTIZE.values())
-        raise OptionError(f"quantize={quantize!r} is not accepted; accepted: {accepted}, or None for Exact()")
+        raise OptionError(f"quantize={quantize!r} is not accepted; accepted: {accepted_quantize(quantize)}")
     return quantize
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from . import models
 from .errors import ModelMismatchError
 
 _FINGERPRINT = (
@@ -28,7 +29,7 @@ def check_model(layer: Any, module: nn.Module) -> None:
     config = getattr(module, "config", None)
     if config is None or config is layer.config or layer.config is None:
         return
-    given, expected = fingerprint(config), fingerprint(layer.config)
+    given, expected = fingerprint(models.decoder_config(config)), fingerprint(layer.config)
     different = [name for name in _FINGERPRINT if given[name] != expected[name]]
     if different:
         raise ModelMismatchError(

@@ -181,6 +181,7 @@ class CacheInspection(Cache):
     quantize: Quantize
     select: Select | None
     lazy: Lazy | None
+    config: Any
 
     def _shown(self, i: int) -> Any:
         """Layer `i` as it was before the forward that is under way."""
@@ -269,6 +270,7 @@ class CacheInspection(Cache):
             "evict": repr(self.evict),
             "quantize": repr(self.quantize),
             "select": repr(self.select),
+            "attention": self.config._attn_implementation,
             "layers": [type(layer).__name__ for layer in self.layers],
             "tokens": self._tokens(),
             **feedback([layer.feedback_gains(0, head) for layer in self._packed for head in range(layer.kv_heads)]),

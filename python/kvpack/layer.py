@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from . import _kvpack
-from ._tensors import crop_of, describe, four_dimensional, plain, row_of, rows_at
+from ._tensors import autocast, crop_of, describe, four_dimensional, plain, row_of, rows_at
 from .errors import OptionError, ShapeError
 from .handle import LazyKV, Reading
 from .inspection import LayerInspection
@@ -65,7 +65,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
                 the cache is what it was before the forward.
             ConcurrencyError: another thread is in the middle of a forward.
         """
-        keys, values = plain("keys", key_states), plain("values", value_states)
+        keys, values = plain("keys", autocast(key_states)), plain("values", autocast(value_states))
         version, first, tokens = self.store.update(
             self.index, describe(keys), describe(values), (keys, values), torch.get_num_threads()
         )

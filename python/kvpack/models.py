@@ -1,0 +1,372 @@
+"""What kvpack can do for a model: read its cache in place, leave its attention to itself, or refuse it.
+
+kvpack's attention function takes the place of torch's SDPA. It may do so where a model's attention is a function that
+is looked up by name, that gets nothing which kvpack does not know, and that does not depend on the name. This module
+finds that out from the model's source. Any other model keeps its own attention, whatever name it was asked for: that
+is right with a PackedCache too, whose keys and values are then dequantised at each step.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from .errors import DeviceError, OptionError
+
+NAME = "kvpack"
+
+# Arguments that kvpack's attention function takes and heeds.
+HEEDED = frozenset({"attention_mask", "scaling", "dropout", "softcap", "s_aux", "is_causal"})
+# Arguments that change nothing where kvpack's attention function runs.
+HARMLESS = frozenset(
+    {
+        # Keys and queries are rotated already.
+        "position_ids",
+        "cache_position",
+        # The mask says it: transformers makes one wherever the window hides a token.
+        "sliding_window",
+        # What the model returns beside hidden states; as with SDPA, weights of attention are never formed.
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "use_cache",
+        "logits_to_keep",
+        # Of the loss.
+        "num_items_in_batch",
+        # Of flash attention and of state spaces: where packed sequences begin. For attention the mask says it.
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "seq_idx",
+        "deterministic",
+    }
+)
+
+# What the source does not tell, by model type.
+_OWN = {"deepseek_v4": "adds its compressor's bias to the mask that it is given, which has to be additive"}
+
+# By model type: models that do not hand keys and values to a cache that they are given, and what they do instead.
+_REFUSED = {
+    "minimax": "works with a cache class of its own alone",
+    "openai-gpt": "computes everything anew for each token",
+    "reformer": "keeps hashed buckets of its own",
+    "rwkv": "keeps the states of a recurrence of its own",
+    "xlnet": "keeps memories of its own",
+    "xlstm": "keeps the states of a recurrence of its own",
+}
+
+# transformers' classes whose own `generate` calls one decoder's, once, with the arguments that are left.
+_DELEGATES = frozenset(
+    {
+        "blip",
+        "blip_2",
+        "granite_speech",
+        "granite_speech_plus",
+        "instructblip",
+        "instructblipvideo",
+        "kosmos2",
+        "kyutai_speech_to_text",
+    }
+)
+
+
+# ---- reading a model's source ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the source of a class, or of a module's table of classes, says.
+
+    Attributes:
+        names: the names in it.
+        updates: whether it hands keys and values to a cache.
+        compares: whether what it does depends on whether attention is called "sdpa".
+        picks: whether it picks a class by the name of the attention implementation.
+        passed: arguments that it names when it calls its attention function.
+    """
+
+    names: frozenset[str]
+    updates: bool
+    compares: bool
+    picks: bool
+    passed: frozenset[str]
+
+    @property
+    def uses_interface(self) -> bool:
+        """Whether the attention function is looked up by name."""
+        return "ALL_ATTENTION_FUNCTIONS" in self.names
+
+
+@functools.cache
+def _sources(module: str) -> dict[str, _Source]:
+    """The classes of a module, and its variables, by name; empty where its source is not to be had."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return {}
+    sources = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            sources[node.name] = _source(node)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            sources[node.targets[0].id] = _source(node)
+    return sources
+
+
+def _source(tree: ast.AST) -> _Source:
+    names, passed = set(), set()
+    updates = compares = picks = False
+    for node in _walk(tree):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            updates |= node.func.attr == "update" and len(node.args) >= 3  # (keys, values, layer_idx)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) >= 4:
+            if isinstance(node.args[0], ast.Name) and node.args[0].id == "self":
+                passed |= {keyword.arg for keyword in node.keywords if keyword.arg}
+        elif isinstance(node, ast.Compare):
+            compares |= _says_implementation(node.left) and any(_says_sdpa(right) for right in node.comparators)
+        elif isinstance(node, ast.Subscript):
+            picks |= _says_implementation(node.slice) and not ast.unparse(node.value).startswith("ALL_")
+    return _Source(frozenset(names), updates, compares, picks, frozenset(passed))
+
+
+def _walk(tree: ast.AST) -> Iterator[ast.AST]:
+    """All of a tree but what can be recorded of a model and how its weights begin, which name other models' classes."""
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        recorded = isinstance(child, ast.Assign) and "_can_record_outputs" in ast.unparse(child.targets[0])
+        if not recorded and getattr(child, "name", None) != "_init_weights":
+            yield from _walk(child)
+
+
+def _says_implementation(node: ast.AST) -> bool:
+    name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    return name in ("_attn_implementation", "attn_implementation")
+
+
+def _says_sdpa(node: ast.AST) -> bool:
+    return any(isinstance(part, ast.Constant) and part.value == "sdpa" for part in ast.walk(node))
+
+
+def _parts(model_class: type[PreTrainedModel]) -> Iterator[tuple[str, _Source]]:
+    """The classes that a model is made of, as far as they share its configuration, with their sources."""
+    config_class = getattr(model_class, "config_class", None)
+    stack: list[tuple[str, str]] = [(base.__module__, base.__name__) for base in _bases(model_class)]
+    done: set[tuple[str, str]] = set()
+    while stack:
+        module, name = stack.pop()
+        source = _sources(module).get(name)
+        if (module, name) in done or source is None:
+            continue
+        done.add((module, name))
+        yield name, source
+        for other in sorted(source.names):
+            found = getattr(sys.modules[module], other, None)
+            if isinstance(found, dict):  # a table of classes
+                stack.append((module, other))
+            elif isinstance(found, type) and issubclass(found, nn.Module) and _of_a_model(found):
+                another = issubclass(found, PreTrainedModel) and getattr(found, "config_class", None) != config_class
+                if not another:
+                    stack.extend((base.__module__, base.__name__) for base in _bases(found))
+
+
+def _bases(module_class: type) -> Iterator[type]:
+    """The class and what it inherits from models."""
+    return (base for base in module_class.__mro__ if issubclass(base, nn.Module) and _of_a_model(base))
+
+
+def _of_a_model(module_class: type) -> bool:
+    module = module_class.__module__
+    return not module.startswith(("torch.", "transformers.")) or module.startswith("transformers.models.")
+
+
+@functools.cache
+def own_attention(model_class: type[PreTrainedModel]) -> str | None:
+    """Why kvpack's attention function cannot stand in for a model's own; None where it can."""
+    config_class = getattr(model_class, "config_class", None)
+    model_type = getattr(config_class, "model_type", None)
+    if model_type in _OWN:
+        return _OWN[model_type]
+    composed = bool(getattr(config_class, "sub_configs", None))  # then the parts that attend are asked themselves
+    parts = list(_parts(model_class))
+    attention = [(name, source) for name, source in parts if "Attention" in name]
+    for name, source in attention:
+        if source.updates and not source.uses_interface:
+            return f"has attention code of its own ({name})"
+    if attention and not composed and not any(source.uses_interface for _, source in attention):
+        return f"has attention code of its own ({attention[0][0]})"
+    if any(base.__name__ not in _sources(base.__module__) for base in _bases(model_class)) and not attention:
+        return "is made of code whose source is not to be had"
+    for name, source in parts:
+        if source.picks or (source.compares and "Attention" in name):
+            return f"does something else by the name of its attention ({name})"
+    reading = [(name, source) for name, source in attention if source.updates]
+    for name, source in reading:
+        unknown = sorted(source.passed - HEEDED - HARMLESS)
+        if unknown:
+            return f"hands its attention {', '.join(unknown)}, of which kvpack's knows nothing ({name})"
+    capped = any(source.passed & {"softcap", "s_aux"} for _, source in reading)
+    if reading and not capped and not getattr(model_class, "_supports_sdpa", False):
+        return f"supports eager attention alone, with an additive mask ({reading[0][0]})"
+    return None
+
+
+def _why_own(model: PreTrainedModel) -> str | None:
+    model_class: Any = type(model)
+    return own_attention(model_class)
+
+
+@functools.cache
+def passes(module_class: Any, argument: str) -> bool:
+    """Whether an attention module of this class hands this argument to its attention function on purpose.
+
+    What it only lets through from the model's caller is read by none of transformers' attention functions. Where the
+    source is not to be had the answer is yes.
+    """
+    sources = [_sources(base.__module__).get(base.__name__) for base in _bases(module_class)]
+    known = [source for source in sources if source is not None and source.passed]
+    return not known or any(argument in source.passed for source in known)
+
+
+# ---- what is served ----------------------------------------------------------------------------------------------
+
+
+def choose_by_model() -> None:
+    """Makes `attn_implementation="kvpack"` mean a model's own attention where kvpack's cannot stand in for it.
+
+    transformers asks `get_correct_attn_implementation` of each model, and part of one, when it is made and when its
+    attention is set: the place where it falls back from SDPA to eager attention. A registered name passes there
+    unseen, and models that do not know it then fail (`KeyError`), get masks that they cannot read, or drop what they
+    would tell SDPA.
+    """
+    method = PreTrainedModel.get_correct_attn_implementation
+    if hasattr(method, "_kvpack"):
+        return
+
+    @functools.wraps(method)
+    def get_correct_attn_implementation(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        reason = _why_own(self) if requested_attention == NAME else None
+        if reason is not None:
+            before = self.config._attn_implementation
+            requested_attention = None if before == NAME else before
+        chosen: str = method(self, requested_attention, *args, **kwargs)
+        if reason is not None:
+            warnings.warn(
+                f"{type(self).__name__} {reason}: it runs with attention {chosen!r} instead of {NAME!r}. A PackedCache "
+                "is right with it, and dequantises its keys and values at each step.",
+                stacklevel=2,
+            )
+        return chosen
+
+    get_correct_attn_implementation._kvpack = True  # type: ignore[attr-defined]
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def decoder_config(model_or_config: Any) -> Any:
+    """The configuration of the part that generates text."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return config.get_text_config(decoder=True)
+
+
+def why_not_in_place(model: PreTrainedModel) -> str | None:
+    """Why kvpack's attention cannot read the cache of this model's decoder; None where it can."""
+    configs = (model.config, decoder_config(model))
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and any(part.config is config for config in configs):
+            reason = _why_own(part)
+            if reason is not None:
+                return f"{type(part).__name__} {reason}"
+    return None
+
+
+def check(model_or_config: Any) -> None:
+    """Refuses what a PackedCache is not right for.
+
+    Args:
+        model_or_config: a transformers model or its configuration.
+
+    Raises:
+        OptionError: it is neither, or a model that does not hand keys and values to its cache.
+        DeviceError: the model computes on an accelerator.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    if not hasattr(config, "get_text_config"):
+        raise OptionError(
+            f"model_or_config: given a {type(model_or_config).__name__}, "
+            "expected a transformers model or its configuration"
+        )
+    device = getattr(model_or_config, "device", None)
+    # Weights that accelerate keeps on disk are on "meta" between two forwards, and computed with on the CPU.
+    if isinstance(device, torch.device) and device.type not in ("cpu", "meta"):
+        raise DeviceError(f"model: given one on device {device}, expected cpu: kvpack computes in CPU memory")
+    model_type = getattr(decoder_config(config), "model_type", None)
+    if model_type in _REFUSED:
+        raise OptionError(
+            f"model_or_config: given a model of type {model_type!r}, which {_REFUSED[model_type]}; expected a model "
+            "that hands its keys and values to a cache (this one generates without a PackedCache)"
+        )
+
+
+def given_alone() -> OptionError:
+    """What to raise where a model with an encoder uses a PackedCache for attention to the encoder too."""
+    return OptionError(
+        "cache: given a PackedCache alone to a model with an encoder, expected transformers.EncoderDecoderCache("
+        "kvpack.PackedCache(model), transformers.DynamicCache()): attention to the encoder has a cache of its own"
+    )
+
+
+def check_generate(model: Any) -> None:
+    """Refuses to attach to a model whose `generate` is its own and may use one cache for several generations.
+
+    Raises:
+        OptionError: it is such a model.
+    """
+    generate = getattr(type(model), "generate", None)
+    module = getattr(generate, "__module__", "")
+    family = module.split(".")[2] if module.startswith("transformers.models.") else None
+    if generate is not GenerationMixin.generate and family is not None and family not in _DELEGATES:
+        raise OptionError(
+            f"model: given a {type(model).__name__}, whose generate is its own and may run several generations, which "
+            "one cache cannot serve; expected the part of it that generates text (or give generate a cache, where a "
+            "call of it is one generation)"
+        )
+
+
+_KINDS = (
+    ("Sliding", "a sliding window, which is small already"),
+    ("Indexed", "sparse attention with an index of its own"),
+    ("LinearAttentionAnd", "states of a recurrence beside attention"),
+    ("LinearAttention", "states of a recurrence, no attention"),
+    ("Dummy", "another layer's keys and values, or no attention"),
+)
+
+
+def describe_unpacked(layers: Sequence[Any]) -> str | None:
+    """A sentence that says why none of a cache's layers is packed; None where some layer is."""
+    kinds: dict[str, int] = {}
+    for layer in layers:
+        name = type(layer).__name__
+        if name == "PackedLayer":
+            return None
+        kinds[name] = kinds.get(name, 0) + 1
+    told = []
+    for name, count in kinds.items():
+        why = next((why for part, why in _KINDS if part in name), "a kind of its own")
+        told.append(f"{count} {name} ({why})")
+    return (
+        f"nothing is packed: kvpack packs layers of full attention, and this model has {' and '.join(told) or 'none'}. "
+        "They stay transformers' own, and quantize=, evict= and select= do nothing."
+    )
