@@ -219,6 +219,7 @@ def _shown(mask: Tensor) -> Tensor:
 
 _PADS = _Pads()
 
+
 def kvpack_mask(
     batch_size: int, q_length: int, kv_length: int, *args: Any, allow_is_causal_skip: bool = True, **kwargs: Any
 ) -> Tensor | None:

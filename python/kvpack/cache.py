@@ -183,7 +183,9 @@ class PackedCache(CacheInspection):
             layer_idx, 1 + 3 * state_idx, lambda _: base(conv_states, layer_idx, state_idx=state_idx, **kwargs)
         )
 
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Any:
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Any:
         """As transformers' Cache does."""
         base = super().update_recurrent_state
         return self._in_forward(
