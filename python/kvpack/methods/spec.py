@@ -124,7 +124,7 @@ def names() -> list[str]:
 
 
 def split_parameters(text: str) -> tuple[str, dict[str, Any]]:
-    """Split `name:parameter=value:...` into the name and the parameters; values are Python literals, or strings.
+    """Split `name:parameter=value:...` into the name and the parameters; values are Python literals, true and false, or strings.
 
     Raises:
         OptionError: something after a colon is no `parameter=value`, or a parameter is there twice.
@@ -161,6 +161,8 @@ def make(method: type, name: str, parameters: Mapping[str, Any]) -> Any:
 
 
 def _literal(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
