@@ -88,17 +88,19 @@ def _rotation(still: Tensor, moved: dict[int, Tensor]) -> Rotation:
     dim = still.shape[1]
     if not moved or torch.allclose(still, moved[1], rtol=1e-4, atol=1e-5):
         return Rotation((), ())
-    changed = _changed(still, moved)
-    best: tuple[int, Rotation] = (0, Rotation((), ()))
-    for width in range(2, dim + 1, 2):
-        halves = [(i, i + width // 2) for i in range(width // 2)]
-        neighbours = [(i, i + 1) for i in range(0, width, 2)]
-        for pairs in (halves, neighbours):
-            found = [(pair, angle) for pair in pairs if (angle := _angle(still, moved, pair)) is not None]
-            explained = sum(bool(changed[a]) + bool(changed[b]) for (a, b), _ in found)
-            if explained > best[0]:
-                best = explained, Rotation(tuple(pair for pair, _ in found), tuple(angle for _, angle in found))
-    return best[1]
+    turned, frequency = _angles(still, moved)
+    changed = _changed(still, moved).long()
+    explains = turned * (changed[:, None] + changed[None, :])
+    neighbours = explains.diagonal(1)[::2].cumsum(0)
+    best: tuple[int, list[tuple[int, int]]] = (0, [])
+    for n in range(1, dim // 2 + 1):
+        # Halves of 2n channels, whose pairs are n apart, and neighbours in as many.
+        if (explained := int(explains.diagonal(n)[:n].sum())) > best[0]:
+            best = explained, [(i, i + n) for i in range(n)]
+        if (explained := int(neighbours[n - 1])) > best[0]:
+            best = explained, [(i, i + 1) for i in range(0, 2 * n, 2)]
+    pairs = tuple(pair for pair in best[1] if turned[pair])
+    return Rotation(pairs, tuple(float(frequency[pair]) for pair in pairs))
 
 
 def _changed(still: Tensor, moved: dict[int, Tensor]) -> Tensor:
@@ -107,19 +109,26 @@ def _changed(still: Tensor, moved: dict[int, Tensor]) -> Tensor:
     return change > 1e-8 * still.square().sum(0).clamp(min=1e-12)
 
 
-def _angle(still: Tensor, moved: dict[int, Tensor], pair: tuple[int, int]) -> float | None:
-    """The angle from one position to the next by which a pair is turned; None when it is not turned."""
-    frequency = 0.0
-    z = torch.complex(still[:, pair[0]], still[:, pair[1]])
-    energy = z.abs().square().sum()
-    if energy == 0:
-        return None
+def _angles(still: Tensor, moved: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """Which pairs `[D, D]` of channels are turned, and by what angle from one position to the next.
+
+    A pair is a complex number `z`, and `w` when it is moved. The factor that fits best is `sum conj(z) w / sum |z|^2`, and
+    what it does not explain `sum |w|^2 / sum |z|^2 - |factor|^2`: products of channels are all that is needed.
+    """
+    square = still.square().sum(0)
+    energy = square[:, None] + square[None, :]
+    frequency = torch.zeros_like(energy)
+    turned = known = energy > 0
     for distance, keys in sorted(moved.items()):
-        w = torch.complex(keys[:, pair[0]], keys[:, pair[1]])
-        factor = (z.conj() * w).sum() / energy
-        rest = (w - factor * z).abs().square().sum() / energy
-        if rest > _UNEXPLAINED or abs(factor.abs().item() - 1) > 0.01:
-            return None if distance == 1 else frequency
-        turns = (frequency * distance - factor.angle().item()) / (2 * torch.pi)
-        frequency = (factor.angle().item() + 2 * torch.pi * round(turns)) / distance
-    return frequency
+        products = still.T @ keys
+        own, moved_square = products.diagonal(), keys.square().sum(0)
+        real, imaginary = (own[:, None] + own[None, :]) / energy, (products - products.T) / energy
+        size = real.square() + imaginary.square()
+        rest = (moved_square[:, None] + moved_square[None, :]) / energy - size
+        known = known & (rest <= _UNEXPLAINED) & ((size.sqrt() - 1).abs() <= 0.01)
+        if distance == 1:
+            turned = known
+        angle = torch.atan2(imaginary, real)
+        turns = ((frequency * distance - angle) / (2 * torch.pi)).round()
+        frequency = torch.where(known, (angle + 2 * torch.pi * turns) / distance, frequency)
+    return turned, frequency

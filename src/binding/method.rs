@@ -115,6 +115,11 @@ impl Method {
         checked(py, gptq.and_then(|gptq| self.0.clone().with_feedback(gptq)), |method| method)
     }
 
+    /// The same with at least the newest window of tokens exact.
+    fn with_full_window(&self, py: Python<'_>) -> PyResult<Self> {
+        checked(py, self.0.clone().with_full_window(), |method| method)
+    }
+
     /// Blocks whose tokens and channels are normalised.
     #[staticmethod]
     fn kvarn(py: Python<'_>, bits: u8, sinks: usize, seed: u64) -> PyResult<Self> {

@@ -5,13 +5,14 @@
 //! 4 bits: scale = x_of_max_|x| / -8     code = min(15, floor(x / scale + 8.5))    x' = scale (code - 8)
 //! ```
 //!
-//! The scale is stored as f16, codes are computed from the unrounded one, as there. Codes of 8 bits are stored 128 higher.
+//! The scale is stored as f16, codes are computed from the unrounded one, as there, but for blocks so small that halves are
+//! coarse: of those from the stored one. Codes of 8 bits are stored 128 higher.
 
 use std::sync::Arc;
 
 use half::f16;
 
-use super::{Gptq, refuse};
+use super::{Gptq, SMALL, refuse, stored_scale};
 use crate::error::Result;
 
 /// Channels that share a scale.
@@ -57,10 +58,13 @@ impl Block {
         f16::from_f32(scale)
     }
 
-    /// The scale of a block before it is rounded.
+    /// The scale of a block before it is rounded; where rounding would matter, as it is stored.
     pub(super) fn scale(&self, x: &[f32]) -> f32 {
         let largest = x.iter().fold(0.0f32, |largest, &x| if x.abs() > largest.abs() { x } else { largest });
-        if self.bits == 8 { largest.abs() / 127.0 } else { largest / -8.0 }
+        let (scale, most) = if self.bits == 8 { (largest.abs() / 127.0, 127.0) } else { (largest / -8.0, 8.0) };
+        let stored = stored_scale(scale, most).to_f32();
+        let ordinary = scale == 0.0 || scale.abs() >= SMALL && f16::from_f32(scale).to_f32() == stored;
+        if ordinary { scale } else { stored }
     }
 
     /// The code of a number in units of the scale; one beyond the block's largest, which feedback can make, is clamped.

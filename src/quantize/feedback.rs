@@ -13,6 +13,8 @@
 
 use std::sync::Arc;
 
+use half::f16;
+
 use super::refuse;
 use crate::attend::Basis;
 use crate::error::{Error, Result};
@@ -176,8 +178,9 @@ impl Factor {
     /// Changes columns `[dim, n]` of `n` vectors by what makes up for the roundings before; `round(channel, column)` turns a
     /// column into what it will stand for.
     pub(super) fn correct(&self, columns: &mut [f32], n: usize, mut round: impl FnMut(usize, &mut [f32])) {
-        let mut error = vec![0.0; n];
+        let (mut error, most) = (vec![0.0; n], most_corrected(columns, f16::MAX.to_f32()));
         for (k, channel) in self.order().enumerate() {
+            columns[channel * n..][..n].iter_mut().for_each(|x| *x = x.clamp(-most, most));
             error.copy_from_slice(&columns[channel * n..][..n]);
             round(channel, &mut error);
             error.iter_mut().zip(&columns[channel * n..]).for_each(|(rounded, x)| *rounded = x - *rounded);
@@ -197,6 +200,13 @@ impl Factor {
     pub(super) fn bytes(&self) -> usize {
         size_of::<Self>() + size_of_val(&*self.order) + size_of_val(&*self.rows)
     }
+}
+
+/// The magnitude at which corrected numbers stop that were `exact` ones, of a method that holds numbers up to `limit`: far more than
+/// correction needs, so that no number grows without end from one to the next.
+pub(super) fn most_corrected(exact: &[f32], limit: f32) -> f32 {
+    let largest = exact.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+    (16.0 * largest).min(limit)
 }
 
 /// Inverts a unit upper triangular matrix.

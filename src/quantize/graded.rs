@@ -27,6 +27,8 @@ pub struct Graded {
     pub window: usize,
     /// Exact tokens at the beginning of a sequence.
     pub sinks: usize,
+    /// Whether at least the newest `window` keys stay exact; else fewer than `window` do.
+    pub full_window: bool,
     /// How roundings are made up for, if they are.
     pub feedback: Option<Arc<Gptq>>,
 }
@@ -41,7 +43,7 @@ impl Graded {
             return refuse("bits", bits, "1 to 8");
         }
         check_groups(group, window)?;
-        Ok(Self { bits, group, window, sinks, feedback: None })
+        Ok(Self { bits, group, window, sinks, full_window: false, feedback: None })
     }
 
     /// The widths for `x` `[tokens, dim]`, chosen anew when it is time; the plan has their order.

@@ -20,8 +20,9 @@ use std::sync::Arc;
 
 use half::f16;
 
-use super::{Gptq, check_groups, levels, refuse, round};
+use super::{Gptq, check_groups, levels, refuse, round, stored_scale};
 use crate::error::Result;
+use crate::tensor::f16_below;
 
 /// KIVI's parameters.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,6 +35,8 @@ pub struct Kivi {
     pub window: usize,
     /// Exact tokens at the beginning of a sequence.
     pub sinks: usize,
+    /// Whether at least the newest `window` keys stay exact; else fewer than `window` do.
+    pub full_window: bool,
     /// How roundings are made up for, if they are.
     pub feedback: Option<Arc<Gptq>>,
 }
@@ -48,7 +51,7 @@ impl Kivi {
             return refuse("bits", bits, "2, 3, 4, 8");
         }
         check_groups(group, window)?;
-        Ok(Self { bits, group, window, sinks, feedback: None })
+        Ok(Self { bits, group, window, sinks, full_window: false, feedback: None })
     }
 
     pub(super) fn check_dims(&self, dim: usize) -> Result<()> {
@@ -85,7 +88,18 @@ pub(super) struct MinMax {
 impl MinMax {
     /// For codes of `bits` bits.
     pub(super) fn new(bits: u8, min: f32, max: f32) -> Self {
-        Self { scale: f16::from_f32((max - min) / levels(bits)), zero: f16::from_f32(min) }
+        let (levels, zero) = (levels(bits), f16::from_f32(min));
+        let exact = (max - min) / levels;
+        let mut scale = f16::from_f32(exact);
+        // Halves are coarse near 0: where the codes would end a step short of the largest number, the scale is rounded up.
+        if max - min - scale.to_f32() * levels > scale.to_f32() {
+            scale = stored_scale(exact, levels);
+        }
+        // Nor may what they stand for be more than halves hold.
+        if zero.to_f32() + scale.to_f32() * levels > f16::MAX.to_f32() {
+            scale = f16_below((f16::MAX.to_f32() - zero.to_f32()) / levels);
+        }
+        Self { scale, zero }
     }
 
     /// What code 0 stands for: `code = round((x - first) / divisor)`.

@@ -25,8 +25,18 @@ pub(super) const BLOCK: usize = 128;
 /// Turns of dividing: deviations are within some per cent of 1 after three.
 const TURNS: usize = 6;
 
-/// A deviation is at least this.
+/// A deviation is at least this,
 const LEAST: f32 = 1e-6;
+
+/// and of rows and of columns this share of the root mean square: a nearly constant one would become large beside all others.
+const LEAST_SHARES: [f32; 2] = [1.0 / 16.0, 1.0 / 1024.0];
+
+/// The largest quotient of a number and its factor, below what float16 holds.
+const LARGEST: f32 = 60_000.0;
+
+/// Where all quotients are below `SMALLEST`, factors are made smaller, at most by `FINEST`: halves are coarse near 0.
+const SMALLEST: f32 = 1.0 / 256.0;
+const FINEST: f32 = 1.0 / 512.0;
 
 /// The parameters.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,6 +47,8 @@ pub struct Kvarn {
     pub sinks: usize,
     /// Of the random signs.
     pub seed: u64,
+    /// Whether at least the newest 128 tokens stay exact; else fewer do.
+    pub full_window: bool,
     /// The grids.
     pub(super) grids: Kivi,
 }
@@ -50,7 +62,7 @@ impl Kvarn {
         let Ok(grids) = Kivi::new(bits, BLOCK, BLOCK, sinks) else {
             return refuse("bits", bits, "2, 3, 4, 8");
         };
-        Ok(Self { bits, sinks, seed, grids })
+        Ok(Self { bits, sinks, seed, full_window: false, grids })
     }
 }
 
@@ -61,12 +73,12 @@ pub(super) fn deviations(block: &[f32], dim: usize) -> (Vec<f16>, Vec<f16>) {
     let mut normal = block.to_vec();
     for _ in 0..TURNS {
         for (j, c) in c.iter_mut().enumerate() {
-            let own = deviation(normal.iter().skip(j).step_by(dim));
+            let own = deviation(normal.iter().skip(j).step_by(dim), LEAST_SHARES[1]);
             normal.iter_mut().skip(j).step_by(dim).for_each(|x| *x /= own);
             *c *= own;
         }
         for (row, t) in normal.chunks_exact_mut(dim).zip(&mut t) {
-            let own = deviation(row.iter());
+            let own = deviation(row.iter(), LEAST_SHARES[0]);
             for x in row {
                 *x /= own;
             }
@@ -74,17 +86,32 @@ pub(super) fn deviations(block: &[f32], dim: usize) -> (Vec<f16>, Vec<f16>) {
         }
     }
     // What both could share is given to the one that is not stored: their means are 1.
-    let stored = |scales: Vec<f32>| -> Vec<f16> {
+    let stored = |scales: Vec<f32>, largest: Vec<f32>| -> Vec<f16> {
         let mean = scales.iter().sum::<f32>() / scales.len() as f32;
-        scales.iter().map(|s| f16::from_f32((s / mean).max(f16::MIN_POSITIVE.to_f32()))).collect()
+        let factors = scales
+            .iter()
+            .zip(&largest)
+            .map(|(s, largest)| f16::from_f32((s / mean).max(f16::MIN_POSITIVE.to_f32()).max(largest / LARGEST)));
+        let quotients = factors.clone().zip(&largest).map(|(factor, largest)| largest / factor.to_f32());
+        let quotient = quotients.fold(0.0, f32::max);
+        if quotient == 0.0 || quotient >= SMALLEST {
+            return factors.collect();
+        }
+        let finer = quotient.log2().ceil().exp2().max(FINEST);
+        factors.map(|factor| f16::from_f32(factor.to_f32() * finer)).collect()
     };
-    (stored(t), stored(c))
+    let largest = |x: &mut dyn Iterator<Item = &f32>| x.fold(0.0f32, |largest, x| largest.max(x.abs()));
+    let of_rows = block.chunks_exact(dim).map(|row| largest(&mut row.iter())).collect();
+    let of_columns = (0..dim).map(|j| largest(&mut block.iter().skip(j).step_by(dim))).collect();
+    (stored(t, of_rows), stored(c, of_columns))
 }
 
-fn deviation<'a>(x: impl Iterator<Item = &'a f32> + Clone) -> f32 {
+/// The standard deviation, at least a share of the root mean square.
+fn deviation<'a>(x: impl Iterator<Item = &'a f32> + Clone, share: f32) -> f32 {
     let n = x.clone().count() as f32;
     let mean = x.clone().sum::<f32>() / n;
-    (x.map(|x| (x - mean).powi(2)).sum::<f32>() / n).sqrt().max(LEAST)
+    let own = (x.map(|x| (x - mean).powi(2)).sum::<f32>() / n).sqrt();
+    own.max(share * mean.hypot(own)).max(LEAST)
 }
 
 #[cfg(test)]
@@ -99,8 +126,8 @@ mod tests {
         let block: Vec<f32> = (0..rows * dim).map(|n| t(n / dim) * c(n % dim) * wave(n)).collect();
         let (got_t, got_c) = deviations(&block, dim);
         let normal = |i: usize, j: usize| block[i * dim + j] / (got_t[i].to_f32() * got_c[j].to_f32());
-        let row = |i: usize| deviation((0..dim).map(|j| normal(i, j)).collect::<Vec<_>>().iter());
-        let column = |j: usize| deviation((0..rows).map(|i| normal(i, j)).collect::<Vec<_>>().iter());
+        let row = |i: usize| deviation((0..dim).map(|j| normal(i, j)).collect::<Vec<_>>().iter(), 0.0);
+        let column = |j: usize| deviation((0..rows).map(|i| normal(i, j)).collect::<Vec<_>>().iter(), 0.0);
         let (rows, columns): (Vec<f32>, Vec<f32>) = ((0..rows).map(row).collect(), (0..dim).map(column).collect());
         for all in [rows, columns] {
             let mean = all.iter().sum::<f32>() / all.len() as f32;

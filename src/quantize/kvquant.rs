@@ -105,6 +105,12 @@ impl KvQuant {
         )
     }
 
+    /// How far what is stored of a number may be from 0, in the largest magnitude of its vector: what a code lacks is largest.
+    pub(super) fn reach(&self) -> f32 {
+        let (first, last) = (self.table.first, self.table.first + self.table.span);
+        2.0 * (self.norm[0] * first.abs().max(last.abs()) + self.norm[1].abs()).max(1.0)
+    }
+
     /// Places for outliers in a vector of `dim` numbers.
     pub(super) fn places(&self, dim: usize) -> usize {
         if self.outliers == 0.0 { 0 } else { ((self.outliers * dim as f32).round() as usize).max(1) }

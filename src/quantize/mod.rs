@@ -47,7 +47,7 @@ use half::slice::HalfBitsSliceExt;
 use crate::attend::CHUNK;
 use crate::attend::codes::LANES;
 use crate::error::{Error, Result};
-use crate::tensor::Slice;
+use crate::tensor::{Limit, Slice, f16_below};
 
 /// How keys and values that have left the exact tail are stored.
 #[derive(Clone, Debug, PartialEq)]
@@ -173,13 +173,17 @@ impl Method {
         }
     }
 
-    /// The largest magnitude that can be stored.
-    pub fn limit(&self) -> f32 {
+    /// The largest numbers and vectors that can be stored.
+    pub fn limit(&self) -> Limit {
+        let most = f16::MAX.to_f32();
         match self {
-            Self::Exact => f32::MAX,
-            // A scale is at most as large as the numbers, after a rotation and its correction twice that; so is what a code lacks.
-            Self::Rotated(_) | Self::KvQuant(_) | Self::Kvarn(_) => f16::MAX.to_f32() / 2.0,
-            _ => f16::MAX.to_f32(),
+            Self::Exact => Limit::of_numbers(f32::MAX),
+            // Half of what float16 holds: what is put together from rotated numbers may be larger than what was taken apart.
+            Self::Rotated(rotated) => Limit { number: most / 2.0, norm: rotated.longest() },
+            // The errors of 2 bits spread over all numbers of a block.
+            Self::Kvarn(_) => Limit::of_numbers(most / 4.0),
+            Self::KvQuant(kvquant) => Limit::of_numbers(most / kvquant.reach()),
+            Self::Kivi(_) | Self::Block(_) | Self::Graded(_) => Limit::of_numbers(most),
         }
     }
 
@@ -209,6 +213,21 @@ impl Method {
         }
     }
 
+    /// The same method with at least the newest `window` tokens exact, where the published rule packs whole windows at once.
+    ///
+    /// # Errors
+    /// [`Error::Option`] when it is none of those with such a rule.
+    pub fn with_full_window(mut self) -> Result<Self> {
+        let (Self::Kivi(Kivi { full_window, .. })
+        | Self::Graded(Graded { full_window, .. })
+        | Self::Kvarn(Kvarn { full_window, .. })) = &mut self
+        else {
+            return refuse("full_window", "true", "false with this method; true with KIVI, Graded, KVarN");
+        };
+        *full_window = true;
+        Ok(self)
+    }
+
     /// The same method with feedback.
     ///
     /// # Errors
@@ -226,6 +245,23 @@ impl Method {
     }
 }
 
+/// A scale, a half, at whose size halves are so coarse that codes go by the scale as it is stored.
+const SMALL: f32 = 1.0 / 65536.0;
+
+/// The half next to `scale` with which codes up to `largest` stand for numbers that halves hold; below [`SMALL`] the next one
+/// away from 0, so that codes reach what they stand for.
+fn stored_scale(scale: f32, largest: f32) -> f16 {
+    let magnitude = scale.abs();
+    let mut stored = f16::from_f32(magnitude.min(f16::MAX.to_f32()));
+    if magnitude < SMALL && stored.to_f32() < magnitude {
+        stored = f16::from_bits(stored.to_bits() + 1);
+    }
+    if stored.to_f32() * largest > f16::MAX.to_f32() {
+        stored = f16_below(f16::MAX.to_f32() / largest);
+    }
+    if scale < 0.0 { -stored } else { stored }
+}
+
 /// Checks a group of tokens that share a grid, and the window that is packed at a time.
 fn check_groups(group: usize, window: usize) -> Result<()> {
     if group == 0 || !group.is_multiple_of(LANES) || group > CHUNK {
@@ -235,6 +271,12 @@ fn check_groups(group: usize, window: usize) -> Result<()> {
         return refuse("window", window, format!("positive multiples of group={group}"));
     }
     Ok(())
+}
+
+/// How many of `n` tokens are packed when whole windows of them are packed at a time: the published rule leaves fewer than a window
+/// exact, a full window leaves at least that.
+fn whole_windows(n: usize, window: usize, full: bool) -> usize {
+    n.saturating_sub(if full { window } else { 0 }) / window * window
 }
 
 /// Refuses an option.

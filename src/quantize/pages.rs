@@ -2,7 +2,7 @@
 
 use super::{
     Block, ChannelKeys, Factor, Graded, Kivi, Method, Moved, Plan, Rotated, TokenKeys, TokenValues, UnrotatedKeys,
-    exact, kvarn,
+    exact, kvarn, whole_windows,
 };
 use crate::attend::{KeySegment, ValueSegment};
 use crate::tensor::Rows;
@@ -109,9 +109,11 @@ impl Page for KeyPage {
         match method {
             Method::Exact => exact::due(n),
             // A group needs all its tokens.
-            Method::Kivi(Kivi { window, .. }) | Method::Graded(Graded { window, .. }) => n / window * window,
+            Method::Kivi(Kivi { window, full_window, .. }) | Method::Graded(Graded { window, full_window, .. }) => {
+                whole_windows(n, *window, *full_window)
+            }
             Method::Block(Block { window, .. }) | Method::Rotated(Rotated { window, .. }) => n.saturating_sub(*window),
-            Method::Kvarn(_) => n / kvarn::BLOCK * kvarn::BLOCK,
+            Method::Kvarn(kvarn) => whole_windows(n, kvarn::BLOCK, kvarn.full_window),
             Method::KvQuant(kvquant) => n.saturating_sub(kvquant.window),
         }
     }
@@ -240,7 +242,7 @@ impl Page for ValuePage {
             Method::Kivi(Kivi { window, .. })
             | Method::Block(Block { window, .. })
             | Method::Rotated(Rotated { window, .. }) => n.saturating_sub(*window),
-            Method::Kvarn(_) => n / kvarn::BLOCK * kvarn::BLOCK,
+            Method::Kvarn(kvarn) => whole_windows(n, kvarn::BLOCK, kvarn.full_window),
             Method::KvQuant(kvquant) => n.saturating_sub(kvquant.window),
             Method::Graded(_) => unreachable!("a codec has no graded values"),
         }
@@ -294,7 +296,7 @@ impl Page for ValuePage {
     }
 
     fn unit(&self) -> usize {
-        // Keys decide; those of a block whose channels have factors are a whole block, too.
+        // A part of a block keeps the factors of its channels.
         1
     }
 

@@ -10,6 +10,7 @@
 //!
 //! The scale that is stored is not `step`: a quantiser that errs least also shrinks, by about the share of its error, and
 //! attention averages the error of many tokens away but not what they all lack. With this scale `x' . x = x . x`.
+//! It is at most what makes `|x'| = 2 |x|`: more than any that fits needs.
 //! The paper's levels are Lloyd and Max's, which here are an option: then `code = the nearest of them`, and they take the place
 //! of `code` and `m` the middle of theirs. A uniform grid errs 1 % (2 bits) to 20 % (4 bits) more. The paper's second stage
 //! (QJL) is left out: what it adds to the variance harms attention more than the bias that it removes.
@@ -19,7 +20,7 @@ use std::sync::Arc;
 use half::f16;
 
 use super::levels::{TOP, Table, lloyd_max};
-use super::{Gptq, levels, refuse, round};
+use super::{Gptq, SMALL, levels, refuse, round, stored_scale};
 use crate::attend::codes::{Levels, MOST_OUTER};
 use crate::error::Result;
 
@@ -104,7 +105,7 @@ impl Rotated {
         for (code, &y) in codes.iter_mut().zip(y) {
             *code = self.code(y / step);
         }
-        self.scale(y, codes)
+        self.scale(y, codes, step)
     }
 
     /// The step with which numbers are coded; infinite where all are 0.
@@ -116,14 +117,33 @@ impl Rotated {
         let rms = (square / y.len() as f32).sqrt();
         let largest = y.iter().fold(0.0f32, |largest, y| largest.max(y.abs()));
         let [normal, whole] = [self.best_step() * rms, largest / self.origin()];
-        if self.error(y, whole) < self.error(y, normal) { whole } else { normal }
+        let best = if self.error(y, whole) < self.error(y, normal) { whole } else { normal };
+        if best < SMALL { stored_scale(best, 0.0).to_f32() } else { best }
     }
 
-    /// The scale that is stored with the codes of numbers.
-    pub(super) fn scale(&self, y: &[f32], codes: &[u8]) -> f16 {
+    /// The longest vector whose scales float16 holds. With `step <= max(best_step, 1 / m) |y|`, a number is at most 2.2 times what
+    /// its code stands for, or the code is the last one, and the number `|y|` at most: so `scale <= 2.2 max(best_step, 1 / m) |y|`.
+    pub(super) fn longest(&self) -> f32 {
+        f16::MAX.to_f32() / (2.2 * self.best_step().max(1.0 / self.origin()))
+    }
+
+    /// The scale that is stored with the codes of numbers, which were coded with `step`.
+    pub(super) fn scale(&self, y: &[f32], codes: &[u8], step: f32) -> f16 {
         let square: f32 = y.iter().map(|y| y * y).sum();
-        let product: f32 = y.iter().zip(codes).map(|(y, &code)| y * (self.stands_for(code) - self.origin())).sum();
-        if square == 0.0 || product <= 0.0 { f16::ZERO } else { f16::from_f32(square / product) }
+        if step < SMALL {
+            // The step is a half itself, and halves are coarse: nothing is better than what errs more than that.
+            let error = |(y, &code): (&f32, &u8)| (y - self.decode(code, step)).powi(2);
+            let better = y.iter().zip(codes).map(error).sum::<f32>() < square;
+            return if better { f16::from_f32(step) } else { f16::ZERO };
+        }
+        let entries = || codes.iter().map(|&code| self.stands_for(code) - self.origin());
+        let product: f32 = y.iter().zip(entries()).map(|(y, entry)| y * entry).sum();
+        if square == 0.0 || product <= 0.0 {
+            return f16::ZERO;
+        }
+        // At least as long as the numbers, but at most twice: codes that fit badly do not make them any longer.
+        let twice = 2.0 * (square / entries().map(|entry| entry * entry).sum::<f32>()).sqrt();
+        f16::from_f32((square / product).min(twice).min(f16::MAX.to_f32()))
     }
 
     /// What a code stands for when numbers are coded with `step`.

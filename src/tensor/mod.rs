@@ -120,7 +120,7 @@ impl<'a> Slice<'a> {
         // Magnitudes order as their bits do, NaN and infinity last: the largest says whether to search at all.
         let ok = match self {
             Self::F32(x) => x.iter().map(|v| v.to_bits() & 0x7fff_ffff).max() <= Some(limit.to_bits()),
-            Self::F16(x) => x.iter().map(|v| v.to_bits() & 0x7fff).max() <= Some(f16::MAX.to_bits()),
+            Self::F16(x) => x.iter().map(|v| v.to_bits() & 0x7fff).max() <= Some(f16_below(limit).to_bits()),
             Self::Bf16(x) => x.iter().map(|v| v.to_bits() & 0x7fff).max() <= Some((limit.to_bits() >> 16) as u16),
         };
         if ok {
@@ -134,6 +134,23 @@ impl<'a> Slice<'a> {
         }
     }
 
+    /// The sum of the squares, and the place of the largest magnitude.
+    pub(super) fn square(self) -> (f64, usize) {
+        let of = |x: &mut dyn Iterator<Item = f32>| {
+            let (mut sum, mut largest) = (0.0, (0, 0.0));
+            for (i, x) in x.map(f32::abs).enumerate() {
+                sum += f64::from(x).powi(2);
+                largest = if x > largest.1 { (i, x) } else { largest };
+            }
+            (sum, largest.0)
+        };
+        match self {
+            Self::F32(x) => of(&mut x.iter().copied()),
+            Self::F16(x) => of(&mut x.iter().map(|v| v.to_f32())),
+            Self::Bf16(x) => of(&mut x.iter().map(|v| v.to_f32())),
+        }
+    }
+
     pub(super) fn same_bits(self, other: Self) -> bool {
         match (self, other) {
             (Self::F32(a), Self::F32(b)) => a.iter().zip(b).all(|(x, y)| x.to_bits() == y.to_bits()),
@@ -141,5 +158,27 @@ impl<'a> Slice<'a> {
             (Self::Bf16(a), Self::Bf16(b)) => a.iter().zip(b).all(|(x, y)| x.to_bits() == y.to_bits()),
             _ => false,
         }
+    }
+}
+
+/// The largest half that is at most `x`, a positive number.
+pub(crate) fn f16_below(x: f32) -> f16 {
+    let nearest = f16::from_f32(x.min(f16::MAX.to_f32()));
+    if nearest.to_f32() > x { f16::from_bits(nearest.to_bits() - 1) } else { nearest }
+}
+
+/// What numbers, and vectors of them, may be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limit {
+    /// The largest magnitude of a number.
+    pub number: f32,
+    /// The largest Euclidean norm of a vector.
+    pub norm: f32,
+}
+
+impl Limit {
+    /// A limit of single numbers alone.
+    pub fn of_numbers(number: f32) -> Self {
+        Self { number, norm: f32::INFINITY }
     }
 }

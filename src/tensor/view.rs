@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::{Dtype, Slice};
+use super::{Dtype, Limit, Slice};
 use crate::error::{Error, Result};
 
 /// A borrowed 4-D tensor `[batch, heads, tokens, dim]` with strides; the last stride is 1.
@@ -96,20 +96,31 @@ impl<'a> View<'a> {
         (0..nb).flat_map(move |b| (0..nh).flat_map(move |h| (0..nt).map(move |t| [b, h, t])))
     }
 
-    /// Checks that every number is finite and at most `limit` in magnitude.
+    /// Checks that every number is finite, and that it and its vector are within `limit`.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] or [`Error::TooLarge`] with the index of the first that is not.
-    pub fn check_magnitude(&self, what: &'static str, limit: f32) -> Result<()> {
+    /// [`Error::NonFinite`] or [`Error::TooLarge`] with the index of the first that is not; of a vector that is too long, of its
+    /// largest number.
+    pub fn check_magnitude(&self, what: &'static str, limit: Limit) -> Result<()> {
+        // No vector of numbers up to this is too long.
+        let surely = limit.number.min(limit.norm / (self.shape[3] as f32).sqrt());
         for [b, h, t] in self.rows() {
-            if let Some((c, x)) = self.row(b, h, t).first_beyond(limit) {
+            let row = self.row(b, h, t);
+            if row.first_beyond(surely).is_none() {
+                continue;
+            }
+            if let Some((c, x)) = row.first_beyond(limit.number) {
                 let at = [b, h, t, c];
                 let finite = x.is_finite();
                 return Err(if finite {
-                    Error::TooLarge { what, limit: limit as u64, at }
+                    Error::TooLarge { what, limit: limit.number as u64, at }
                 } else {
                     Error::NonFinite { what, at }
                 });
+            }
+            let (square, c) = row.square();
+            if square > f64::from(limit.norm).powi(2) {
+                return Err(Error::TooLarge { what, limit: surely as u64, at: [b, h, t, c] });
             }
         }
         Ok(())

@@ -90,6 +90,13 @@ def check_bits(method: Quantize, field: str, accepted: tuple[int, ...]) -> None:
         raise OptionError(f"{field}={value!r} is not accepted; accepted: {', '.join(map(str, accepted))}")
 
 
+def check_switch(method: object, name: str) -> None:
+    """Raises OptionError when a field is not True or False."""
+    value = getattr(method, name)
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r} is not accepted; accepted: True, False")
+
+
 @dataclass(frozen=True)
 class Exact(Quantize):
     """Lossless: keys and values stay in the model's dtype."""
@@ -129,8 +136,9 @@ class KIVI(_Fed):
     A group shares a scale and a zero-point, both float16: `zero = min`, `scale = (max - min) / (2^bits - 1)`,
     `code = round((x - zero) / scale)`. That makes `bits + 32 / group` bits a number.
 
-    Keys are packed in blocks of `window` tokens, values one by one as soon as `window` newer ones are held: what
-    is newer stays exact. Keys are quantised as they are attended to, after RoPE.
+    Keys are packed in blocks of `window` tokens as soon as one is full, so that fewer than `window` of the newest stay
+    exact, at times none; values one by one as soon as `window` newer ones are held. Keys are quantised as they are
+    attended to, after RoPE.
 
     Attributes:
         bits: bits of a code: 2, 3, 4 or 8. The paper has 2 and 4; its authors advise 4 for models with
@@ -140,6 +148,8 @@ class KIVI(_Fed):
         window: the paper's residual length, in tokens; a multiple of `group`.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads. The paper has none (0).
         feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
+        full_window: whether a block of keys waits until `window` newer ones are held, too: `window` to `2 window - 1`
+            of the newest stay exact. The paper's rule is False.
     """
 
     name: ClassVar[str] = "kivi"
@@ -158,15 +168,18 @@ class KIVI(_Fed):
     window: int = 128
     sinks: int = 4
     feedback: GPTQ | None = None
+    full_window: bool = False
 
     def __post_init__(self) -> None:
         check_whole(self, bits=1, group=1, window=1, sinks=0)
         check_bits(self, "bits", (2, 3, 4, 8))
+        check_switch(self, "full_window")
         object.__setattr__(self, "feedback", checked(self.feedback))
         self._method()  # Rust knows the rest of the rules
 
     def _method(self) -> _kvpack.Method:
-        return _kvpack.Method.kivi(self.bits, self.group, self.window, self.sinks)
+        method = _kvpack.Method.kivi(self.bits, self.group, self.window, self.sinks)
+        return method.with_full_window() if self.full_window else method
 
 
 @dataclass(frozen=True)
@@ -264,8 +277,7 @@ class Rotated(_Fed):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "feedback", checked(self.feedback))
-        if not isinstance(self.center, bool):
-            raise OptionError(f"center={self.center!r} is not accepted; accepted: True, False")
+        check_switch(self, "center")
         check_whole(self, bits=1, group=0, window=0, sinks=0, seed=0)
         check_bits(self, "bits", (2, 3, 4, 8))
         if self.levels not in ("uniform", "lloyd-max"):
@@ -296,10 +308,13 @@ class Graded(Quantize):
         key_bits: mean bits of a key's code, 1 to 8, in fractions too.
         value_bits: bits of a value's code: 2, 3, 4 or 8.
         group: tokens of a key channel that share a scale: a multiple of 8, at most 256.
-        window: newest tokens that stay exact, a multiple of `group`; keys are packed in blocks of it.
+        window: newest values that stay exact, a multiple of `group`. Keys are packed in blocks of it as soon as one is
+            full: fewer of the newest stay exact, at times none.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
         seed: of the values' random signs.
         feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
+        full_window: whether a block of keys waits until `window` newer ones are held, too: `window` to `2 window - 1`
+            of the newest stay exact.
     """
 
     name: ClassVar[str] = "graded"
@@ -320,9 +335,11 @@ class Graded(Quantize):
     sinks: int = 4
     seed: int = 0
     feedback: GPTQ | None = None
+    full_window: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "feedback", checked(self.feedback))
+        check_switch(self, "full_window")
         if not isinstance(self.key_bits, int | float) or isinstance(self.key_bits, bool):
             raise OptionError(f"key_bits={self.key_bits!r} is not accepted; accepted: 1 to 8")
         if not 1 <= self.key_bits <= 8:
@@ -334,6 +351,7 @@ class Graded(Quantize):
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """Per channel, with graded bits."""
         method = _kvpack.Method.graded(self.key_bits, self.group, self.window, self.sinks)
+        method = method.with_full_window() if self.full_window else method
         return method if self.feedback is None else self.feedback.for_keys(method, site)
 
     def values_method(self, site: Site | None = None) -> _kvpack.Method:
@@ -351,12 +369,15 @@ class KVarN(Quantize):
     channel, of values one a token, with float16 scale and zero-point. A factor a token for keys, a factor a channel for
     values (float16) are stored beside; the other factors are in the grids. `bits + 32 / 128 + 16 / head_dim` bits a
     number of keys,
-    `bits + 32 / head_dim + 16 / 128` of values.
+    `bits + 32 / head_dim + 16 / 128` of values. A block is packed as soon as it is full: fewer than 128 of the newest
+    tokens stay exact, at times none.
 
     Attributes:
         bits: bits of a code: 2, 3, 4 or 8. The paper has 2; its implementation 4 for keys, `kvarn:bits=4/kvarn:bits=2`.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
         seed: of the random signs.
+        full_window: whether a block waits until 128 newer tokens are held, too: 128 to 255 of the newest stay exact.
+            The paper's rule is False.
     """
 
     name: ClassVar[str] = "kvarn"
@@ -371,15 +392,18 @@ class KVarN(Quantize):
     bits: int = 2
     sinks: int = 4
     seed: int = 0
+    full_window: bool = False
 
     def __post_init__(self) -> None:
         check_whole(self, bits=1, sinks=0, seed=0)
+        check_switch(self, "full_window")
         check_bits(self, "bits", (2, 3, 4, 8))
         self.keys_method()
 
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
         """Per channel, with a factor a token."""
-        return _kvpack.Method.kvarn(self.bits, self.sinks, self.seed)
+        method = _kvpack.Method.kvarn(self.bits, self.sinks, self.seed)
+        return method.with_full_window() if self.full_window else method
 
     values_method = keys_method  # per token, with a factor a channel
 

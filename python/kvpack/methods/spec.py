@@ -222,7 +222,7 @@ def split(text: str, sign: str, known: Iterable[str] = ()) -> list[str]:
 
 
 def split_parameters(text: str) -> tuple[str, dict[str, Any]]:
-    """Split `name:parameter=value:...` into the name and the parameters; values are Python literals, or strings.
+    """Split `name:parameter=value:...` into the name and the parameters; values are Python literals, true and false, or strings.
 
     Raises:
         OptionError: something after a colon is no `parameter=value`, or a parameter is there twice.
@@ -259,6 +259,8 @@ def make(method: type, name: str, parameters: Mapping[str, Any]) -> Any:
 
 
 def _literal(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):

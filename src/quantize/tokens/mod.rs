@@ -13,9 +13,10 @@ use half::f16;
 pub use keys::TokenKeys;
 pub use values::TokenValues;
 
+use super::feedback::most_corrected;
 use super::kvquant::{KvQuant, rest};
 use super::outliers::Outliers;
-use super::{Block, Factor, Kivi, Kvarn, Method, Plan, Rotated, block, kvarn};
+use super::{Block, Factor, Kivi, Kvarn, Method, Plan, Rotated, SMALL, block, kvarn, stored_scale};
 use crate::attend::Basis;
 use crate::attend::codes::Levels;
 use crate::tensor::Rows;
@@ -85,6 +86,11 @@ impl Format {
     /// Numbers that are stored for a group: its scale, and perhaps its zero-point.
     fn grid_numbers(&self) -> usize {
         if let Coding::Kivi(_) | Coding::Kvarn(..) | Coding::KvQuant(_) = self.coding { 2 } else { 1 }
+    }
+
+    /// The largest magnitude in the page's coordinates.
+    fn longest(&self) -> f32 {
+        if let Coding::Rotated(rotated, _) = &self.coding { rotated.longest() } else { f16::MAX.to_f32() }
     }
 
     /// The code that stands for 0, where no zero-point is stored.
@@ -164,28 +170,31 @@ impl Format {
     /// Codes and grids of a vector with feedback. A group's grid is that of its numbers when their turn comes.
     fn encode_fed_back(&self, factor: &Factor, x: &mut [f32], codes: &mut [u8], grids: &mut [(f16, f16)]) {
         let exact = x.to_vec();
+        let most = most_corrected(&exact, self.longest());
         for (j, first) in (0..self.dim).step_by(self.group()).enumerate() {
             let range = first..self.dim.min(first + self.group());
-            let own = &x[range.clone()];
+            let own = &mut x[range.clone()];
+            own.iter_mut().for_each(|x| *x = x.clamp(-most, most));
+            let own = &*own;
             grids[j] = match &self.coding {
                 Coding::Kivi(kivi) => {
                     let grid = kivi.grid(own);
                     let (code, decode) = (|x| grid.code(kivi.bits, x), |code| grid.decode(code));
-                    feed_back(factor, range, (x, codes), code, decode);
+                    feed_back(factor, (range, most), (x, codes), code, decode);
                     (grid.scale, grid.zero)
                 }
                 Coding::Block(block) => {
                     let scale = block.scale(own);
                     let (stored, inverse) = (f16::from_f32(scale), if scale == 0.0 { 0.0 } else { 1.0 / scale });
                     let decode = |code| stored.to_f32() * (f32::from(code) - block.origin());
-                    feed_back(factor, range, (x, codes), |x| block.code(x * inverse), decode);
+                    feed_back(factor, (range, most), (x, codes), |x| block.code(x * inverse), decode);
                     (stored, f16::ZERO)
                 }
                 Coding::Rotated(rotated, _) => {
                     let step = rotated.step(own);
                     let (code, decode) = (|x| rotated.code(x / step), |code| rotated.decode(code, step));
-                    feed_back(factor, range.clone(), (x, codes), code, decode);
-                    (rotated.scale(&exact[range.clone()], &codes[range]), f16::ZERO)
+                    feed_back(factor, (range.clone(), most), (x, codes), code, decode);
+                    (rotated.scale(&exact[range.clone()], &codes[range], step), f16::ZERO)
                 }
                 Coding::Kvarn(..) | Coding::KvQuant(_) => unreachable!("it has no feedback"),
             };
@@ -194,15 +203,16 @@ impl Format {
 }
 
 /// Codes numbers `range` of a vector one after the other: `code` and `decode` are those of their group's grid, and what a code
-/// lacks is passed on to all numbers behind it.
+/// lacks is passed on to all numbers behind it, which stay within `most`.
 fn feed_back(
     factor: &Factor,
-    range: Range<usize>,
+    (range, most): (Range<usize>, f32),
     (x, codes): (&mut [f32], &mut [u8]),
     code: impl Fn(f32) -> u8,
     decode: impl Fn(u8) -> f32,
 ) {
     for k in range {
+        x[k] = x[k].clamp(-most, most);
         codes[k] = code(x[k]);
         let error = x[k] - decode(codes[k]);
         factor.pass_on(k, error, &mut x[k + 1..]);
@@ -214,7 +224,22 @@ fn encode_value(kvquant: &KvQuant, x: &[f32], codes: &mut [u8]) -> ((f16, f16), 
     let (range, outliers) = kvquant.value_range(x);
     kvquant.encode(x, codes, |_| range);
     let (scale, zero) = kvquant.grid(range.0, range.1);
-    let grid = (f16::from_f32(scale), f16::from_f32(zero));
+    let mut grid = (f16::from_f32(scale), f16::from_f32(zero));
+    if scale < SMALL {
+        // Halves are coarse near 0: codes go by the grid as it is stored, and nothing is better than what errs more than that.
+        grid.0 = stored_scale(scale, 0.0);
+        let stored = (grid.0.to_f32(), grid.1.to_f32());
+        let mut error = 0.0;
+        for (c, (code, &x)) in codes.iter_mut().zip(x).enumerate() {
+            *code = if stored.0 > 0.0 { kvquant.table.nearest((x - stored.1) / stored.0) } else { 0 };
+            if !outliers.contains(&(c as u8)) {
+                error += (x - kvquant.decode(*code, stored)).powi(2) - x.powi(2);
+            }
+        }
+        if error >= 0.0 {
+            grid = (f16::ZERO, f16::ZERO);
+        }
+    }
     let lacks = |channel: u8| {
         let c = usize::from(channel);
         rest(x[c], kvquant.decode(codes[c], (grid.0.to_f32(), grid.1.to_f32())))

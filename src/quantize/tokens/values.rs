@@ -6,7 +6,7 @@ use std::sync::Arc;
 use half::f16;
 
 use super::{Format, PAGE};
-use crate::attend::codes::{block, block_words, packed_len, put_row};
+use crate::attend::codes::{LANES, block, block_words, packed_len, put_row};
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::MatMut;
 use crate::attend::packed::{Grids, Packed};
@@ -14,13 +14,15 @@ use crate::attend::{Basis, Scratch, ValueSegment, Weights, padded};
 use crate::quantize::{Factor, Method, PageBytes, Plan, bytes_of};
 use crate::tensor::Rows;
 
-/// The codes `[PAGE, channels]`, channels padded to whole lanes; then for every group of channels the scales of `PAGE` tokens,
+/// The codes `[capacity, channels]`, channels padded to whole lanes; then for every group of channels the scales of all tokens,
 /// and where the format has them the zero-points.
 #[derive(Clone)]
 pub struct TokenValues {
     format: Format,
     tokens: usize,
-    /// Whether channels have factors, which lie behind all else: then the page is sealed whole.
+    /// Tokens for which there are words: `PAGE`, and fewer in a part of a block.
+    capacity: usize,
+    /// Whether channels have factors, which lie behind all else: those of a block, to which nothing can be added.
     scaled: bool,
     words: Box<[u16]>,
 }
@@ -28,18 +30,19 @@ pub struct TokenValues {
 impl TokenValues {
     /// An empty page.
     pub(in crate::quantize) fn new(method: &Method, plan: &mut Plan, dim: usize) -> Self {
-        let mut page = Self { format: Format::new(method, plan, dim), tokens: 0, scaled: false, words: Box::default() };
+        let format = Format::new(method, plan, dim);
+        let mut page = Self { format, tokens: 0, capacity: PAGE, scaled: false, words: Box::default() };
         page.words = vec![0; page.outliers_at() + page.format.outliers().words()].into();
         page
     }
 
     fn code_words(&self) -> usize {
-        packed_len(self.format.bits(), PAGE, padded(self.format.dim))
+        packed_len(self.format.bits(), self.capacity, padded(self.format.dim))
     }
 
     /// Where the grids of group `j` begin in the words.
     fn grid_at(&self, j: usize) -> usize {
-        self.code_words() + j * self.format.grid_numbers() * PAGE
+        self.code_words() + j * self.format.grid_numbers() * self.capacity
     }
 
     /// Where the outliers begin.
@@ -69,7 +72,7 @@ impl TokenValues {
     }
 
     pub(in crate::quantize) fn room(&self) -> usize {
-        if self.scaled { 0 } else { PAGE - self.tokens }
+        if self.scaled { 0 } else { self.capacity - self.tokens }
     }
 
     pub(in crate::quantize) fn extend(&mut self, rows: &Rows, n: usize, feedback: Option<&Factor>) {
@@ -83,7 +86,7 @@ impl TokenValues {
             for (j, &(scale, zero)) in grids.iter().enumerate() {
                 let numbers = [scale, zero];
                 for (i, number) in numbers[..format.grid_numbers()].iter().enumerate() {
-                    self.words[self.grid_at(j) + i * PAGE + first + t] = number.to_bits();
+                    self.words[self.grid_at(j) + i * self.capacity + first + t] = number.to_bits();
                 }
             }
         });
@@ -96,37 +99,44 @@ impl TokenValues {
         }
     }
 
-    /// A page of some tokens.
+    /// A page of some tokens. Those of a block keep the factors of its channels.
     #[must_use]
     pub(in crate::quantize) fn part(&self, tokens: &[usize]) -> Self {
-        if self.scaled {
-            assert_eq!(tokens.len(), self.tokens, "a block is whole or not at all");
-            return self.clone();
-        }
-        let mut part = Self { tokens: 0, words: vec![0; self.words.len()].into(), ..self.clone() };
-        part.join(self, tokens);
+        let capacity = if self.scaled { tokens.len().next_multiple_of(LANES) } else { PAGE };
+        let format = self.format.clone();
+        let mut part = Self { format, tokens: 0, capacity, scaled: self.scaled, words: Box::default() };
+        let mut words = vec![0; part.factors_at()];
+        words.extend_from_slice(&self.words[self.factors_at()..]);
+        part.words = words.into();
+        part.add(self, tokens);
         part
     }
 
     /// Takes the first of some tokens of `other`, a page of the same format, as far as there is room.
     pub(in crate::quantize) fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
-        let taken = &tokens[..tokens.len().min(self.room())];
+        let room = if other.scaled { 0 } else { self.room() };
+        let taken = &tokens[..tokens.len().min(room)];
+        self.add(other, taken);
+        taken.len()
+    }
+
+    /// Takes some tokens of `other`, for which there is room.
+    fn add(&mut self, other: &Self, tokens: &[usize]) {
         let (bits, code_words, outliers) = (self.format.bits(), self.code_words(), self.format.outliers());
         let mut codes = vec![0; padded(self.format.dim)];
-        for &token in taken {
+        for &token in tokens {
             let row = other.groups_of(token..token + 1, 0.0);
             codes.iter_mut().enumerate().for_each(|(c, code)| *code = row.codes(0).0.get(row.lead, c));
             put_row(bits, &codes, self.tokens, &mut self.words[..code_words]);
-            let (numbers, all) =
-                self.words[code_words..].split_at_mut(self.format.groups() * self.format.grid_numbers() * PAGE);
-            let theirs = &other.words[code_words..];
-            for (own, their) in numbers.chunks_exact_mut(PAGE).zip(theirs.chunks_exact(PAGE)) {
+            let (numbers, all) = self.words[code_words..]
+                .split_at_mut(self.format.groups() * self.format.grid_numbers() * self.capacity);
+            let theirs = &other.words[other.code_words()..other.outliers_at()];
+            for (own, their) in numbers.chunks_exact_mut(self.capacity).zip(theirs.chunks_exact(other.capacity)) {
                 own[self.tokens] = their[token];
             }
-            outliers.copy(all, self.tokens, &theirs[numbers.len()..], token);
+            outliers.copy(all, self.tokens, &other.words[other.outliers_at()..], token);
             self.tokens += 1;
         }
-        taken.len()
     }
 
     pub(in crate::quantize) fn bytes(&self) -> PageBytes {
@@ -152,9 +162,10 @@ impl TokenValues {
     fn groups_of(&self, tokens: Range<usize>, tolerance: f32) -> Packed<'_> {
         let (bits, lanes) = (self.format.bits(), padded(self.format.dim));
         let skipped = tokens.start / block(bits) * block_words(bits, lanes);
-        let (scales_at, step) = (self.code_words() - skipped + tokens.start, self.format.grid_numbers() * PAGE);
+        let (scales_at, step) =
+            (self.code_words() - skipped + tokens.start, self.format.grid_numbers() * self.capacity);
         let grids = if self.format.grid_numbers() == 2 {
-            Grids::Affine { scales_at, zeros_at: scales_at + PAGE, step }
+            Grids::Affine { scales_at, zeros_at: scales_at + self.capacity, step }
         } else {
             Grids::Scaled { scales_at, origin: self.format.origin(), step }
         };
@@ -176,7 +187,7 @@ impl TokenValues {
 
     /// The code of number `c` of token `t`, in the page's coordinates.
     pub fn code(&self, t: usize, c: usize) -> u8 {
-        self.groups_of(0..PAGE, 0.0).codes(0).0.get(t, c)
+        self.groups_of(0..self.capacity, 0.0).codes(0).0.get(t, c)
     }
 
     /// Scale and zero-point of group `j` of token `t`.
