@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,7 +124,8 @@ def test_a_codec_that_is_none(make: Callable[[Any], Any], quantize: Any) -> None
         make(quantize)
     assert repr(quantize) in str(caught.value)
     assert "KIVI" in str(caught.value)
-    assert "Exact" in str(caught.value)
+    if quantize != "kivi":  # a method's name is answered with that method
+        assert "Exact" in str(caught.value)
 
 
 def test_options_of_the_cache_that_do_not_exist() -> None:
@@ -552,7 +554,10 @@ def test_two_threads_in_one_cache() -> None:
 
     thread = threading.Thread(target=attend)
     thread.start()
-    started.wait()
+    while thread.is_alive():  # until it attends
+        frame = sys._current_frames().get(thread.ident or 0)
+        if frame is not None and frame.f_code.co_name == "attend":
+            break
     time.sleep(0.05)
     while thread.is_alive():
         try:

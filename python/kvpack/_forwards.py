@@ -30,8 +30,8 @@ def begun() -> Begun:
 def is_under_way(forward: Begun | None, cache: object) -> bool:
     """Whether a thread is still within a forward with this cache.
 
-    A module's is over when the thread runs no module's code any more that knows the cache; one of somebody's own loop only
-    with its thread.
+    A module's is over when the thread runs no module's code any more that knows the cache; one of somebody's own loop
+    only with its thread.
     """
     if forward is None:
         return True

@@ -23,8 +23,8 @@ class Reading(NamedTuple):
     """What keys that are no handle, but the model's own, tell attention: the cache that waits to be told of it.
 
     Attributes:
-        holder: a reference to the PackedLayer, or to the PackedCache of a layer that is not packed. A weak one: the cache
-            may hold these keys.
+        holder: a reference to the PackedLayer, or to the PackedCache of a layer that is not packed. A weak one: the
+            cache may hold these keys.
         version: of the PackedLayer; of another one its index.
     """
 

@@ -188,7 +188,11 @@ impl Bounds {
 
     /// What [`Self::restore`] wants to know.
     pub fn mark(&self) -> BoundsMark {
-        BoundsMark { pages: self.pages.len(), covered: self.covered, room: [self.pages.capacity(), self.ends.capacity()] }
+        BoundsMark {
+            pages: self.pages.len(),
+            covered: self.covered,
+            room: [self.pages.capacity(), self.ends.capacity()],
+        }
     }
 
     /// Forgets the pages that were added since `mark`.

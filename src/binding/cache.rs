@@ -145,9 +145,7 @@ impl Cache {
         let owner = Arc::new(owner);
         self.change(py, |cache| {
             // SAFETY: `kvpack._tensors` makes these tuples from tensors that `owner` holds.
-            let (k, v) = unsafe {
-                (Kept::new(k.view("keys")?, owner.clone()), Kept::new(v.view("values")?, owner))
-            };
+            let (k, v) = unsafe { (Kept::new(k.view("keys")?, owner.clone()), Kept::new(v.view("values")?, owner)) };
             let given = cache.update(layer, k, v)?;
             Ok((given.version, given.first, given.tokens))
         })

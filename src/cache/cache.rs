@@ -162,7 +162,15 @@ impl Cache {
     /// to, and `last_is_read` whether attention reads that one.
     pub fn new(layers: Vec<Option<(Layer, bool)>>, last: usize, last_is_read: bool) -> Self {
         let layers = layers.into_iter().map(|layer| layer.map(|(layer, shared)| Box::new(Packed::new(layer, shared))));
-        Self { layers: layers.collect(), forward: None, recording: None, last, last_is_read, version: 0, undone: Vec::new() }
+        Self {
+            layers: layers.collect(),
+            forward: None,
+            recording: None,
+            last,
+            last_is_read,
+            version: 0,
+            undone: Vec::new(),
+        }
     }
 
     /// How many layers there are.
@@ -216,7 +224,9 @@ impl Cache {
 
     /// Keeps what brings layer `i` back, which is held elsewhere, if this thread's forward is rolled back.
     pub fn keep(&mut self, i: usize, before: Foreign) {
-        if let Some(forward) = self.forward.as_mut().filter(|forward| forward.thread == thread::current().id() && !forward.finished) {
+        if let Some(forward) =
+            self.forward.as_mut().filter(|forward| forward.thread == thread::current().id() && !forward.finished)
+        {
             forward.saved.push((i, Saved::Other(before)));
         }
     }
@@ -737,7 +747,8 @@ impl Cache {
     pub fn memory(&self, i: usize, tables: &mut HashSet<usize>) -> Result<(Memory, usize)> {
         let packed = self.packed(i)?;
         let before = self.saved(i);
-        let mut memory = before.map_or_else(|| packed.layer.memory(), |before| packed.layer.memory_then(&before.snapshot));
+        let mut memory =
+            before.map_or_else(|| packed.layer.memory(), |before| packed.layer.memory_then(&before.snapshot));
         if before.map_or_else(|| packed.layer.seen(), |before| before.snapshot.seen()) > 0 {
             let (own, shared) = packed.layer.codec().tables();
             memory.scales += own;
@@ -756,7 +767,8 @@ impl Cache {
         let packed = self.look(i)?;
         let waiting = packed.waiting();
         let (lossy, held) = packed.layer.lossy(new.saturating_sub(waiting));
-        let numbers = packed.shape().map_or(0, |([batch, heads, key_dim, value_dim], _)| batch * heads * (key_dim + value_dim));
+        let numbers =
+            packed.shape().map_or(0, |([batch, heads, key_dim, value_dim], _)| batch * heads * (key_dim + value_dim));
         let all = held + waiting.saturating_sub(new) * numbers;
         Ok(if all == 0 { 0.0 } else { lossy as f64 / all as f64 })
     }

@@ -6,7 +6,9 @@ use super::column::{Column, ColumnMark};
 use super::layer::chosen;
 use super::memory::Counter;
 use crate::attend::mat::MatMut;
-use crate::attend::{Bounds, BoundsMark, CHUNK, Head, KeyChunk, Positions, Quest, Scratch, key_chunks, padded, tile_rows};
+use crate::attend::{
+    Bounds, BoundsMark, CHUNK, Head, KeyChunk, Positions, Quest, Scratch, key_chunks, padded, tile_rows,
+};
 use crate::evict::Observed;
 use crate::quantize::{Codec, KeyPage, SAMPLES, SHORT, ValuePage};
 use crate::tensor::{Dtype, Rows, View};

@@ -90,7 +90,17 @@ impl Layer {
     /// An empty layer that keeps all tokens.
     pub fn new(codec: Codec) -> Self {
         let rows = Vec::new();
-        Self { codec, eviction: None, quest: None, selects: false, centers: false, shape: None, rows, seen: 0, final_to: 0 }
+        Self {
+            codec,
+            eviction: None,
+            quest: None,
+            selects: false,
+            centers: false,
+            shape: None,
+            rows,
+            seen: 0,
+            final_to: 0,
+        }
     }
 
     /// The layer, with an eviction that chooses tokens.

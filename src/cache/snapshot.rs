@@ -38,7 +38,8 @@ impl Layer {
     pub(super) fn snapshot(&mut self, new: usize) -> Snapshot {
         let few = new <= self.codec().window();
         let eviction = self.eviction.clone();
-        let goes = |row: &Sequence| eviction.as_ref().is_some_and(|eviction| row.iter().any(|head| head.is_due(eviction)));
+        let goes =
+            |row: &Sequence| eviction.as_ref().is_some_and(|eviction| row.iter().any(|head| head.is_due(eviction)));
         let mut save = |row: &mut Arc<Sequence>| match Arc::get_mut(row) {
             Some(heads) if few && !goes(heads) => Row::Marks(heads.iter_mut().map(KvHead::mark).collect()),
             _ => Row::Whole(Arc::clone(row)),

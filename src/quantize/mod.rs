@@ -116,7 +116,8 @@ impl Codec {
     /// Bytes of what a calibration found; and a number and bytes of the angles that all layers with the same rotary embedding
     /// share.
     pub fn tables(&self) -> (usize, Option<(usize, usize)>) {
-        let metrics = [&self.keys, &self.values].into_iter().filter_map(Method::feedback).map(|gptq| gptq.bytes()).sum();
+        let metrics =
+            [&self.keys, &self.values].into_iter().filter_map(Method::feedback).map(|gptq| gptq.bytes()).sum();
         let Method::KvQuant(kvquant) = &self.keys else { return (metrics, None) };
         let angles = |keys: &StaticKeys| (Arc::as_ptr(&keys.rope) as usize, keys.rope.bytes());
         (metrics + kvquant.keys.as_ref().map_or(0, |keys| keys.bytes()), kvquant.keys.as_deref().map(angles))
@@ -178,8 +179,11 @@ impl Method {
         let most = f16::MAX.to_f32();
         match self {
             Self::Exact => Limit::of_numbers(f32::MAX),
-            // Half of what float16 holds: what is put together from rotated numbers may be larger than what was taken apart.
-            Self::Rotated(rotated) => Limit { number: most / 2.0, norm: rotated.longest() },
+            // Half of what float16 holds, or with levels that err more a quarter: what is put together from rotated numbers may be larger than what was taken apart.
+            Self::Rotated(rotated) => {
+                let share = if rotated.levels().is_some() { 4.0 } else { 2.0 };
+                Limit { number: most / share, norm: rotated.longest() }
+            }
             // The errors of 2 bits spread over all numbers of a block.
             Self::Kvarn(_) => Limit::of_numbers(most / 4.0),
             Self::KvQuant(kvquant) => Limit::of_numbers(most / kvquant.reach()),

@@ -237,7 +237,8 @@ impl Rows {
 
     /// Puts `rows` before the ones held.
     pub fn prepend(&mut self, rows: Slice<'_>) {
-        let mut all = Self { data: self.empty_buffer(rows.len() / self.dim + self.len()), dim: self.dim, dropped: 0, held: None };
+        let mut all =
+            Self { data: self.empty_buffer(rows.len() / self.dim + self.len()), dim: self.dim, dropped: 0, held: None };
         all.extend(rows);
         all.extend(self.slice(0..self.len()));
         *self = all;

@@ -222,7 +222,7 @@ def split(text: str, sign: str, known: Iterable[str] = ()) -> list[str]:
 
 
 def split_parameters(text: str) -> tuple[str, dict[str, Any]]:
-    """Split `name:parameter=value:...` into the name and the parameters; values are Python literals, true and false, or strings.
+    """Split `name:parameter=value:...` into name and parameters; values are Python literals, true, false, or strings.
 
     Raises:
         OptionError: something after a colon is no `parameter=value`, or a parameter is there twice.
