@@ -191,6 +191,7 @@ impl Cache {
 
     /// Stores a layer's first tokens, after attention; `valid` are booleans `[B, 1, 1, n]`. Returns whether the forward is over.
     #[pyo3(signature = (layer, version, query, valid, logits, threads))]
+    #[allow(clippy::too_many_arguments)]
     fn commit(
         &self,
         py: Python<'_>,

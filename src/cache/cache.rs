@@ -76,6 +76,7 @@ impl Pending {
 
 /// A layer that is packed.
 #[derive(Clone)]
+#[allow(clippy::struct_excessive_bools)] // each is a fact of its own
 struct Packed {
     layer: Layer,
     pending: Option<Pending>,
@@ -105,10 +106,11 @@ struct Before {
 }
 
 enum Saved {
-    Packed(Before),
+    Packed(Box<Before>),
     Other(Foreign),
 }
 
+#[allow(clippy::struct_excessive_bools)] // each is a fact of its own
 struct Forward {
     thread: ThreadId,
     /// Which layers were given what, in their order: tokens, or states of their own kind.
@@ -408,7 +410,7 @@ impl Cache {
         if self.forward.as_ref().is_some_and(known) {
             return Ok(());
         }
-        let before = self.packed_mut(i)?.before(tokens);
+        let before = Box::new(self.packed_mut(i)?.before(tokens));
         if let Some(forward) = &mut self.forward {
             forward.saved.push((i, Saved::Packed(before)));
         }

@@ -83,6 +83,7 @@ impl KvHead {
 
     /// Appends the tokens of head `h` of batch row `b` for which `valid` says true (without it all), at positions
     /// from `seen` on. With a codec it packs what is due as it goes, so that a long prompt is never copied whole.
+    #[allow(clippy::too_many_arguments)] // what is new, where it goes, and how
     pub(super) fn append(
         &mut self,
         k: &View<'_>,

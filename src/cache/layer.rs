@@ -372,7 +372,9 @@ impl Layer {
         let later: Vec<_> = (1..self.rows.len()).filter_map(|row| Some((row, first(row)?))).collect();
         // Else a sequence would be copied for its own other rows.
         let nothing = Arc::new(Sequence::new());
-        later.iter().for_each(|&(row, _)| self.rows[row] = Arc::clone(&nothing));
+        for &(row, _) in &later {
+            self.rows[row] = Arc::clone(&nothing);
+        }
         let shared = Shared { rows: &mut self.rows, later };
         change(shared.rows.iter_mut().filter(|row| wanted(row)).map(Arc::make_mut).collect());
     }

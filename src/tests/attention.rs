@@ -2,7 +2,7 @@
 
 use kvpack::attend::kernels::{Kernels, available};
 use kvpack::attend::{BoolView, Mask, MaskData, Softmax};
-use kvpack::cache::{Layer, New, Request};
+use kvpack::cache::{Layer, New, Request, Side};
 use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated, Spacing};
 use kvpack::tensor::{Slice, View, ViewMut};
 
@@ -47,8 +47,8 @@ fn dense(layer: &Layer, case: &Case, kernels: &'static Kernels) -> (Vec<f32>, Ve
     let shape = |d| [case.batch, case.heads, layer.seen(), d];
     let mut k = vec![0.0f32; shape(case.key_dim).iter().product()];
     let mut v = vec![0.0f32; shape(case.value_dim).iter().product()];
-    layer.write_keys(ViewMut::of_slice(&mut k, shape(case.key_dim)), kernels).unwrap();
-    layer.write_values(ViewMut::of_slice(&mut v, shape(case.value_dim)), kernels).unwrap();
+    layer.write(Side::Keys, false, ViewMut::of_slice(&mut k, shape(case.key_dim)), kernels);
+    layer.write(Side::Values, false, ViewMut::of_slice(&mut v, shape(case.value_dim)), kernels);
     (k, v)
 }
 
