@@ -14,6 +14,9 @@
 //! | [`cache`] | the manager: layers, sequences, KV heads, pages, tails, memory |
 //! | `binding` | `PyO3` only: extract, validate, release the GIL, call, map the error |
 //!
+//! A forward's life: [`cache::Cache::update`] takes a layer's keys and values as they are, and settles what earlier ones left;
+//! [`cache::Cache::attend`] stores and reads them. Whatever fails, [`cache::Cache::roll_back`] undoes it in all layers.
+//!
 //! A layer's life: [`cache::Layer::append`] takes a forward's keys and values into exact tails,
 //! [`cache::Layer::attend`] reads sealed pages and tails as they are, [`cache::Layer::settle`] seals what the codec's
 //! rule says is due.

@@ -1,8 +1,10 @@
 //! The manager: who holds which tokens, in how many bytes.
 //!
-//! A [`Layer`] holds the sequences of a batch, a sequence its KV heads, a head two columns (keys and values) and the
+//! A [`Cache`] holds the layers of a model, and what a forward that is under way has changed in them: it is all or nothing.
+//! [`cache`] is the only place that sees more than one layer. A [`Layer`] holds the sequences of a batch, a sequence its KV heads, a head two columns (keys and values) and the
 //! positions of its tokens. A column is a list of sealed segments and an exact tail. Sequences and pages are shared
-//! behind `Arc` and copied before a change, so beams, returned sequences and forks of a prompt cost one prompt.
+//! behind `Arc` and copied before a change, so beams, returned sequences and forks of a prompt cost one prompt; and a
+//! [snapshot] of what was before a forward costs next to nothing.
 
 #![forbid(unsafe_code)]
 
