@@ -551,3 +551,32 @@ def test_weights_that_are_offloaded_to_disk(tmp_path: Path) -> None:
     cache = kvpack.PackedCache(model)
     assert torch.equal(model.generate(IDS, **GREEDY, past_key_values=cache), expected)
     assert cache.info()["fused"] > 0
+
+
+def test_layers_with_head_dims_of_their_own() -> None:
+    """Gemma 4: asking its configuration for one of them is an error of its own."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=2,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=128,
+        pad_token_id=0,
+    )
+    full, packed = tiny_model(config, attention="sdpa"), tiny_model(config)
+    ids = torch.randint(3, 128, (1, 40))
+    caches = DynamicCache(config=full.config), kvpack.PackedCache(packed)
+    for part in (ids[:, :30], ids[:, 30:31], ids[:, 31:]):
+        logits = [m(part, past_key_values=cache).logits for m, cache in zip((full, packed), caches, strict=True)]
+        assert (logits[0] - logits[1]).abs().max() < 1e-5 * logits[0].abs().max()

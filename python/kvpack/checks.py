@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import OptionError
+from .identity import attribute
 from .methods import EVICT, SELECT, Evict, Exact, Quantize, Select
 from .methods.spec import accepted_quantize
 
@@ -54,9 +55,11 @@ def checked_select(select: Select | None) -> Select | None:
 
 
 def head_dim(config: Any) -> int | None:
-    """Numbers of a key and of a value, where the configuration tells."""
-    head_dim = getattr(config, "head_dim", None)
-    width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
-    if head_dim is None and isinstance(width, int) and isinstance(heads, int) and heads:
-        head_dim = width // heads  # GPT-2 and its like do not name it
-    return head_dim if isinstance(head_dim, int) and getattr(config, "kv_lora_rank", None) is None else None
+    """Numbers of a key and of a value, where the configuration tells, and it is the same in all layers."""
+    dim = attribute(config, "head_dim")
+    width, heads = attribute(config, "hidden_size"), attribute(config, "num_attention_heads")
+    if dim is None and isinstance(width, int) and isinstance(heads, int) and heads:
+        dim = width // heads  # GPT-2 and its like do not name it
+    # Not where keys are latent (MLA), or layers have head dims of their own (Gemma 4): the first tokens tell.
+    own = any(attribute(config, name) is not None for name in ("kv_lora_rank", "global_head_dim"))
+    return dim if isinstance(dim, int) and not own else None

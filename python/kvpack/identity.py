@@ -19,9 +19,17 @@ _FINGERPRINT = (
 )
 
 
+def attribute(config: Any, name: str) -> Any:
+    """An attribute of a configuration; None without, or where each layer has its own, which is an error there."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
 def fingerprint(config: Any) -> dict[str, Any]:
     """What tells one model's cache from another's."""
-    return {name: getattr(config, name, None) for name in _FINGERPRINT}
+    return {name: attribute(config, name) for name in _FINGERPRINT}
 
 
 def check_model(layer: Any, module: nn.Module) -> None:
