@@ -225,11 +225,13 @@ class CacheInspection(Cache):
 
     def memory(self) -> Memory:
         """Bytes held, measured from the allocations: by part, by layer, in total."""
-        others = [
-            None if isinstance(layer, LayerInspection) else tensor_bytes(self._shown(i))
-            for i, layer in enumerate(self.layers)
-        ]
-        return measured(self.store.memory(), others, 0 if self.lazy is None else self.lazy.bytes())
+        held = self.store.memory()
+        pending, others = [], []
+        for i, layer in enumerate(self.layers):
+            packed = isinstance(layer, LayerInspection)
+            pending.append([x for owner in self.store.owners(i) for x in owner] if packed else [])
+            others.append(0 if packed else tensor_bytes(self._shown(i)))
+        return measured(held, pending, others, 0 if self.lazy is None else self.lazy.bytes())
 
     def lossy_share(self, new: int = 0) -> float:
         """Share of the keys' and values' numbers in packed layers that are not exactly what the model made, or gone.

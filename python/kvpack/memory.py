@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,30 @@ class Memory:
         )
 
 
-def measured(packed: Sequence[Sequence[int] | None], others: Sequence[int | None], auxiliary: int) -> Memory:
-    """The memory of a cache: of packed layers part by part, of others in all, and what belongs to none."""
+def measured(
+    packed: Sequence[Sequence[int] | None], pending: Sequence[Sequence[Any]], others: Sequence[int], auxiliary: int
+) -> Memory:
+    """The memory of a cache.
+
+    Args:
+        packed: of each packed layer the bytes of codes, scales, exact numbers and index.
+        pending: of each layer the tensors that wait to be stored; they keep all of their storages, each counted once.
+        others: bytes of layers that are not packed.
+        auxiliary: what belongs to no layer.
+    """
     parts = dict.fromkeys(("codes", "scales", "exact", "index", "pending", "auxiliary", "other layers"), 0)
     parts["auxiliary"] = auxiliary
     layers = []
-    for held, other in zip(packed, others, strict=True):
+    known: set[int] = set()
+    for held, waiting, other in zip(packed, pending, others, strict=True):
         for name, n in zip(parts, held or (), strict=False):
             parts[name] += n
-        parts["other layers"] += other or 0
-        layers.append(sum(held or ()) + (other or 0))
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in waiting}
+        kept = sum(n for storage, n in storages.items() if storage not in known)
+        known |= storages.keys()
+        parts["pending"] += kept
+        parts["other layers"] += other
+        layers.append(sum(held or ()) + kept + other)
     return Memory(parts, layers)
 
 

@@ -69,8 +69,8 @@ type Gain = Option<(f32, bool)>;
 /// Batch, KV heads, key dim, value dim, dtype.
 type Sizes = ([usize; 4], &'static str);
 
-/// Bytes: codes, scales, exact, index, pending.
-type Bytes = (usize, usize, usize, usize, usize);
+/// Bytes: codes, scales, exact, index.
+type Bytes = (usize, usize, usize, usize);
 
 fn kernels() -> Result<&'static Kernels> {
     kernels::chosen()
@@ -387,16 +387,26 @@ impl Cache {
         self.look(py, |cache| Ok(cache.shape(layer)?.map(|(sizes, dtype)| (sizes, dtype.name()))))
     }
 
-    /// Bytes allocated, layer by layer: `(codes, scales, exact, index, pending)`; `None` for those that are held elsewhere.
+    /// Bytes allocated, layer by layer: `(codes, scales, exact, index)`; `None` for those that are held elsewhere.
     fn memory(&self, py: Python<'_>) -> PyResult<Vec<Option<Bytes>>> {
         self.look(py, |cache| {
             let mut tables = HashSet::new();
             let bytes = |layer| {
-                let (m, pending) = cache.memory(layer, &mut tables).ok()?;
-                Some((m.codes, m.scales, m.exact, m.index, pending))
+                let m = cache.memory(layer, &mut tables).ok()?;
+                Some((m.codes, m.scales, m.exact, m.index))
             };
             Ok((0..cache.len()).map(bytes).collect())
         })
+    }
+
+    /// What keeps the memory of a layer's tokens that wait to be stored: what `update` was given.
+    fn owners(&self, py: Python<'_>, layer: usize) -> PyResult<Vec<Py<PyAny>>> {
+        let owners = self.look(py, |cache| cache.owners(layer))?;
+        Ok(owners
+            .iter()
+            .filter_map(|owner| owner.downcast_ref::<Py<PyAny>>())
+            .map(|owner| owner.clone_ref(py))
+            .collect())
     }
 
     /// Share of the numbers of a layer, the newest positions' aside, that are not what the model made.

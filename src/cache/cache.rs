@@ -67,11 +67,6 @@ impl Pending {
     fn tokens(&self) -> usize {
         self.k.view().shape()[2]
     }
-
-    fn bytes(&self) -> usize {
-        let bytes = |x: &Kept| x.view().shape().iter().product::<usize>() * x.view().dtype().size();
-        bytes(&self.k) + bytes(&self.v)
-    }
 }
 
 /// A layer that is packed.
@@ -742,11 +737,11 @@ impl Cache {
         Ok(then.gone())
     }
 
-    /// Bytes allocated for layer `i`, and those of tokens that wait to be stored.
+    /// Bytes allocated for layer `i`, without those of tokens that wait to be stored.
     ///
     /// # Errors
     /// [`Error::Shape`] when it is not packed.
-    pub fn memory(&self, i: usize, tables: &mut HashSet<usize>) -> Result<(Memory, usize)> {
+    pub fn memory(&self, i: usize, tables: &mut HashSet<usize>) -> Result<Memory> {
         let packed = self.packed(i)?;
         let before = self.saved(i);
         let mut memory =
@@ -756,8 +751,17 @@ impl Cache {
             memory.scales += own;
             memory.index += shared.filter(|&(table, _)| tables.insert(table)).map_or(0, |(_, bytes)| bytes);
         }
-        let pending = [packed.pending.as_ref(), before.and_then(|before| before.pending.as_ref())];
-        Ok((memory, pending.into_iter().flatten().map(Pending::bytes).sum()))
+        Ok(memory)
+    }
+
+    /// Who keeps the memory of layer `i`'s tokens that wait to be stored.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when it is not packed.
+    pub fn owners(&self, i: usize) -> Result<Vec<Foreign>> {
+        let before = self.saved(i).and_then(|before| before.pending.as_ref());
+        let pending = [self.packed(i)?.pending.as_ref(), before];
+        Ok(pending.into_iter().flatten().flat_map(|Pending { k, v }| [k, v]).map(|x| Arc::clone(x.owner())).collect())
     }
 
     /// The share of the numbers of layer `i`, those of the `new` newest positions aside, that are not what the model made, or

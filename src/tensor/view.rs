@@ -206,7 +206,7 @@ impl<'a> ViewMut<'a> {
 #[derive(Clone)]
 pub struct Kept {
     view: View<'static>,
-    _owner: Arc<dyn Any + Send + Sync>,
+    owner: Arc<dyn Any + Send + Sync>,
 }
 
 impl Kept {
@@ -217,11 +217,16 @@ impl Kept {
     pub unsafe fn new(view: View<'_>, owner: Arc<dyn Any + Send + Sync>) -> Self {
         // SAFETY: only the lifetime changes; by this function's contract the owner, which is kept, extends it.
         let view = unsafe { std::mem::transmute::<View<'_>, View<'static>>(view) };
-        Self { view, _owner: owner }
+        Self { view, owner }
     }
 
     /// The tensor.
     pub fn view(&self) -> View<'_> {
         self.view
+    }
+
+    /// Who keeps its memory.
+    pub fn owner(&self) -> &Arc<dyn Any + Send + Sync> {
+        &self.owner
     }
 }
