@@ -124,6 +124,10 @@ class LayerInspection:
         """Whether tokens are let go by what attends to them."""
         return self.store.chooses_by_queries(self.index)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes allocated, by part, without those of tokens that wait to be stored."""
+        return dict(zip(("codes", "scales", "exact", "index"), self.store.memory()[self.index] or (), strict=False))
+
     def positions(self, row: int = 0, head: int = 0) -> list[int]:
         """Logical positions of the tokens that a KV head of a sequence holds."""
         return self.store.positions(self.index, row, head)

@@ -479,12 +479,18 @@ impl Cache {
 
     /// What feedback could gain at most, and whether it is used, for keys and for values of a KV head; `None` where there is none.
     fn feedback_gains(&self, py: Python<'_>, layer: usize, row: usize, head: usize) -> PyResult<(Gain, Gain)> {
-        self.look(py, |cache| Ok(cache.layer(layer)?.head(row, head)?.gains().into()))
+        self.look(py, |cache| {
+            let layer = cache.layer(layer)?;
+            Ok(if layer.seen() == 0 { (None, None) } else { layer.head(row, head)?.gains().into() })
+        })
     }
 
     /// Bits of every key channel in each of a KV head's graded pages.
     fn key_bits(&self, py: Python<'_>, layer: usize, row: usize, head: usize) -> PyResult<Vec<Vec<u8>>> {
-        self.look(py, |cache| Ok(inspect::key_bits(cache.layer(layer)?.head(row, head)?)))
+        self.look(py, |cache| {
+            let layer = cache.layer(layer)?;
+            Ok(if layer.seen() == 0 { Vec::new() } else { inspect::key_bits(layer.head(row, head)?) })
+        })
     }
 
     /// What a KV head of a sequence keeps beside its codes, of keys and of values: packed token, channel, and what the code
