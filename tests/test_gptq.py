@@ -268,6 +268,7 @@ def test_metrics_can_be_given(make: Any) -> None:
         assert (codes[0] == codes[1]).double().mean() > 0.999  # a rotation turns it into itself, nearly
     blind = kvpack.PackedCache(config, quantize=make(kvpack.GPTQ(threshold=0.0, key_metrics=[q.mT @ q])))
     blind.update(key, value, 0)
+    blind.update(key[:, :, :1], value[:, :, :1], 0)  # stores the first ones
     if not isinstance(make(None), kvpack.Graded):  # whose widths follow the queries
         assert_same_packed(blind.layers[0], told.layers[0], 0, 0)
     assert told.layers[0].feedback_gains(0, 0)[0] == pytest.approx(seen.layers[0].feedback_gains(0, 0)[0], rel=1e-3)

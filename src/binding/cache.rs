@@ -502,7 +502,10 @@ impl Cache {
         row: usize,
         head: usize,
     ) -> PyResult<(inspect::Outliers, inspect::Outliers)> {
-        self.look(py, |cache| Ok(inspect::outliers(cache.layer(layer)?.head(row, head)?)))
+        self.look(py, |cache| {
+            let layer = cache.layer(layer)?;
+            Ok(if layer.seen() == 0 { Default::default() } else { inspect::outliers(layer.head(row, head)?) })
+        })
     }
 
     /// What a KV head of a sequence stores packed.
@@ -515,6 +518,9 @@ impl Cache {
     ) -> PyResult<(inspect::Packed, inspect::Packed)> {
         self.look(py, |cache| {
             let layer = cache.layer(layer)?;
+            if layer.seen() == 0 {
+                return Ok(Default::default());
+            }
             let head = layer.head(row, head)?;
             Ok((inspect::keys(head), inspect::values(head)))
         })
