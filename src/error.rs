@@ -74,6 +74,12 @@ pub enum Error {
     /// The cache is in use by another thread at this moment.
     #[error("this cache is in use by another thread; give each thread its own cache (cache.fork() shares the pages)")]
     Busy,
+    /// The system has no memory left for something large.
+    #[error("no memory for {bytes} bytes more; free some, or take fewer bits, fewer tokens or a smaller batch")]
+    Memory {
+        /// How many bytes were wanted.
+        bytes: usize,
+    },
     /// A defect of kvpack itself.
     #[error("internal error, please report it: {0}")]
     Internal(String),

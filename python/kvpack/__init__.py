@@ -27,6 +27,7 @@ from .errors import (
     ModelNeededError,
     NonFiniteError,
     OptionError,
+    OutOfMemoryError,
     ShapeError,
     StaleHandleError,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "ModelNeededError",
     "NonFiniteError",
     "OptionError",
+    "OutOfMemoryError",
     "PackedCache",
     "PyramidKV",
     "Quest",

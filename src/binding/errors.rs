@@ -14,6 +14,7 @@ pub(super) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
         Error::NonFinite { .. } | Error::TooLarge { .. } => "NonFiniteError",
         Error::Crop { .. } => "CropError",
         Error::Busy => "ConcurrencyError",
+        Error::Memory { .. } => "OutOfMemoryError",
         Error::Internal(_) => "InternalError",
     };
     let class = py.import("kvpack.errors").and_then(|m| m.getattr(class)).and_then(|c| Ok(c.cast_into::<PyType>()?));

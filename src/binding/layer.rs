@@ -13,6 +13,7 @@ use crate::attend::kernels::{self, Kernels};
 use crate::attend::{Quest, Softmax};
 use crate::cache::{self, Readers, Request};
 use crate::error::{Error, Result};
+use crate::memory::OutOfMemory;
 use crate::pool;
 use crate::quantize::Codec;
 
@@ -59,6 +60,9 @@ fn enter<R: Send>(py: Python<'_>, f: impl FnOnce() -> Result<R> + Send) -> PyRes
 /// Turns a panic into an error, inside the locks, so that it does not poison them.
 fn caught<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        if let Some(&OutOfMemory { bytes }) = panic.downcast_ref() {
+            return Err(Error::Memory { bytes });
+        }
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).into()));
         Err(Error::Internal(text.unwrap_or_else(|| "unknown panic".into())))

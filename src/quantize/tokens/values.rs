@@ -11,6 +11,7 @@ use crate::attend::kernels::Ahead;
 use crate::attend::mat::MatMut;
 use crate::attend::packed::{Grids, Packed};
 use crate::attend::{Basis, Scratch, ValueSegment, Weights, padded};
+use crate::memory;
 use crate::quantize::{Factor, Method, PageBytes, Plan, bytes_of};
 use crate::tensor::Rows;
 
@@ -29,7 +30,7 @@ impl TokenValues {
     /// An empty page.
     pub(in crate::quantize) fn new(method: &Method, plan: &mut Plan, dim: usize) -> Self {
         let mut page = Self { format: Format::new(method, plan, dim), tokens: 0, scaled: false, words: Box::default() };
-        page.words = vec![0; page.outliers_at() + page.format.outliers().words()].into();
+        page.words = memory::zeros(page.outliers_at() + page.format.outliers().words()).into();
         page
     }
 
@@ -90,8 +91,9 @@ impl TokenValues {
         self.tokens += n;
         if !factors.is_empty() {
             let factors = factors.iter().map(|factor| factor.to_bits()).chain(std::iter::repeat(0));
-            let padded = factors.take(padded(format.dim));
-            self.words = self.words.iter().copied().chain(padded).collect();
+            let mut words = memory::with_capacity(self.words.len() + padded(format.dim));
+            words.extend(self.words.iter().copied().chain(factors.take(padded(format.dim))));
+            self.words = words.into();
             self.scaled = true;
         }
     }
@@ -103,7 +105,7 @@ impl TokenValues {
             assert_eq!(tokens.len(), self.tokens, "a block is whole or not at all");
             return self.clone();
         }
-        let mut part = Self { tokens: 0, words: vec![0; self.words.len()].into(), ..self.clone() };
+        let mut part = Self { tokens: 0, words: memory::zeros(self.words.len()).into(), ..self.clone() };
         part.join(self, tokens);
         part
     }
@@ -232,7 +234,7 @@ impl ValueSegment for TokenValues {
         let packed = self.groups_of(first..first + n, 0.0);
         let (codes, dim, group) = (packed.codes(0).0, self.format.dim, self.format.group());
         let lanes = codes.lanes();
-        scratch.buffer.resize(codes.outer() * lanes, 0.0);
+        memory::resize(&mut scratch.buffer, codes.outer() * lanes);
         (scratch.kernels.unpack)(codes, 0..lanes, MatMut::new(&mut scratch.buffer, codes.outer(), lanes));
         for t in 0..n {
             let out = &mut out.row(t)[..dim];
