@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -397,7 +398,7 @@ class PackedLayer(CacheLayerMixin):
         if self.evict is None:
             return full
         batch, heads, seen, dim = full.shape
-        held = [self._store.positions(row, head) for row in range(batch) for head in range(heads)]
+        held = [self._store.positions(row, head).tolist() for row in range(batch) for head in range(heads)]
         counts = {len(positions) for positions in held}
         if counts == {seen}:
             return full
@@ -427,7 +428,7 @@ class PackedLayer(CacheLayerMixin):
     def positions(self, row: int = 0, head: int = 0) -> list[int]:
         """Logical positions of the tokens that a KV head of a sequence holds."""
         self.absorb()
-        return self._store.positions(row, head)
+        return self._store.positions(row, head).tolist()
 
     def packed(self, row: int, head: int) -> dict[str, Tensor | int]:
         """What one KV head of a sequence stores packed.
@@ -438,17 +439,12 @@ class PackedLayer(CacheLayerMixin):
             and `value_start`: exact tokens before the packed ones. What is newer than the packed ones is held exactly.
         """
         self.absorb()
-        shape = self._store.shape()
         out: dict[str, Tensor | int] = {}
-        for name, side, dim in zip(
-            ("key", "value"), self._store.packed(row, head), shape[2:4] if shape else (1, 1), strict=True
-        ):
-            start, codes, scale, zero, columns = side
-            columns = columns or (dim if name == "key" else 1)  # nothing is packed yet
+        for name, (start, codes, scale, zero) in zip(("key", "value"), self._store.packed(row, head), strict=True):
             out[f"{name}_start"] = start
-            out[f"{name}_codes"] = torch.tensor(list(codes), dtype=torch.uint8).reshape(-1, dim)
-            out[f"{name}_scale"] = torch.tensor(scale).reshape(-1, columns)
-            out[f"{name}_zero"] = torch.tensor(zero).reshape(-1, columns)
+            out[f"{name}_codes"] = torch.from_numpy(codes)
+            out[f"{name}_scale"] = torch.from_numpy(scale)
+            out[f"{name}_zero"] = torch.from_numpy(zero)
         return out
 
     def outliers(self, row: int, head: int) -> tuple[Tensor, Tensor]:
@@ -458,7 +454,7 @@ class PackedLayer(CacheLayerMixin):
             Two tensors `[n, 3]`: the packed token, the channel, and what the code there lacks (of keys before RoPE).
         """
         self.absorb()
-        keys, values = (torch.tensor(side).reshape(-1, 3) for side in self._store.outliers(row, head))
+        keys, values = (torch.from_numpy(np.stack(side, 1).astype(np.float32)) for side in self._store.outliers(row, head))
         return keys, values
 
     def feedback_gains(
@@ -475,7 +471,7 @@ class PackedLayer(CacheLayerMixin):
     def key_bits(self, row: int, head: int) -> Tensor:
         """Bits `[pages, Dk]` of the key channels in each page of a KV head whose method grades them."""
         self.absorb()
-        return torch.tensor(self._store.key_bits(row, head), dtype=torch.uint8)
+        return torch.from_numpy(self._store.key_bits(row, head))
 
     # ---- lengths -------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 use super::errors::to_python;
 use super::eviction::{Eviction, Given};
+use super::inspect;
 use super::method::Method;
 use super::tensors::Tensor;
 use crate::attend::kernels::{self, Kernels};
@@ -86,6 +87,9 @@ impl New {
         unsafe {
             let valid = valid.as_ref().map(|valid| valid.flags("valid")).transpose()?;
             let (k, v) = (k.view("keys")?, v.view("values")?);
+            let query = readers.as_ref().map(|readers| readers.query.reborrow());
+            let readers = readers.zip(query.as_ref());
+            let readers = readers.map(|(Readers { softmax, sinks, .. }, query)| Readers { query, softmax, sinks });
             layer.append(&cache::New { k: &k, v: &v, valid: valid.as_deref(), readers, settle: *after })
         }
     }
@@ -289,7 +293,7 @@ impl Layer {
     /// Bytes of what a calibration found for the layer; and of the angles that all layers with its rotary embedding share, by
     /// a number of their own.
     fn tables(&self, py: Python<'_>) -> PyResult<(usize, Option<(usize, usize)>)> {
-        self.look(py, |layer| Ok(super::inspect::tables(layer.codec())))
+        self.look(py, |layer| Ok(inspect::tables(layer.codec())))
     }
 
     /// Share of the numbers held, the newest positions' aside, that are not what the model made.
@@ -298,13 +302,8 @@ impl Layer {
     }
 
     /// Positions that a KV head of a sequence holds.
-    fn positions(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<Vec<u32>> {
-        self.look(py, |layer| {
-            let positions = layer.head(row, head)?.positions();
-            let mut out = Vec::new();
-            positions.collect_into(0, positions.len(), &mut out);
-            Ok(out)
-        })
+    fn positions(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<inspect::Positions> {
+        self.look(py, |layer| Ok(inspect::positions(layer.head(row, head)?)))
     }
 
     /// What feedback could gain at most, and whether it is used, for keys and for values of a KV head; `None` where there is none.
@@ -312,32 +311,28 @@ impl Layer {
         self.look(py, |layer| Ok(layer.head(row, head)?.gains().into()))
     }
 
-    /// Bits of every key channel in each of a KV head's graded pages.
-    fn key_bits(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<Vec<Vec<u8>>> {
-        self.look(py, |layer| Ok(super::inspect::key_bits(layer.head(row, head)?)))
+    /// Bits `[pages, Dk]` of every key channel in each of a KV head's graded pages.
+    fn key_bits(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<inspect::Bits> {
+        self.look(py, |layer| Ok(inspect::key_bits(layer.head(row, head)?, dims(layer).0)))
     }
 
-    /// What a KV head of a sequence keeps beside its codes, of keys and of values: packed token, channel, and what the code
-    /// lacks.
-    fn outliers(
-        &self,
-        py: Python<'_>,
-        row: usize,
-        head: usize,
-    ) -> PyResult<(super::inspect::Outliers, super::inspect::Outliers)> {
-        self.look(py, |layer| Ok(super::inspect::outliers(layer.head(row, head)?)))
+    /// What a KV head of a sequence keeps beside its codes, of keys and of values: packed tokens, channels, and what the codes
+    /// lack.
+    fn outliers(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<(inspect::Outliers, inspect::Outliers)> {
+        self.look(py, |layer| Ok(inspect::outliers(layer.head(row, head)?)))
     }
 
-    /// What a KV head of a sequence stores packed.
-    fn packed(
-        &self,
-        py: Python<'_>,
-        row: usize,
-        head: usize,
-    ) -> PyResult<(super::inspect::Packed, super::inspect::Packed)> {
+    /// What a KV head of a sequence stores packed, of keys and of values: exact tokens before, codes `[n, dim]`, scales and
+    /// zero-points, a row a token or a group of tokens.
+    fn packed(&self, py: Python<'_>, row: usize, head: usize) -> PyResult<(inspect::Packed, inspect::Packed)> {
         self.look(py, |layer| {
-            let head = layer.head(row, head)?;
-            Ok((super::inspect::keys(head), super::inspect::values(head)))
+            let (head, (key_dim, value_dim)) = (layer.head(row, head)?, dims(layer));
+            Ok((inspect::keys(head, key_dim), inspect::values(head, value_dim)))
         })
     }
+}
+
+/// Key dim and value dim; 1 before the first tokens.
+fn dims(layer: &cache::Layer) -> (usize, usize) {
+    layer.shape().map_or((1, 1), |shape| (shape.key_dim, shape.value_dim))
 }

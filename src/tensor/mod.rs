@@ -7,7 +7,7 @@ mod rows;
 mod view;
 
 pub use rows::Rows;
-pub use view::{View, ViewMut};
+pub use view::{View, ViewMut, row_of};
 
 use std::ops::Range;
 
