@@ -428,7 +428,8 @@ class PackedLayer(CacheLayerMixin):
     def positions(self, row: int = 0, head: int = 0) -> list[int]:
         """Logical positions of the tokens that a KV head of a sequence holds."""
         self.absorb()
-        return self._store.positions(row, head).tolist()
+        positions: list[int] = self._store.positions(row, head).tolist()
+        return positions
 
     def packed(self, row: int, head: int) -> dict[str, Tensor | int]:
         """What one KV head of a sequence stores packed.
@@ -454,7 +455,9 @@ class PackedLayer(CacheLayerMixin):
             Two tensors `[n, 3]`: the packed token, the channel, and what the code there lacks (of keys before RoPE).
         """
         self.absorb()
-        keys, values = (torch.from_numpy(np.stack(side, 1).astype(np.float32)) for side in self._store.outliers(row, head))
+        keys, values = (
+            torch.from_numpy(np.stack(side, 1).astype(np.float32)) for side in self._store.outliers(row, head)
+        )
         return keys, values
 
     def feedback_gains(

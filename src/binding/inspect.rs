@@ -1,5 +1,5 @@
-//! What a KV head stores packed, laid out plainly, for tests and for the curious: made without the GIL, and NumPy's when Python
-//! gets it.
+//! What a KV head stores packed, laid out plainly, for tests and for the curious: made without the GIL, and arrays of `NumPy` when
+//! Python gets it.
 
 use std::sync::Arc;
 
@@ -35,7 +35,7 @@ impl<'py> IntoPyObject<'py> for Packed {
     }
 }
 
-/// NumPy's array of rows of `columns` numbers.
+/// `NumPy`'s array of rows of `columns` numbers.
 fn matrix<T: numpy::Element>(py: Python<'_>, numbers: Vec<T>, columns: usize) -> PyResult<Bound<'_, PyArray2<T>>> {
     let rows = numbers.len() / columns;
     let wrong = |error: ShapeError| pyo3::exceptions::PyRuntimeError::new_err(error.to_string());

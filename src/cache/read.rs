@@ -11,6 +11,7 @@ use crate::attend::{
     attend_one, chunks_in, key_chunks,
 };
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::pool;
 use crate::tensor::{View, ViewMut};
 
@@ -116,15 +117,15 @@ impl Layer {
             return Err(Error::Shape { what: "out", given, expected: format!("{expected:?}") });
         }
         let value_dim = self.shape().map_or(0, |shape| shape.value_dim);
-        let mut attended = vec![0.0; batch * query_heads * value_dim];
+        let mut attended = memory::zeros(batch * query_heads * value_dim);
         let mut attended = ViewMut::of_slice(&mut attended, [batch, 1, query_heads, value_dim]);
         let attention = self.attend(&Request { received: true, ..*request }, &mut attended, kernels)?;
-        let (mut mean, mut held) = (vec![0.0; self.seen()], Vec::new());
+        let (mut mean, mut held) = (memory::zeros(self.seen()), Vec::new());
         let heads = attention.len() / self.batch().max(1);
         for (row, attention) in attention.chunks_exact(heads.max(1)).enumerate() {
             mean.fill(0.0);
             for (head, attention) in self.rows[row].iter().zip(attention) {
-                let mut received = vec![0.0; head.positions.len()];
+                let mut received = memory::zeros(head.positions.len());
                 attention.add_to(kernels, &mut received);
                 head.positions.collect_into(0, received.len(), &mut held);
                 for (&position, share) in held.iter().zip(received) {
@@ -282,7 +283,7 @@ fn parts(n: usize, threads: usize) -> usize {
 fn gather(request: &Request<'_>, task: &Task, group: usize) -> Vec<f32> {
     let d = request.query.shape()[3];
     let heads = task.head * group..(task.head + 1) * group;
-    let mut q = vec![0.0; group * task.queries.len() * d];
+    let mut q = memory::zeros(group * task.queries.len() * d);
     let rows = heads.flat_map(|h| task.queries.clone().map(move |i| (h, i)));
     for (row, (h, i)) in q.chunks_exact_mut(d).zip(rows) {
         request.query.row(task.row, h, i).to_f32(row);
