@@ -12,7 +12,7 @@ use super::method::Method;
 use super::tensors::Tensor;
 use crate::attend::kernels::{self, Kernels};
 use crate::attend::{Quest, Softmax};
-use crate::cache::{self, Readers, Request, Side};
+use crate::cache::{self, KvHead, Readers, Request, Side};
 use crate::error::{Error, Result};
 use crate::pool;
 use crate::quantize::Codec;
@@ -54,11 +54,7 @@ impl Layer {
 
 /// Keys and values of a model's layers. Tensors are `(pointer, dtype, shape, strides)`.
 #[pyclass(frozen, module = "kvpack._kvpack")]
-pub(super) struct Cache {
-    cache: Mutex<cache::Cache>,
-    /// Held by the thread that changes the cache: another one is refused, and does not wait for its turn to mix in.
-    turn: Mutex<()>,
-}
+pub(super) struct Cache(Mutex<cache::Cache>);
 
 /// Queries' scaling and cap of the logits, and learned logits, one a query head, that take weight.
 type Logits = (f32, Option<f32>, Option<Vec<f32>>);
@@ -86,13 +82,12 @@ fn side(name: &str) -> Result<Side> {
 
 impl Cache {
     fn lock(&self) -> MutexGuard<'_, cache::Cache> {
-        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes it, without the GIL; afterwards Python brings back what it holds itself of forwards that were rolled back.
+    /// Changes it, without the GIL: waits while another thread is at work. Afterwards Python brings back what it holds itself of forwards that were rolled back.
     fn change<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut cache::Cache) -> Result<R> + Send) -> PyResult<R> {
         let (result, undone) = py.detach(|| {
-            let Ok(_turn) = self.turn.try_lock() else { return (Err(Error::Busy), Vec::new()) };
             let mut cache = self.lock();
             (f(&mut cache), cache.take_undone())
         });
@@ -106,15 +101,28 @@ impl Cache {
 
     /// Looks at it; while somebody changes it, waits without the GIL.
     fn look<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&cache::Cache) -> Result<R> + Send) -> PyResult<R> {
-        let result = match self.cache.try_lock() {
+        let result = match self.0.try_lock() {
             Ok(cache) => f(&cache),
             Err(_) => py.detach(|| f(&self.lock())),
         };
         result.map_err(|e| to_python(py, &e))
     }
 
+    /// What a KV head of a sequence tells; of a layer that has stored nothing yet, nothing.
+    fn of_head<R: Default + Send>(
+        &self,
+        py: Python<'_>,
+        [layer, row, head]: [usize; 3],
+        tell: impl FnOnce(&KvHead) -> R + Send,
+    ) -> PyResult<R> {
+        self.look(py, |cache| {
+            let layer = cache.layer(layer)?;
+            if layer.seen() == 0 { Ok(R::default()) } else { layer.head(row, head).map(tell) }
+        })
+    }
+
     fn holding(cache: cache::Cache) -> Self {
-        Self { cache: Mutex::new(cache), turn: Mutex::new(()) }
+        Self(Mutex::new(cache))
     }
 }
 
@@ -173,7 +181,7 @@ impl Cache {
 
     /// Says that the forward under way is one of a whole model.
     fn is_of_module(&self, py: Python<'_>) {
-        match self.cache.try_lock() {
+        match self.0.try_lock() {
             Ok(mut cache) => cache.is_of_module(),
             Err(_) => py.detach(|| self.lock().is_of_module()),
         }
@@ -258,7 +266,7 @@ impl Cache {
 
     /// After attention: a forward that is over cannot be undone any more.
     fn finish(&self, py: Python<'_>) {
-        match self.cache.try_lock() {
+        match self.0.try_lock() {
             Ok(mut cache) => cache.finish(),
             Err(_) => py.detach(|| self.lock().finish()),
         }
@@ -479,18 +487,12 @@ impl Cache {
 
     /// What feedback could gain at most, and whether it is used, for keys and for values of a KV head; `None` where there is none.
     fn feedback_gains(&self, py: Python<'_>, layer: usize, row: usize, head: usize) -> PyResult<(Gain, Gain)> {
-        self.look(py, |cache| {
-            let layer = cache.layer(layer)?;
-            Ok(if layer.seen() == 0 { (None, None) } else { layer.head(row, head)?.gains().into() })
-        })
+        self.of_head(py, [layer, row, head], |head| head.gains().into())
     }
 
     /// Bits of every key channel in each of a KV head's graded pages.
     fn key_bits(&self, py: Python<'_>, layer: usize, row: usize, head: usize) -> PyResult<Vec<Vec<u8>>> {
-        self.look(py, |cache| {
-            let layer = cache.layer(layer)?;
-            Ok(if layer.seen() == 0 { Vec::new() } else { inspect::key_bits(layer.head(row, head)?) })
-        })
+        self.of_head(py, [layer, row, head], inspect::key_bits)
     }
 
     /// What a KV head of a sequence keeps beside its codes, of keys and of values: packed token, channel, and what the code
@@ -502,10 +504,7 @@ impl Cache {
         row: usize,
         head: usize,
     ) -> PyResult<(inspect::Outliers, inspect::Outliers)> {
-        self.look(py, |cache| {
-            let layer = cache.layer(layer)?;
-            Ok(if layer.seen() == 0 { Default::default() } else { inspect::outliers(layer.head(row, head)?) })
-        })
+        self.of_head(py, [layer, row, head], inspect::outliers)
     }
 
     /// What a KV head of a sequence stores packed.
@@ -516,13 +515,6 @@ impl Cache {
         row: usize,
         head: usize,
     ) -> PyResult<(inspect::Packed, inspect::Packed)> {
-        self.look(py, |cache| {
-            let layer = cache.layer(layer)?;
-            if layer.seen() == 0 {
-                return Ok(Default::default());
-            }
-            let head = layer.head(row, head)?;
-            Ok((inspect::keys(head), inspect::values(head)))
-        })
+        self.of_head(py, [layer, row, head], |head| (inspect::keys(head), inspect::values(head)))
     }
 }
