@@ -22,30 +22,35 @@ from .methods import Evict, Quantize, Select
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
+def materialized(
+    store: _kvpack.Cache, index: int, which: Literal["keys", "values"], version: int, *, compact: bool = False
+) -> Tensor:
+    """All keys or values `[B, Hkv, n, D]` of a layer, dequantised, in the model's dtype.
+
+    Args:
+        store: the cache in Rust.
+        index: which of its layers.
+        which: which of the two.
+        version: of the layer; any other is an error.
+        compact: as a model's own attention reads them: only tokens that are held, in their order. Else all that
+            were seen, with zeros where a pad was or a token was let go.
+
+    Raises:
+        StaleHandleError: the layer was updated since it had that version.
+        OptionError: tokens were let go, and the model's attention was not known to be its own when they were, or
+            heads hold different numbers of tokens.
+    """
+    sizes, dtype = store.extent(index, version, which, compact)
+    out = torch.zeros(sizes, dtype=_TORCH_DTYPES[dtype])
+    store.write(index, version, which, compact, describe(out))
+    return out
+
+
 class LayerInspection:
     """What layer `index` of `store` holds of each KV head."""
 
     store: _kvpack.Cache
     index: int
-
-    def materialize(self, which: Literal["keys", "values"], version: int, *, compact: bool = False) -> Tensor:
-        """All keys or values `[B, Hkv, n, D]`, dequantised, in the model's dtype.
-
-        Args:
-            which: which of the two.
-            version: of the layer; any other is an error.
-            compact: as a model's own attention reads them: only tokens that are held, in their order. Else all that
-                were seen, with zeros where a pad was or a token was let go.
-
-        Raises:
-            StaleHandleError: the layer was updated since it had that version.
-            OptionError: tokens were let go, and the model's attention was not known to be its own when they were, or
-                heads hold different numbers of tokens.
-        """
-        sizes, dtype = self.store.extent(self.index, version, which, compact)
-        out = torch.zeros(sizes, dtype=_TORCH_DTYPES[dtype])
-        self.store.write(self.index, version, which, compact, describe(out))
-        return out
 
     @property
     def keys(self) -> Tensor | None:
@@ -60,12 +65,8 @@ class LayerInspection:
     def _now(self, which: Literal["keys", "values"]) -> Tensor | None:
         if not self.is_initialized:
             return None
-        still = self.fork()  # meanwhile another thread may go on
-        return still.materialize(which, still.version)
-
-    def fork(self) -> Any:
-        """A layer of its own with the same tokens."""
-        raise NotImplementedError
+        still = self.store.fork_layer(self.index)  # meanwhile another thread may go on
+        return materialized(still, 0, which, still.version(0))
 
     def sizes(self) -> tuple[int, int, int, int]:
         """Batch, KV heads, key dim and value dim.

@@ -13,7 +13,7 @@ from . import _kvpack
 from ._tensors import autocast, crop_of, describe, four_dimensional, plain, row_of, rows_at
 from .errors import OptionError, ShapeError
 from .handle import LazyKV, Reading
-from .inspection import LayerInspection
+from .inspection import LayerInspection, materialized
 from .methods import Evict, Quantize, Select, Site
 
 
@@ -148,8 +148,8 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         self.store.load(self.index, describe(keys), describe(values), described, torch.get_num_threads())
 
     def for_model(self, which: Literal["keys", "values"], version: int) -> Tensor:
-        """`materialize` for attention that is not kvpack's, which is counted."""
-        out = self.materialize(which, version, compact=True)
+        """`materialized` for attention that is not kvpack's, which is counted."""
+        out = materialized(self.store, self.index, which, version, compact=True)
         if which == "keys":
             self.store.materialised(self.index)
         return out

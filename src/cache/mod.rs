@@ -12,9 +12,12 @@
 mod cache;
 mod column;
 mod evicting;
+mod forward;
 mod head;
 mod layer;
+mod look;
 mod memory;
+mod packed;
 mod read;
 mod snapshot;
 
