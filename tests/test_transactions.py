@@ -195,7 +195,7 @@ def replaced_mask(model: Any, mask: torch.Tensor) -> Iterator[None]:
 
 @pytest.mark.parametrize("attention", ["kvpack", "sdpa"])
 @pytest.mark.parametrize("layer", range(4))
-def test_an_interrupt_between_layers(layer: int, attention: str) -> None:
+def test_an_interrupt_between_layers(layer: int, attention: str, caplog: pytest.LogCaptureFixture) -> None:
     model = mixed_model(attention=attention)
     ids = torch.randint(3, 128, (1, LENGTH + 1))
     cache = kvpack.PackedCache(model, quantize=kvpack.KIVI(bits=4))
@@ -214,6 +214,7 @@ def test_an_interrupt_between_layers(layer: int, attention: str) -> None:
     assert state(cache)[0] == lengths
     assert state(cache)[2] == kept
     assert torch.equal(model(ids[:, LENGTH:], past_key_values=cache).logits, expected)
+    assert ("was taken back" in caplog.text) == (layer > 0)  # before layer 0 nothing had begun
 
 
 def test_a_forward_that_was_left_by_an_exception_blocks_no_other_thread() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from types import FrameType
@@ -43,6 +44,16 @@ def is_under_way(forward: Begun | None, cache: object) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def taken_back(came_to: int, last: int) -> None:
+    """Says that a forward was begun and never ended, so that the cache is what it was before it."""
+    logging.getLogger("kvpack").warning(
+        "a forward that came to layer %d and never to the attention of the last one, %d, was taken back: it was "
+        "interrupted, or the model has fewer layers than this cache was made for",
+        came_to,
+        last,
+    )
 
 
 def _in_module(frame: FrameType | None) -> bool:

@@ -87,14 +87,17 @@ impl Cache {
 
     /// Changes it, without the GIL: waits while another thread is at work. Afterwards Python brings back what it holds itself of forwards that were rolled back.
     fn change<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut cache::Cache) -> Result<R> + Send) -> PyResult<R> {
-        let (result, undone) = py.detach(|| {
+        let (result, undone, taken_back) = py.detach(|| {
             let mut cache = self.lock();
-            (f(&mut cache), cache.take_undone())
+            (f(&mut cache), cache.take_undone(), cache.take_taken_back())
         });
         for undo in undone {
             if let Some(undo) = undo.downcast_ref::<Py<PyAny>>() {
                 undo.call0(py)?;
             }
+        }
+        if let Some(layers) = taken_back {
+            py.import("kvpack._forwards")?.call_method1("taken_back", layers)?;
         }
         result.map_err(|e| to_python(py, &e))
     }

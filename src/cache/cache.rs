@@ -61,6 +61,8 @@ pub struct Cache {
     /// The last version given to a layer.
     pub(super) version: u64,
     pub(super) undone: Vec<Foreign>,
+    /// The layer that a forward came to which was begun and never ended, and so taken back.
+    pub(super) taken_back: Option<usize>,
 }
 
 impl Cache {
@@ -76,6 +78,7 @@ impl Cache {
             last_is_read,
             version: 0,
             undone: Vec::new(),
+            taken_back: None,
         }
     }
 

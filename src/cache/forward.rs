@@ -241,6 +241,11 @@ impl Cache {
         std::mem::take(&mut self.undone)
     }
 
+    /// The layer that a forward came to which was taken back as it never ended, and the last one of the model, since the last call.
+    pub fn take_taken_back(&mut self) -> Option<(usize, usize)> {
+        Some((self.taken_back.take()?, self.last))
+    }
+
     /// After a forward that is over: from now on it cannot be undone.
     pub fn finish(&mut self) {
         let Some(forward) = self.forward.as_mut().filter(|forward| forward.phase == Phase::Ended) else { return };
@@ -364,7 +369,9 @@ impl Cache {
                 return Err(Error::Busy);
             }
             if forward.of_module && !self.is_over(forward) {
-                self.roll_back(); // begun, and never ended
+                // Begun, and never ended.
+                self.taken_back = Some(forward.last);
+                self.roll_back();
             } else {
                 self.end();
             }

@@ -66,6 +66,7 @@ impl Cache {
             last_is_read: self.last_is_read,
             version: self.version,
             undone: Vec::new(),
+            taken_back: None,
         }
     }
 
