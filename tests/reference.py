@@ -13,7 +13,11 @@ def quantise(x: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch.
     """Codes, scale and zero-point of one group along `dim`; scale and zero keep that axis with length 1."""
     x = x.float()
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    scale = ((high - low) / (2**bits - 1)).half().float()
+    exact = (high - low) / (2**bits - 1)
+    scale = exact.half()
+    # Near 0, where halves are coarse, the scale is rounded up, so that the codes reach the largest number.
+    short = (high - low - scale.float() * (2**bits - 1) > scale.float()) & (scale.float() < exact)
+    scale = torch.where(short, (scale.view(torch.int16) + 1).view(torch.float16), scale).float()
     zero = low.half().float()
     flat = scale == 0
     codes = ((x - zero) / scale.masked_fill(flat, 1.0)).round().clamp(0, 2**bits - 1)

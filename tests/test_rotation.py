@@ -24,7 +24,9 @@ def keys_at(rotation: Rotation, still: Tensor, distance: int, noise: float) -> T
 
 
 @pytest.mark.parametrize("kind", ["halves", "neighbours"])
-@pytest.mark.parametrize(("dim", "width"), [(128, 128), (64, 64), (64, 32), (64, 16), (40, 20), (33, 32), (80, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("dim", "width"), [(128, 128), (64, 64), (64, 32), (64, 16), (40, 20), (33, 32), (80, 2), (2, 2)]
+)
 @pytest.mark.parametrize("noise", [0.0, 1e-5])
 def test_halves_neighbours_and_a_part_of_the_channels(kind: str, dim: int, width: int, noise: float) -> None:
     torch.manual_seed(dim + width)

@@ -31,7 +31,7 @@ def newest_exact(codec: Any, lengths: list[int]) -> tuple[int, int]:
 
 
 def expected(n: int, window: int, full: bool, per_token: bool) -> int:
-    """The rule: per token the newest `window`; in blocks what is left of the last one, after a full window if asked for."""
+    """Per token the newest `window`; in blocks what is left of the last one, after a full window if asked for."""
     beyond_sinks = max(n - 4, 0)
     packed = max(beyond_sinks - window, 0) if per_token or full else beyond_sinks
     left = beyond_sinks - (packed if per_token else packed // window * window)
@@ -67,7 +67,7 @@ def test_a_full_window_is_held_while_decoding(codec: Any) -> None:
 @pytest.mark.parametrize("given", [1, 0, None, "yes"])
 @pytest.mark.parametrize("method", [kvpack.KIVI, kvpack.Graded, kvpack.KVarN])
 def test_bad_values(method: Any, given: Any) -> None:
-    with pytest.raises(kvpack.OptionError, match="full_window.*accepted: True, False"):
+    with pytest.raises(kvpack.OptionError, match=r"full_window.*accepted: True, False"):
         method(full_window=given)
 
 

@@ -112,8 +112,8 @@ def _changed(still: Tensor, moved: dict[int, Tensor]) -> Tensor:
 def _angles(still: Tensor, moved: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
     """Which pairs `[D, D]` of channels are turned, and by what angle from one position to the next.
 
-    A pair is a complex number `z`, and `w` when it is moved. The factor that fits best is `sum conj(z) w / sum |z|^2`, and
-    what it does not explain `sum |w|^2 / sum |z|^2 - |factor|^2`: products of channels are all that is needed.
+    A pair is a complex number `z`, and `w` when it is moved. The factor that fits best is `sum conj(z) w / sum |z|^2`,
+    and what it does not explain `sum |w|^2 / sum |z|^2 - |factor|^2`: products of channels are all that is needed.
     """
     square = still.square().sum(0)
     energy = square[:, None] + square[None, :]

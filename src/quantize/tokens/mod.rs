@@ -174,7 +174,9 @@ impl Format {
         for (j, first) in (0..self.dim).step_by(self.group()).enumerate() {
             let range = first..self.dim.min(first + self.group());
             let own = &mut x[range.clone()];
-            own.iter_mut().for_each(|x| *x = x.clamp(-most, most));
+            for x in own.iter_mut() {
+                *x = x.clamp(-most, most);
+            }
             let own = &*own;
             grids[j] = match &self.coding {
                 Coding::Kivi(kivi) => {
