@@ -122,6 +122,6 @@ def test_down_to_1e_6_codes_keep_their_precision(codec: Any, dtype: torch.dtype)
     for magnitude in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
         if dtype == torch.float16 and magnitude < 1e-4:
             continue  # such numbers have few bits themselves
-        if getattr(codec, "levels", "") == "lloyd-max" and magnitude < 1e-4:
-            continue  # its levels are whole numbers of up to 127, its scales so much smaller
+        if getattr(codec, "levels", "") == "lloyd-max" and magnitude < 1e-5:
+            continue  # its scales are those of 255ths of the levels' span
         assert max(errors(codec, (magnitude * x).to(dtype)) or ()) <= 1.2 * ordinary + 0.02, magnitude

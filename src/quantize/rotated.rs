@@ -123,8 +123,10 @@ impl Rotated {
 
     /// The longest vector whose scales float16 holds. With `step <= max(best_step, 1 / m) |y|`, a number is at most 2.2 times what
     /// its code stands for, or the code is the last one, and the number `|y|` at most: so `scale <= 2.2 max(best_step, 1 / m) |y|`.
+    /// Lloyd's and Max's levels, whose scales are smaller, have the limit of evenly spaced ones that reach as far: they err as much.
     pub(super) fn longest(&self) -> f32 {
-        f16::MAX.to_f32() / (2.2 * self.best_step().max(1.0 / self.origin()))
+        let apart = self.origin() / (levels(self.bits) / 2.0);
+        f16::MAX.to_f32() / (2.2 * apart * self.best_step().max(1.0 / self.origin()))
     }
 
     /// The scale that is stored with the codes of numbers, which were coded with `step`.
