@@ -138,13 +138,15 @@ impl Rotated {
             let better = y.iter().zip(codes).map(error).sum::<f32>() < square;
             return if better { f16::from_f32(step) } else { f16::ZERO };
         }
-        let entries = || codes.iter().map(|&code| self.stands_for(code) - self.origin());
-        let product: f32 = y.iter().zip(entries()).map(|(y, entry)| y * entry).sum();
+        let entries = codes.iter().map(|&code| self.stands_for(code) - self.origin());
+        let sums =
+            |(product, length): (f32, f32), (y, entry): (&f32, f32)| (product + y * entry, length + entry * entry);
+        let (product, length) = y.iter().zip(entries).fold((0.0, 0.0), sums);
         if square == 0.0 || product <= 0.0 {
             return f16::ZERO;
         }
         // At least as long as the numbers, but at most twice: codes that fit badly do not make them any longer.
-        let twice = 2.0 * (square / entries().map(|entry| entry * entry).sum::<f32>()).sqrt();
+        let twice = 2.0 * (square / length).sqrt();
         f16::from_f32((square / product).min(twice).min(f16::MAX.to_f32()))
     }
 
