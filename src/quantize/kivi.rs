@@ -91,12 +91,12 @@ impl MinMax {
         let (levels, zero) = (levels(bits), f16::from_f32(min));
         let exact = (max - min) / levels;
         let mut scale = f16::from_f32(exact);
-        // Halves are coarse near 0: where the codes would end a step short of the largest number, the scale is rounded up.
-        if max - min - scale.to_f32() * levels > scale.to_f32() {
+        // Halves that are not normal are coarse: where codes would end a step short of the largest number, the scale is rounded up.
+        if exact < f16::MIN_POSITIVE.to_f32() && max - min - scale.to_f32() * levels > scale.to_f32() {
             scale = stored_scale(exact, levels);
         }
-        // Nor may what they stand for be more than halves hold.
-        if zero.to_f32() + scale.to_f32() * levels > f16::MAX.to_f32() {
+        // Nor may what they stand for be more than halves hold: it is larger than `max` by less than 100.
+        if max > f16::MAX.to_f32() - 100.0 && zero.to_f32() + scale.to_f32() * levels > f16::MAX.to_f32() {
             scale = f16_below((f16::MAX.to_f32() - zero.to_f32()) / levels);
         }
         Self { scale, zero }

@@ -86,24 +86,28 @@ pub(super) fn deviations(block: &[f32], dim: usize) -> (Vec<f16>, Vec<f16>) {
         }
     }
     // What both could share is given to the one that is not stored: their means are 1.
-    let stored = |scales: Vec<f32>, largest: Vec<f32>| -> Vec<f16> {
+    let stored = |scales: Vec<f32>, largest: &[f32]| -> Vec<f16> {
         let mean = scales.iter().sum::<f32>() / scales.len() as f32;
-        let factors = scales
-            .iter()
-            .zip(&largest)
-            .map(|(s, largest)| f16::from_f32((s / mean).max(f16::MIN_POSITIVE.to_f32()).max(largest / LARGEST)));
-        let quotients = factors.clone().zip(&largest).map(|(factor, largest)| largest / factor.to_f32());
+        let factor = |(s, largest): (&f32, &f32)| (s / mean).max(f16::MIN_POSITIVE.to_f32()).max(largest / LARGEST);
+        let mut factors: Vec<f16> = scales.iter().zip(largest).map(factor).map(f16::from_f32).collect();
+        let quotients = factors.iter().zip(largest).map(|(factor, largest)| largest / factor.to_f32());
         let quotient = quotients.fold(0.0, f32::max);
-        if quotient == 0.0 || quotient >= SMALLEST {
-            return factors.collect();
+        if quotient > 0.0 && quotient < SMALLEST {
+            let finer = quotient.log2().ceil().exp2().max(FINEST);
+            for factor in &mut factors {
+                *factor = f16::from_f32(factor.to_f32() * finer);
+            }
         }
-        let finer = quotient.log2().ceil().exp2().max(FINEST);
-        factors.map(|factor| f16::from_f32(factor.to_f32() * finer)).collect()
+        factors
     };
-    let largest = |x: &mut dyn Iterator<Item = &f32>| x.fold(0.0f32, |largest, x| largest.max(x.abs()));
-    let of_rows = block.chunks_exact(dim).map(|row| largest(&mut row.iter())).collect();
-    let of_columns = (0..dim).map(|j| largest(&mut block.iter().skip(j).step_by(dim))).collect();
-    (stored(t, of_rows), stored(c, of_columns))
+    let (mut of_rows, mut of_columns) = (vec![0.0f32; rows], vec![0.0f32; dim]);
+    for (row, of_row) in block.chunks_exact(dim).zip(&mut of_rows) {
+        for (x, of_column) in row.iter().zip(&mut of_columns) {
+            *of_column = of_column.max(x.abs());
+        }
+        *of_row = row.iter().fold(0.0, |largest, x| largest.max(x.abs()));
+    }
+    (stored(t, &of_rows), stored(c, &of_columns))
 }
 
 /// The standard deviation, at least a share of the root mean square.
@@ -111,7 +115,9 @@ fn deviation<'a>(x: impl Iterator<Item = &'a f32> + Clone, share: f32) -> f32 {
     let n = x.clone().count() as f32;
     let mean = x.clone().sum::<f32>() / n;
     let own = (x.map(|x| (x - mean).powi(2)).sum::<f32>() / n).sqrt();
-    own.max(share * mean.hypot(own)).max(LEAST)
+    // The root mean square is at most what stands here, and costs as much as all else.
+    let least = if own < share * (mean.abs() + own) { share * mean.hypot(own) } else { 0.0 };
+    own.max(least).max(LEAST)
 }
 
 #[cfg(test)]
