@@ -217,7 +217,9 @@ def test_an_interrupt_between_layers(layer: int, attention: str, caplog: pytest.
     assert ("was taken back" in caplog.text) == (layer > 0)  # before layer 0 nothing had begun
 
 
-def test_a_forward_that_was_left_by_an_exception_blocks_no_other_thread() -> None:
+@pytest.mark.parametrize("lives", [True, False], ids=["lives", "is-gone"])
+def test_a_forward_that_was_left_by_an_exception_blocks_no_other_thread(lives: bool) -> None:
+    """Neither while its thread lives nor when it is gone, and another one may have its identity."""
     model = tiny_model(tiny_config(layers=3))
     ids = torch.randint(3, 128, (1, 40))
     cache = kvpack.PackedCache(model)
@@ -234,15 +236,27 @@ def test_a_forward_that_was_left_by_an_exception_blocks_no_other_thread() -> Non
             model(ids[:, :1], past_key_values=cache)
         hook.remove()
         left.set()
-        go_on.wait(60)
+        if lives:
+            go_on.wait(60)
+
+    outputs: list[torch.Tensor] = []
+
+    def goes_on() -> None:
+        with torch.no_grad():
+            outputs.append(model(ids[:, :1], past_key_values=cache).logits)
 
     thread = threading.Thread(target=fails)
     thread.start()
     assert left.wait(60)
-    out = model(ids[:, :1], past_key_values=cache).logits  # the other thread lives, but not its forward
+    if not lives:
+        thread.join()
+    other = threading.Thread(target=goes_on)
+    other.start()
+    other.join()
     go_on.set()
     thread.join()
-    assert torch.equal(out, expected)
+    assert len(outputs) == 1
+    assert torch.equal(outputs[0], expected)
 
 
 LOOKS: dict[str, Callable[[kvpack.PackedCache], Any]] = {

@@ -36,6 +36,8 @@ def is_under_way(forward: Begun | None, cache: object) -> bool:
     """
     if forward is None:
         return True
+    if forward.thread == threading.get_ident():
+        return False  # it is another thread's: that one is gone, and the calling thread has its identity
     frame = sys._current_frames().get(forward.thread)
     if frame is None or not forward.in_module:
         return frame is not None
