@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`error`] | one error enum: what was wrong, what was given, what is accepted |
 //! | [`tensor`] | borrowed views over f32 / f16 / bf16 memory, and exact rows |
+//! | [`memory`] | memory that may be refused |
 //! | `slabs` | the allocator of the Python package: apart from the heap of the process |
 //! | [`pool`] | threads: torch's own team, or ours |
 //! | [`attend`] | reading: segments, online softmax, one query and many; `kernels` has one file an instruction set, and the loops once for all |
@@ -32,6 +33,7 @@ mod binding;
 pub mod cache;
 pub mod error;
 pub mod evict;
+pub mod memory;
 pub mod pool;
 pub mod quantize;
 #[cfg(target_os = "linux")]
