@@ -4,6 +4,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use crate::memory::OutOfMemory;
+
 /// Everything that kvpack refuses. Each variant becomes a Python exception of its own class (`kvpack.errors`).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -87,6 +89,12 @@ pub enum Error {
         /// The layer's.
         expected: u64,
     },
+    /// The system has no memory left for something large.
+    #[error("no memory for {bytes} bytes more; free some, or take fewer bits, fewer tokens or a smaller batch")]
+    Memory {
+        /// How many bytes were wanted.
+        bytes: usize,
+    },
     /// A defect of kvpack itself.
     #[error("internal error, please report it: {0}")]
     Internal(String),
@@ -98,9 +106,12 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// Turns a panic of `f` into an error.
 ///
 /// # Errors
-/// Those of `f`, and [`Error::Internal`].
+/// Those of `f`; [`Error::Memory`] where memory was refused; else [`Error::Internal`].
 pub fn caught<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        if let Some(&OutOfMemory { bytes }) = panic.downcast_ref() {
+            return Err(Error::Memory { bytes });
+        }
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).into()));
         Err(Error::Internal(text.unwrap_or_else(|| "unknown panic".into())))

@@ -61,6 +61,17 @@ pub fn copied<T: Copy>(numbers: &[T]) -> Vec<T> {
     copy
 }
 
+/// Adds `more` at the end; amortised over many small calls.
+///
+/// # Panics
+/// As [`reserve`].
+pub fn append<T: Copy>(numbers: &mut Vec<T>, more: &[T]) {
+    if more.len() > numbers.capacity() - numbers.len() {
+        reserve(numbers, more.len().max(numbers.len()));
+    }
+    numbers.extend_from_slice(more);
+}
+
 /// Makes `numbers` `n` long, with zeros at the end.
 ///
 /// # Panics
@@ -112,6 +123,8 @@ mod tests {
         let mut numbers = copied(&[1, 2, 3]);
         resize(&mut numbers, 5);
         assert_eq!(numbers, [1, 2, 3, 0, 0]);
+        append(&mut numbers, &[7, 8]);
+        assert_eq!(numbers, [1, 2, 3, 0, 0, 7, 8]);
         resize(&mut numbers, 1);
         assert_eq!(numbers, [1]);
         let room = with_capacity::<f64>(7);

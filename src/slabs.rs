@@ -123,7 +123,15 @@ struct Heap {
 impl Heap {
     const fn new() -> Self {
         let lists = [List { first: null_mut(), count: 0 }; CLASSES];
-        Self { lists, spare: [null_mut(); RESERVE + WARM], spares: 0, held: 0, idle: 0, short: true, system: system::map }
+        Self {
+            lists,
+            spare: [null_mut(); RESERVE + WARM],
+            spares: 0,
+            held: 0,
+            idle: 0,
+            short: true,
+            system: system::map,
+        }
     }
 
     /// A slot of a class; null when the system has no memory.
@@ -715,7 +723,8 @@ mod tests {
             let sum = |number: fn(&Slab) -> usize| -> usize {
                 self.listed().map(|slab| number(slab) * size_of_class(slab.class)).sum()
             };
-            let full = |class: usize| self.0.lists[class].count - self.listed().filter(|slab| slab.class == class).count();
+            let full =
+                |class: usize| self.0.lists[class].count - self.listed().filter(|slab| slab.class == class).count();
             let slots = |class: usize| {
                 let size = size_of_class(class);
                 let words = ((SLAB - size_of::<Slab>()) / size).div_ceil(64);

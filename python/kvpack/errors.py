@@ -57,5 +57,9 @@ class ConcurrencyError(KvpackError, RuntimeError):
     """Two threads use one cache at the same time."""
 
 
+class OutOfMemoryError(KvpackError, MemoryError):
+    """The system has no memory left for something large that the cache needs."""
+
+
 class InternalError(KvpackError, RuntimeError):
     """A defect of kvpack itself: please report it."""

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use super::mat::Mat;
+use crate::memory;
 
 /// An orthogonal change of coordinates of vectors of some dim.
 #[derive(Clone, Debug, PartialEq)]
@@ -123,7 +124,7 @@ impl<'a> Turned<'a> {
         if !self.basis.is_some_and(|held| Arc::ptr_eq(held, basis)) {
             self.basis = Some(basis);
             self.q.clear();
-            self.q.extend_from_slice(&q.data[..q.rows * q.stride]);
+            memory::append(&mut self.q, &q.data[..q.rows * q.stride]);
             self.q.chunks_exact_mut(q.stride).for_each(|q| basis.apply(q));
         }
         Mat::new(&self.q, q.rows, q.stride)

@@ -6,6 +6,7 @@ use super::basis::Turned;
 use super::kernels::Ahead;
 use super::mat::{Mat, MatMut};
 use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, Weights};
+use crate::memory;
 
 /// Chunks between the one that is read and the one that is asked for, where they are scattered.
 const FAR: usize = 2;
@@ -25,7 +26,7 @@ pub fn attend_one(
     let mut partial = Partial::new(heads, head.value_dim);
     let mut cursor = ValueCursor::new(&head.values);
     let mut far = ValueCursor::new(&head.values);
-    let mut scores = vec![0.0; heads * CHUNK];
+    let mut scores = memory::zeros(heads * CHUNK);
     let (mut held, mut weighed) = (Vec::new(), Vec::with_capacity(heads));
     let all_visible = queries.visible.all(0, head.positions.last().unwrap_or(0));
     for (i, &KeyChunk { segment, first, tokens: n, at }) in chunks.iter().enumerate() {

@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 use super::packed::Packed;
+use crate::memory;
 
 /// Rows of integers, one a part and query head; and the buffers to make them, used again and again.
 #[derive(Default)]
@@ -48,12 +49,13 @@ impl Folded {
         if packed.outer < self.stride {
             self.words.clear();
         }
-        self.words.resize(self.rows * self.stride, 0);
-        self.step.resize(self.rows, 0.0);
-        self.inverse.resize(self.rows, 0.0);
-        self.offset.resize(self.rows, 0.0);
+        memory::resize(&mut self.words, self.rows * self.stride);
+        memory::resize(&mut self.step, self.rows);
+        memory::resize(&mut self.inverse, self.rows);
+        memory::resize(&mut self.offset, self.rows);
         let products = packed.parts * heads * packed.outer;
-        self.products.resize(self.products.len().max(products), 0.0);
+        let products = products.max(self.products.len());
+        memory::resize(&mut self.products, products);
     }
 }
 

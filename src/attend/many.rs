@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::basis::Turned;
 use super::mat::{Mat, MatMut};
 use super::{Basis, CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, key_chunks, tile_rows};
+use crate::memory;
 
 /// Query rows that share one block of scores.
 const QUERY_BLOCK: usize = 64;
@@ -21,9 +22,9 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>,
     let mut partial = Partial::new(rows, dv);
     let stride = partial.stride;
     let mut cursor = ValueCursor::new(&head.values);
-    let mut key_tile = vec![0.0; tile_rows(dk) * CHUNK];
-    let mut value_tile = vec![0.0; CHUNK * stride];
-    let mut scores = vec![0.0; QUERY_BLOCK * CHUNK];
+    let mut key_tile = memory::zeros(tile_rows(dk) * CHUNK);
+    let mut value_tile = memory::zeros(CHUNK * stride);
+    let mut scores = memory::zeros(QUERY_BLOCK * CHUNK);
     let (mut turned, mut pieces) = (Turned::default(), Pieces::default());
     let (mut held, mut weighed) = (Vec::new(), Vec::new());
     for KeyChunk { segment, first, tokens: n, at } in key_chunks(&head.keys) {

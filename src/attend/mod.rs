@@ -39,6 +39,8 @@ use folded::Folded;
 use kernels::{Ahead, Kernels};
 use mat::{Mat, MatMut};
 
+use crate::memory;
+
 /// Tokens that are scored at once: one softmax step, small enough for the first cache levels.
 pub const CHUNK: usize = 256;
 
@@ -270,7 +272,7 @@ pub fn chunks_in<'c, 'a>(chunks: &'c [KeyChunk<'a>], tokens: &Range<usize>) -> &
 
 /// All keys, cut into chunks.
 pub fn key_chunks<'a>(keys: &[Part<'a, dyn KeySegment>]) -> Vec<KeyChunk<'a>> {
-    let mut chunks = Vec::with_capacity(2 * keys.len());
+    let mut chunks = memory::with_capacity(2 * keys.len());
     let mut base = 0;
     for &Part { segment, tokens } in keys {
         let step = CHUNK / segment.unit() * segment.unit();

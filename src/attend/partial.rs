@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::kernels::{Kernels, Weighed};
 use super::mat::MatMut;
 use super::{Basis, Received, padded};
+use crate::memory;
 
 /// Attention of some rows (queries) over some tokens, not yet divided by the weights' sum.
 #[derive(Clone, Debug)]
@@ -31,9 +32,9 @@ impl Partial {
     pub fn new(rows: usize, value_dim: usize) -> Self {
         let stride = padded(value_dim);
         Self {
-            max: vec![f32::NEG_INFINITY; rows],
-            sum: vec![0.0; rows],
-            acc: vec![0.0; rows * stride],
+            max: memory::filled(f32::NEG_INFINITY, rows),
+            sum: memory::zeros(rows),
+            acc: memory::zeros(rows * stride),
             received: Received::default(),
             turned: None,
             stride,
@@ -69,7 +70,7 @@ impl Partial {
         if self.turned.as_ref().is_some_and(|(held, _)| !Arc::ptr_eq(held, basis)) {
             self.turn_back();
         }
-        let (_, acc) = self.turned.get_or_insert_with(|| (Arc::clone(basis), vec![0.0; rows * stride]));
+        let (_, acc) = self.turned.get_or_insert_with(|| (Arc::clone(basis), memory::zeros(rows * stride)));
         MatMut::new(acc, rows, stride)
     }
 

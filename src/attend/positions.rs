@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use crate::memory;
+
 /// The logical positions of held tokens, ascending, as runs of consecutive ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Positions {
@@ -51,7 +53,8 @@ impl Positions {
             let len = if gap > 0 { 0 } else { left.min(u16::MAX.into()) };
             left -= len;
             if self.runs.len() == self.runs.capacity() {
-                self.runs.reserve_exact(1 + self.runs.len() / 8);
+                let more = 1 + self.runs.len() / 8;
+                memory::reserve(&mut self.runs, more);
             }
             self.runs.push(Run { len: len as u16, ..run });
         }
@@ -117,6 +120,7 @@ impl Positions {
     /// The positions of tokens `first .. first + n`, in place of what `out` held.
     pub fn collect_into(&self, first: usize, n: usize, out: &mut Vec<u32>) {
         out.clear();
+        memory::reserve(out, n);
         let (mut skip, mut left) = (first as u32, n as u32);
         for (start, len) in self.runs() {
             let take = len.saturating_sub(skip).min(left);

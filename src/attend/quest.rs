@@ -16,6 +16,7 @@ use super::kernels::Weighed;
 use super::mat::{Mat, MatMut};
 use super::{CHUNK, KeyChunk, KeySegment, Part, Scratch, key_chunks, tile_rows};
 use crate::amount::Amount;
+use crate::memory;
 use crate::tensor::Slice;
 
 /// The parameters.
@@ -86,7 +87,7 @@ impl Bounds {
         scratch: &mut Scratch,
     ) {
         let (step, mut key) = (quest.page_of(segment), vec![0.0; dim]);
-        let mut tile = vec![0.0; tile_rows(dim) * CHUNK];
+        let mut tile = memory::zeros(tile_rows(dim) * CHUNK);
         for first in (0..tokens).step_by(step) {
             let n = step.min(tokens - first);
             segment.tile(first, n, MatMut::new(&mut tile, tile_rows(dim), CHUNK), scratch);
@@ -102,7 +103,8 @@ impl Bounds {
             }
             self.pages.push(((self.covered + first) as u32, n as u32));
             let finite = |x: f32| f16::from_f32(x.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()));
-            self.ends.extend(most.into_iter().chain(least).map(finite));
+            memory::append(&mut self.ends, &memory::collected(most.into_iter().map(finite)));
+            memory::append(&mut self.ends, &memory::collected(least.into_iter().map(finite)));
         }
         self.covered += tokens;
     }
@@ -122,7 +124,7 @@ impl Bounds {
             return None;
         }
         let scores = self.scores(q, scratch);
-        let mut read = vec![false; self.pages.len()];
+        let mut read = memory::filled(false, self.pages.len());
         read[0] = true;
         let longest = self.pages.iter().map(|&(_, n)| n as usize).max().unwrap_or(1);
         let mut rest: Vec<usize> = (1..self.pages.len()).collect();
@@ -141,20 +143,20 @@ impl Bounds {
     /// What each page is worth.
     fn scores(&self, q: Mat<'_>, scratch: &mut Scratch) -> Vec<f32> {
         let (dim, pages) = (self.ends.len() / self.pages.len() / 2, self.pages.len());
-        let mut split = vec![0.0; q.rows * 2 * dim];
+        let mut split = memory::zeros(q.rows * 2 * dim);
         for (g, split) in split.chunks_exact_mut(2 * dim).enumerate() {
             for (c, &q) in q.row(g)[..dim].iter().enumerate() {
                 (split[c], split[dim + c]) = (q.max(0.0), q.min(0.0));
             }
         }
         let stride = super::padded(pages);
-        let mut bounds = vec![0.0; q.rows * stride];
+        let mut bounds = memory::zeros(q.rows * stride);
         let (q, ends) = (Mat::new(&split, q.rows, 2 * dim), Slice::F16(&self.ends));
         let out = MatMut::new(&mut bounds, q.rows, stride);
         (scratch.kernels.dot_rows)(q, ends, 2 * dim, out, &mut super::Ahead::new(&[]));
         let mut weighed = vec![Weighed::before(f32::NEG_INFINITY); q.rows];
         (scratch.kernels.softmax)(MatMut::new(&mut bounds, q.rows, stride), pages, &mut weighed);
-        let mut scores = vec![0.0; pages];
+        let mut scores = memory::zeros(pages);
         for (row, weighed) in bounds.chunks_exact(stride).zip(&weighed) {
             scores.iter_mut().zip(row).for_each(|(score, x)| *score += x / weighed.sum);
         }

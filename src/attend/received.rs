@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use super::Partial;
 use super::kernels::Kernels;
 use super::mat::{Mat, MatMut};
+use crate::memory;
 
 /// Weights of some chunks of tokens, each relative to the largest logit when it was read.
 #[derive(Clone, Debug, Default)]
@@ -22,14 +23,17 @@ pub struct Received {
 /// Memory for weights that was used before: fresh memory would cost more than what is written to it.
 static SPARE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
 
-/// Pieces of memory that are kept: as many as a step needs, heads times parts of their tokens.
+/// Pieces of memory that are kept, as many as a step needs, heads times parts of their tokens; and how long they may be, all in
+/// all.
 const MOST_SPARE: usize = 64;
+const MOST_SPARE_NUMBERS: usize = 1 << 20;
 
 impl Drop for Received {
     fn drop(&mut self) {
         if self.weights.capacity() > 0
             && let Ok(mut spare) = SPARE.lock()
             && spare.len() < MOST_SPARE
+            && spare.iter().map(Vec::capacity).sum::<usize>() + self.weights.capacity() <= MOST_SPARE_NUMBERS
         {
             self.weights.clear();
             spare.push(std::mem::take(&mut self.weights));
@@ -44,8 +48,8 @@ impl Received {
             self.weights = SPARE.lock().ok().and_then(|mut spare| spare.pop()).unwrap_or_default();
         }
         self.chunks.push((at, n));
-        self.max.extend_from_slice(max);
-        (0..weights.rows).for_each(|row| self.weights.extend_from_slice(&weights.row(row)[..n]));
+        memory::append(&mut self.max, max);
+        (0..weights.rows).for_each(|row| memory::append(&mut self.weights, &weights.row(row)[..n]));
     }
 
     /// Adds to `out`, of the tokens from `first` on, the attention of all rows, whose softmax over all tokens is `whole`.

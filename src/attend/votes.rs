@@ -6,6 +6,7 @@ use super::basis::Turned;
 use super::kernels::Weighed;
 use super::mat::{Mat, MatMut};
 use super::{CHUNK, Head, Scratch, key_chunks, tile_rows};
+use crate::memory;
 
 /// Queries whose logits are held at once.
 const BLOCK: usize = 64;
@@ -29,8 +30,8 @@ pub struct Voters<'a> {
 pub fn add_votes(head: &Head<'_>, voters: &Voters<'_>, votes: &mut [f32], scratch: &mut Scratch) {
     let tokens = head.positions.len();
     let stride = tokens.next_multiple_of(CHUNK);
-    let mut logits = vec![0.0; voters.q.rows.min(BLOCK) * stride];
-    let mut tile = vec![0.0; tile_rows(head.key_dim) * CHUNK];
+    let mut logits = memory::zeros(voters.q.rows.min(BLOCK) * stride);
+    let mut tile = memory::zeros(tile_rows(head.key_dim) * CHUNK);
     for first in (0..voters.q.rows).step_by(BLOCK) {
         let rows = BLOCK.min(voters.q.rows - first);
         let logits = &mut logits[..rows * stride];

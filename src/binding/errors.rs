@@ -15,6 +15,7 @@ pub(super) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
         Error::Crop { .. } => "CropError",
         Error::Busy => "ConcurrencyError",
         Error::Stale { .. } => "StaleHandleError",
+        Error::Memory { .. } => "OutOfMemoryError",
         Error::Internal(_) => "InternalError",
     };
     let class = py.import("kvpack.errors").and_then(|m| m.getattr(class)).and_then(|c| Ok(c.cast_into::<PyType>()?));

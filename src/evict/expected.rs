@@ -18,6 +18,7 @@ use crate::attend::kernels::Kernels;
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::{CHUNK, Head, Rope, Scratch};
 use crate::error::Result;
+use crate::memory;
 
 /// Queries that are added to the moments at once.
 const BLOCK: usize = 256;
@@ -57,8 +58,8 @@ impl Moments {
     pub fn add(&mut self, new: &NewQueries<'_>, first: u32, expected: &Expected, kernels: &Kernels) {
         let from = new.positions.partition_point(|&p| p < first);
         let dim = new.q.len() / (new.positions.len() * new.readers).max(1);
-        self.sums.resize(new.readers * dim, 0.0);
-        self.products.resize(if expected.covariance { new.readers * dim * dim } else { 0 }, 0.0);
+        memory::resize(&mut self.sums, new.readers * dim);
+        memory::resize(&mut self.products, if expected.covariance { new.readers * dim * dim } else { 0 });
         self.queries += new.positions.len() - from;
         for block in (from..new.positions.len()).step_by(BLOCK) {
             let positions = &new.positions[block..new.positions.len().min(block + BLOCK)];
@@ -91,7 +92,7 @@ impl Moments {
 /// `products += rows^T rows` of rows of `dim` numbers.
 fn add_products(rows: &[f32], dim: usize, products: &mut [f32], kernels: &Kernels) {
     let n = rows.len() / dim;
-    let mut turned = vec![0.0; rows.len()];
+    let mut turned = memory::zeros(rows.len());
     for (t, row) in rows.chunks_exact(dim).enumerate() {
         row.iter().enumerate().for_each(|(c, x)| turned[c * n + t] = *x);
     }
@@ -119,7 +120,7 @@ impl Expected {
         scratch: &mut Scratch,
     ) -> Vec<f32> {
         let (tokens, dim) = (head.positions.len(), head.key_dim);
-        let mut scores = vec![0.0; tokens];
+        let mut scores = memory::zeros(tokens);
         let first = head.positions.count_below(place.origin as usize + sinks).min(tokens);
         let readers = moments.sums.len() / dim;
         let next = head.positions.last().map_or(0, |last| last as usize + 1);
@@ -194,14 +195,14 @@ fn times((re, im): (f64, f64), (x, y): (f32, f32)) -> (f32, f32) {
 /// `mean . k + k^T covariance k / 2` for every key.
 fn expected_logits(head: &Head<'_>, mean: &[f32], covariance: &[f32], scratch: &mut Scratch) -> Vec<f32> {
     let dim = mean.len();
-    let mut keys = Vec::with_capacity(head.positions.len() * dim);
+    let mut keys = memory::with_capacity(head.positions.len() * dim);
     each_key(head, scratch, |_, key| keys.extend_from_slice(key));
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
-    let mut logits: Vec<f32> = keys.chunks_exact(dim).map(|key| dot(mean, key)).collect();
+    let mut logits = memory::collected(keys.chunks_exact(dim).map(|key| dot(mean, key)));
     if covariance.is_empty() {
         return logits;
     }
-    let mut products = vec![0.0; CHUNK * dim];
+    let mut products = memory::zeros(CHUNK * dim);
     for (keys, logits) in keys.chunks(CHUNK * dim).zip(logits.chunks_mut(CHUNK)) {
         let products = &mut products[..keys.len()];
         products.fill(0.0);

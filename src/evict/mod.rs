@@ -30,6 +30,7 @@ use std::sync::Arc;
 use crate::amount::Amount;
 use crate::attend::{Head, Rope, Scratch};
 use crate::error::{Error, Result};
+use crate::memory;
 
 /// Which tokens stay, and how many.
 #[derive(Clone, Debug, PartialEq)]
@@ -166,7 +167,7 @@ impl Eviction {
             let token = (p - place.origin) as usize;
             token < self.sinks || self.protect.iter().any(|span| span.contains(&token))
         };
-        Candidates { fixed: positions.iter().map(fixed).collect(), recent, budget, scores }
+        Candidates { fixed: memory::collected(positions.iter().map(fixed)), recent, budget, scores }
     }
 }
 

@@ -3,6 +3,7 @@
 use super::Moments;
 use crate::attend::mat::Mat;
 use crate::attend::{Head, Scratch, Voters, add_votes};
+use crate::memory;
 
 /// Numbers that there is room for beyond those that are wanted.
 const SPARE: usize = 64;
@@ -79,7 +80,7 @@ impl Observed {
         let row = new.q.len() / n.max(1);
         for first in (0..n).step_by(rows.max(1)) {
             let (q, positions) = (&new.q[first * row..(first + rows) * row], &new.positions[first..first + rows]);
-            let mut received = vec![0.0; tokens];
+            let mut received = memory::zeros(tokens);
             let each = |x: &u32| std::iter::repeat_n(*x, new.readers);
             let sinks = new.sinks.map(|sinks| sinks.repeat(rows));
             let ages = (0..rows as i32).rev();
@@ -226,7 +227,7 @@ fn count(alpha: f32, scores: &mut [f32], received: &[f32]) {
 /// Adds zeros until there are `n` numbers, with some room for the next tokens.
 fn grow(numbers: &mut Vec<f32>, n: usize) {
     if numbers.capacity() < n {
-        numbers.reserve_exact(n + SPARE - numbers.len());
+        memory::reserve(numbers, n + SPARE - numbers.len());
     }
     numbers.resize(n, 0.0);
 }

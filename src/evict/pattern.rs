@@ -2,6 +2,7 @@
 
 use super::Place;
 use crate::attend::Positions;
+use crate::memory;
 
 /// The parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +31,9 @@ impl Pattern {
             Self::Dilated { .. } => f32::NEG_INFINITY,
             Self::Random { seed } => lot(seed, place.head as u64, token as u64),
         };
-        tokens.map(score).collect()
+        let mut scores = memory::with_capacity(positions.len());
+        scores.extend(tokens.map(score));
+        scores
     }
 }
 

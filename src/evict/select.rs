@@ -2,6 +2,8 @@
 
 use std::cmp::Ordering;
 
+use crate::memory;
+
 /// The tokens of a KV head, and how many may stay.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Candidates {
@@ -37,7 +39,7 @@ impl Unit {
 /// with a floor (`AdaKV`, arXiv 2407.11550) all heads share one budget, of which the best `floor budget` tokens of every
 /// head are its own.
 pub fn select(heads: &[Candidates], units: &[Vec<usize>], floor: Option<f32>) -> Vec<Vec<bool>> {
-    let mut keep: Vec<Vec<bool>> = heads.iter().map(|head| vec![false; head.scores.len()]).collect();
+    let mut keep: Vec<Vec<bool>> = heads.iter().map(|head| memory::filled(false, head.scores.len())).collect();
     let mut rest = Vec::new();
     for (h, (head, units)) in heads.iter().zip(units).enumerate() {
         let own = floor.map_or(head.budget, |floor| (floor * head.budget as f32) as usize);

@@ -8,6 +8,7 @@
 use super::{Observed, refuse};
 use crate::attend::{Head, Scratch, Voters, add_votes, mat::Mat};
 use crate::error::Result;
+use crate::memory;
 
 /// How neighbouring votes become a score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,18 +45,18 @@ impl SnapKv {
     pub(super) fn scores(self, head: &Head<'_>, observed: &Observed, scratch: &mut Scratch) -> Vec<f32> {
         let tokens = head.positions.len();
         let prefix = tokens - observed.tokens().min(tokens);
-        let mut votes = vec![0.0; tokens];
+        let mut votes = memory::zeros(tokens);
         let positions = observed.query_positions();
         let voters = Voters {
             q: Mat::new(observed.queries(), positions.len(), head.key_dim),
             positions: &positions,
-            weights: &vec![1.0 / observed.readers().max(1) as f32; positions.len()],
+            weights: &memory::filled(1.0 / observed.readers().max(1) as f32, positions.len()),
             softcap: observed.softcap(),
             sinks: None,
         };
         add_votes(head, &voters, &mut votes, scratch);
         let mut scores = self.pool(&votes[..prefix]);
-        scores.resize(tokens, 0.0);
+        memory::resize(&mut scores, tokens);
         scores
     }
 
@@ -66,7 +67,7 @@ impl SnapKv {
             Pooling::Mean => near(t).iter().sum::<f32>() / self.kernel as f32,
             Pooling::Max => near(t).iter().copied().fold(f32::NEG_INFINITY, f32::max),
         };
-        (0..votes.len()).map(pooled).collect()
+        memory::collected((0..votes.len()).map(pooled))
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! There are two kinds of team. Beside torch it is the one of the OpenMP runtime that torch has loaded ([`use_openmp`]):
 //! torch's threads spin on their cores after each of its operations, so any others would have to compete with them,
-//! while they themselves are there within a microsecond. Everywhere else the caller starts threads of its own, which
-//! needs nothing to be kept, and costs about 50 microseconds.
+//! while they themselves are there within a microsecond. Everywhere else it is a pool of rayon's, whose threads sleep
+//! meanwhile and are there within about 50 microseconds.
 
 #![deny(unsafe_code)]
 
@@ -26,7 +26,7 @@ use patience::Caller;
 /// reaches in the first cache levels. The team takes 3, and what it reads lies in the caches of one core at first.
 const WORTH_OPENMP: usize = 1 << 20;
 
-/// Multiply-adds that each of our own threads must have to be worth its start: 110 microseconds of one thread. It takes 50.
+/// Multiply-adds that each thread of our own pool must have to be worth waking: 110 microseconds of one thread. It takes 50.
 const WORTH_OWN: usize = 1 << 23;
 
 const ENV: &str = "KVPACK_NUM_THREADS";
@@ -118,12 +118,19 @@ pub fn map<T: Send, R: Send>(work: usize, items: Vec<T>, f: impl Fn(T) -> R + Sy
 
 /// Runs `work` on the caller and on up to `threads - 1` others at once; it is over when `items` are done.
 fn in_team(threads: usize, items: usize, work: impl Fn() + Sync) {
-    let seats = AtomicUsize::new(threads);
+    seated(threads, items, work, |member| run(threads, member));
+}
+
+/// [`in_team`] for a team that `run` calls together: it runs the member on the caller and on any number of others.
+fn seated(threads: usize, items: usize, work: impl Fn() + Sync, run: impl FnOnce(&(dyn Fn() + Sync))) {
+    let others = AtomicUsize::new(threads - 1);
     let panicked = Mutex::new(None);
     let caller = Caller::new();
     let member = || {
-        // torch's team may be larger than wanted here. Asking for a smaller one would end some of its threads.
-        if seats.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |free| free.checked_sub(1)).is_err() {
+        // torch's team may be larger than wanted here. Asking for a smaller one would end some of its threads. The caller's
+        // seat is kept for it, however late it comes: it would wait for the others otherwise.
+        let seat = || others.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |free| free.checked_sub(1)).is_ok();
+        if !caller.is_here() && !seat() {
             return;
         }
         MEMBER.set(true);
@@ -134,17 +141,17 @@ fn in_team(threads: usize, items: usize, work: impl Fn() + Sync) {
         });
         MEMBER.set(false);
     };
-    run(threads, &member);
+    run(&member);
     caller.all_are_done(threads, items);
     if let Some(panic) = panicked.into_inner().unwrap_or_else(PoisonError::into_inner) {
         resume_unwind(panic);
     }
 }
 
-fn run(threads: usize, member: &(impl Fn() + Sync)) {
+fn run(threads: usize, member: &(dyn Fn() + Sync)) {
     #[cfg(unix)]
     if let Some(openmp) = openmp::runtime() {
-        return openmp.run(THREADS.load(Ordering::Relaxed).max(threads), member);
+        return openmp.run(THREADS.load(Ordering::Relaxed).max(threads), &member);
     }
     own::run(threads, member);
 }

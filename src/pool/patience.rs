@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
 
-/// Microseconds that a team may keep its caller waiting: sleeping threads wake within 60, new ones take 15 each, and a
+/// Microseconds that a team may keep its caller waiting: sleeping threads wake within 60, and a
 /// scheduler's time slice is 3000.
 const LATE: u64 = 160;
 const LATE_A_THREAD: u64 = 20;
@@ -45,9 +45,14 @@ impl Caller {
         Self { thread: thread::current().id(), start: now(), worked: AtomicU64::new(0) }
     }
 
+    /// Whether this thread is the caller.
+    pub(super) fn is_here(&self) -> bool {
+        thread::current().id() == self.thread
+    }
+
     /// Does a member's work; how long it took is noted when the member is the caller.
     pub(super) fn time(&self, work: impl FnOnce()) {
-        if thread::current().id() == self.thread {
+        if self.is_here() {
             let start = now();
             work();
             self.worked.store(now() - start, Ordering::Relaxed);

@@ -1,11 +1,11 @@
 //! Both kinds of team: order, panics, nested and simultaneous calls; and what the environment variable may say.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Barrier, Mutex};
 use std::thread;
 
-use super::{in_team, map, own, parse, set_threads, threads_for};
+use super::{in_team, map, own, parse, seated, set_threads, threads_for};
 
 const MUCH: usize = usize::MAX;
 
@@ -30,6 +30,8 @@ fn teams() {
     callers_do_not_wait_for_each_other();
     several_threads_take_part();
     #[cfg(unix)]
+    forks_work();
+    #[cfg(unix)]
     if super::openmp::tests::load() {
         assert!(super::use_openmp());
         assert!(super::openmp_library().unwrap().contains("gomp"));
@@ -42,6 +44,23 @@ fn teams() {
     }
     set_threads(1);
     assert_eq!(threads_for(MUCH), 1);
+}
+
+/// A process that is forked while it has a pool: the child's calls work, with threads of its own or alone.
+#[cfg(unix)]
+fn forks_work() {
+    several_threads_take_part();
+    // SAFETY: the child only computes, and leaves without running anybody's handlers.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let right = map(MUCH, (0..100).collect(), |i: usize| 2 * i) == (0..100).map(|i| 2 * i).collect::<Vec<_>>();
+        // SAFETY: it ends the child, and nothing else.
+        unsafe { libc::_exit(i32::from(!right)) };
+    }
+    let mut status = -1;
+    // SAFETY: it waits for that child.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    assert_eq!(status, 0);
 }
 
 fn items_stay_in_order_and_none_is_lost() {
@@ -99,6 +118,24 @@ fn callers_do_not_wait_for_each_other() {
         scope.spawn(call);
         call();
     });
+}
+
+/// The others of a team may be there before its caller, and more of them than wanted.
+#[test]
+fn the_caller_has_a_seat() {
+    for (threads, others) in [(2, 1), (2, 5), (3, 2), (3, 3), (4, 9)] {
+        let at_work = Mutex::new(Vec::new());
+        let work = || at_work.lock().unwrap().push(thread::current().id());
+        seated(threads, threads, work, |member| {
+            for _ in 0..others {
+                thread::scope(|scope| scope.spawn(member).join()).unwrap();
+            }
+            member();
+        });
+        let at_work = at_work.into_inner().unwrap();
+        assert_eq!(at_work.len(), threads.min(others + 1));
+        assert_eq!(*at_work.last().unwrap(), thread::current().id());
+    }
 }
 
 #[test]

@@ -13,6 +13,7 @@ use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::{Grids, Packed};
 use crate::attend::{Basis, CHUNK, KEY_TOLERANCE, KeySegment, Scratch};
+use crate::memory;
 use crate::tensor::Rows;
 
 /// Channels of equal width.
@@ -74,7 +75,7 @@ impl ChannelKeys {
             x.chunks_exact_mut(dim).for_each(|x| order.apply(x));
         }
         let factors = if let Method::Kvarn(_) = method { kvarn::deviations(&x, dim).0 } else { Vec::new() };
-        page.words = vec![0; factors_at + factors.len()].into();
+        page.words = memory::zeros(factors_at + factors.len()).into();
         for (t, factor) in factors.iter().enumerate() {
             x[t * dim..(t + 1) * dim].iter_mut().for_each(|x| *x /= factor.to_f32());
             page.words[factors_at + t] = factor.to_bits();
@@ -206,7 +207,7 @@ impl ChannelKeys {
         let size = self.group_words();
         let mut words = std::mem::take(&mut self.words).into_vec();
         let groups = tokens.chunks(self.group).map(|tokens| tokens[0] / self.group);
-        words.reserve_exact(groups.len() * size);
+        memory::reserve(&mut words, groups.len() * size);
         groups.clone().for_each(|group| words.extend_from_slice(&other.words[group * size..][..size]));
         self.tokens += groups.len() * self.group;
         self.words = words.into();
@@ -278,7 +279,7 @@ fn pack_bands(bands: &[Band], x: &[f32], dim: usize, mut words: &mut [u16]) {
 /// has the grids and codes that were found here.
 fn feed_back(factor: &Factor, x: &mut [f32], bits: &[u8]) {
     let (dim, group) = (bits.len(), x.len() / bits.len());
-    let mut columns = vec![0.0; x.len()];
+    let mut columns = memory::zeros(x.len());
     let places = |c: usize| (0..group).map(move |t| t * dim + c);
     for (c, column) in columns.chunks_exact_mut(group).enumerate() {
         column.iter_mut().zip(places(c)).for_each(|(to, from)| *to = x[from]);
@@ -306,7 +307,7 @@ fn round_column(bits: u8, column: &mut [f32]) {
 /// The mean of every channel.
 fn pack_means<'a>(rows: impl ExactSizeIterator<Item = &'a [f32]>, words: &mut [u16]) {
     let tokens = rows.len() as f32;
-    let mut sums = vec![0.0; words.len()];
+    let mut sums: Vec<f32> = memory::zeros(words.len());
     for row in rows {
         for (sum, x) in sums.iter_mut().zip(row) {
             *sum += x;

@@ -3,6 +3,7 @@
 use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::{KeySegment, Scratch, ValueSegment, Weights};
+use crate::memory;
 use crate::tensor::Rows;
 
 /// Tokens of a page: small, so that the copy of an open tail that every beam makes is small.
@@ -53,7 +54,7 @@ impl KeySegment for Rows {
 
     fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
         let d = self.dim();
-        scratch.buffer.resize(LINE * d, 0.0);
+        memory::resize(&mut scratch.buffer, LINE * d);
         // Rows of `out` lie far apart: each of its cache lines is written at once.
         for t in (0..n).step_by(LINE) {
             let m = LINE.min(n - t);

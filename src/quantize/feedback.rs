@@ -18,6 +18,7 @@ use half::f16;
 use super::refuse;
 use crate::attend::Basis;
 use crate::error::{Error, Result};
+use crate::memory;
 
 /// Tokens of a prompt whose queries are looked at: so many tell as much as all.
 pub(crate) const SAMPLES: usize = 512;
@@ -145,7 +146,7 @@ impl Factor {
     fn new(metric: &[f32], order: Box<[u16]>) -> Self {
         let dim = order.len();
         let at = |i: usize, j: usize| f64::from(metric[usize::from(order[i]) * dim + usize::from(order[j])]);
-        let (mut u, mut d) = (vec![0.0f64; dim * dim], vec![0.0f64; dim]);
+        let (mut u, mut d) = (memory::zeros(dim * dim), memory::zeros(dim));
         for j in (0..dim).rev() {
             let rest = |u: &[f64], d: &[f64], i: usize| -> f64 {
                 (j + 1..dim).map(|k| u[i * dim + k] * u[j * dim + k] * d[k]).sum()
@@ -178,7 +179,7 @@ impl Factor {
     /// Changes columns `[dim, n]` of `n` vectors by what makes up for the roundings before; `round(channel, column)` turns a
     /// column into what it will stand for.
     pub(super) fn correct(&self, columns: &mut [f32], n: usize, mut round: impl FnMut(usize, &mut [f32])) {
-        let (mut error, most) = (vec![0.0; n], most_corrected(columns, f16::MAX.to_f32()));
+        let (mut error, most) = (memory::zeros(n), most_corrected(columns, f16::MAX.to_f32()));
         for (k, channel) in self.order().enumerate() {
             columns[channel * n..][..n].iter_mut().for_each(|x| *x = x.clamp(-most, most));
             error.copy_from_slice(&columns[channel * n..][..n]);

@@ -6,6 +6,7 @@ use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use super::bytes_of;
+use crate::memory;
 
 /// Where the outliers of `tokens` vectors lie in a run of words: all differences, then all channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +55,7 @@ impl Outliers {
     ) -> (&'a [u8], &'a [f32]) {
         let places = first * self.each..(first + n) * self.each;
         let (rests, channels) = words.split_at(self.each * self.tokens);
-        buffer.resize(places.len(), 0.0);
+        memory::resize(buffer, places.len());
         rests[places.clone()].reinterpret_cast::<f16>().convert_to_f32_slice(buffer);
         (&bytes_of(channels)[places], buffer)
     }

@@ -7,6 +7,7 @@ use super::{Band, Factor, Gptq, KvQuant, Method};
 use crate::attend::Basis;
 use crate::attend::kernels::Kernels;
 use crate::attend::mat::{Mat, MatMut};
+use crate::memory;
 
 /// Tokens of a forward that may be taken back: what speculation appends.
 pub(crate) const SHORT: usize = 16;
@@ -65,7 +66,7 @@ impl Plan {
     /// Takes the queries of a forward into account: `squares(token, sums)` adds the squares of the queries of `token`, of all
     /// the column's readers, to `sums`.
     pub fn observe(&mut self, tokens: usize, dim: usize, mut squares: impl FnMut(usize, &mut [f32])) {
-        self.moments.resize(dim, 0.0);
+        memory::resize(&mut self.moments, dim);
         for recent in self.recent.chunks_exact(dim) {
             for (moment, square) in self.moments.iter_mut().zip(recent) {
                 *moment += square;
@@ -73,7 +74,7 @@ impl Plan {
         }
         self.recent = Vec::new();
         if tokens <= SHORT {
-            self.recent = vec![0.0; tokens * dim];
+            self.recent = memory::zeros(tokens * dim);
             self.recent.chunks_exact_mut(dim).enumerate().for_each(|(t, sums)| squares(t, sums));
         } else {
             (0..tokens).for_each(|t| squares(t, &mut self.moments));
@@ -84,9 +85,9 @@ impl Plan {
     pub fn observe_moment(&mut self, q: &[f32], dim: usize, kernels: &Kernels) {
         let rows = q.len() / dim;
         let queries = Arc::make_mut(&mut self.fed.queries);
-        queries.resize(dim * dim, 0.0);
+        memory::resize(queries, dim * dim);
         self.fed.rows += rows;
-        let mut turned = vec![0.0; q.len()];
+        let mut turned = memory::zeros(q.len());
         for (t, q) in q.chunks_exact(dim).enumerate() {
             (0..dim).for_each(|c| turned[c * rows + t] = q[c]);
         }

@@ -11,6 +11,7 @@ use crate::attend::codes::{Codes, blocks, packed_len, put_lane};
 use crate::attend::kernels::{Ahead, Kernels};
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::{Basis, KeySegment, SPAN, Scratch, padded, tile_rows};
+use crate::memory;
 use crate::tensor::Rows;
 
 /// Tokens for which a page has room.
@@ -61,7 +62,7 @@ impl UnrotatedKeys {
     pub(super) fn new(grids: Arc<HeadGrids>, start: usize) -> Self {
         let basis = grids.keys.rope.basis(start);
         let mut page = Self { grids, basis, tokens: 0, words: Box::default() };
-        page.words = vec![0; page.code_words() + page.outliers().words()].into();
+        page.words = memory::zeros(page.code_words() + page.outliers().words()).into();
         page
     }
 
@@ -186,7 +187,7 @@ impl KeySegment for UnrotatedKeys {
     ) {
         assert_eq!(first, 0, "a page is read from its beginning");
         let Scratch { kernels, buffer, outliers, .. } = scratch;
-        buffer.resize(tile_rows(self.dim()) * STEP, 0.0);
+        memory::resize(buffer, tile_rows(self.dim()) * STEP);
         let lines = ahead.left().div_ceil(padded(n).div_ceil(STEP).max(1));
         for first in (0..padded(n)).step_by(STEP) {
             let n = STEP.min(padded(n) - first);

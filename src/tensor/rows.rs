@@ -7,12 +7,22 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::{Dtype, Slice};
+use crate::memory;
 
-#[derive(Clone)]
 enum Buffer {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
+}
+
+impl Clone for Buffer {
+    fn clone(&self) -> Self {
+        match self {
+            Self::F32(x) => Self::F32(memory::copied(x)),
+            Self::F16(x) => Self::F16(memory::copied(x)),
+            Self::Bf16(x) => Self::Bf16(memory::copied(x)),
+        }
+    }
 }
 
 macro_rules! each_buffer {
@@ -105,7 +115,7 @@ impl Rows {
                 }
                 let rows = need + SPARE_ROWS + need / 8;
                 if need * self.dim > x.capacity() {
-                    x.reserve_exact(rows * self.dim - x.len());
+                    memory::reserve(x, rows * self.dim - x.len());
                 }
             }
         });
@@ -222,15 +232,15 @@ impl Rows {
 
     fn empty_buffer(&self, rows: usize) -> Buffer {
         match &self.data {
-            Buffer::F32(_) => Buffer::F32(Vec::with_capacity(rows * self.dim)),
-            Buffer::F16(_) => Buffer::F16(Vec::with_capacity(rows * self.dim)),
-            Buffer::Bf16(_) => Buffer::Bf16(Vec::with_capacity(rows * self.dim)),
+            Buffer::F32(_) => Buffer::F32(memory::with_capacity(rows * self.dim)),
+            Buffer::F16(_) => Buffer::F16(memory::with_capacity(rows * self.dim)),
+            Buffer::Bf16(_) => Buffer::Bf16(memory::with_capacity(rows * self.dim)),
         }
     }
 
     /// Rows `range` as f32.
     pub fn to_f32(&self, range: Range<usize>) -> Vec<f32> {
-        let mut out = vec![0.0; range.len() * self.dim];
+        let mut out = memory::zeros(range.len() * self.dim);
         self.slice(range).to_f32(&mut out);
         out
     }

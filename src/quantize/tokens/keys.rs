@@ -10,6 +10,7 @@ use crate::attend::kernels::Ahead;
 use crate::attend::mat::{Mat, MatMut};
 use crate::attend::packed::{Grids, Packed};
 use crate::attend::{Basis, KEY_TOLERANCE, KeySegment, Scratch, padded};
+use crate::memory;
 use crate::quantize::{Factor, Method, PageBytes, Plan, bytes_of};
 use crate::tensor::Rows;
 
@@ -27,7 +28,7 @@ impl TokenKeys {
     /// An empty page.
     pub(in crate::quantize) fn new(method: &Method, plan: &mut Plan, dim: usize) -> Self {
         let mut page = Self { format: Format::new(method, plan, dim), tokens: 0, largest: 0.0, words: Box::default() };
-        page.words = vec![0; page.start(page.format.groups())].into();
+        page.words = memory::zeros(page.start(page.format.groups())).into();
         page
     }
 
@@ -68,7 +69,7 @@ impl TokenKeys {
     /// A page of some tokens.
     #[must_use]
     pub(in crate::quantize) fn part(&self, tokens: &[usize]) -> Self {
-        let mut part = Self { tokens: 0, largest: 0.0, words: vec![0; self.words.len()].into(), ..self.clone() };
+        let mut part = Self { tokens: 0, largest: 0.0, words: memory::zeros(self.words.len()).into(), ..self.clone() };
         part.join(self, tokens);
         part
     }

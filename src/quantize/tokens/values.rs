@@ -11,6 +11,7 @@ use crate::attend::kernels::Ahead;
 use crate::attend::mat::MatMut;
 use crate::attend::packed::{Grids, Packed};
 use crate::attend::{Basis, Scratch, ValueSegment, Weights, padded};
+use crate::memory;
 use crate::quantize::{Factor, Method, PageBytes, Plan, bytes_of};
 use crate::tensor::Rows;
 
@@ -32,7 +33,7 @@ impl TokenValues {
     pub(in crate::quantize) fn new(method: &Method, plan: &mut Plan, dim: usize) -> Self {
         let format = Format::new(method, plan, dim);
         let mut page = Self { format, tokens: 0, capacity: PAGE, scaled: false, words: Box::default() };
-        page.words = vec![0; page.outliers_at() + page.format.outliers().words()].into();
+        page.words = memory::zeros(page.outliers_at() + page.format.outliers().words()).into();
         page
     }
 
@@ -93,8 +94,9 @@ impl TokenValues {
         self.tokens += n;
         if !factors.is_empty() {
             let factors = factors.iter().map(|factor| factor.to_bits()).chain(std::iter::repeat(0));
-            let padded = factors.take(padded(format.dim));
-            self.words = self.words.iter().copied().chain(padded).collect();
+            let mut words = memory::with_capacity(self.words.len() + padded(format.dim));
+            words.extend(self.words.iter().copied().chain(factors.take(padded(format.dim))));
+            self.words = words.into();
             self.scaled = true;
         }
     }
@@ -105,8 +107,9 @@ impl TokenValues {
         let capacity = if self.scaled { tokens.len().next_multiple_of(LANES) } else { PAGE };
         let format = self.format.clone();
         let mut part = Self { format, tokens: 0, capacity, scaled: self.scaled, words: Box::default() };
-        let mut words = vec![0; part.factors_at()];
-        words.extend_from_slice(&self.words[self.factors_at()..]);
+        let factors = &self.words[self.factors_at()..];
+        let mut words = memory::zeros(part.factors_at() + factors.len());
+        words[part.factors_at()..].copy_from_slice(factors);
         part.words = words.into();
         part.add(self, tokens);
         part
@@ -243,7 +246,7 @@ impl ValueSegment for TokenValues {
         let packed = self.groups_of(first..first + n, 0.0);
         let (codes, dim, group) = (packed.codes(0).0, self.format.dim, self.format.group());
         let lanes = codes.lanes();
-        scratch.buffer.resize(codes.outer() * lanes, 0.0);
+        memory::resize(&mut scratch.buffer, codes.outer() * lanes);
         (scratch.kernels.unpack)(codes, 0..lanes, MatMut::new(&mut scratch.buffer, codes.outer(), lanes));
         for t in 0..n {
             let out = &mut out.row(t)[..dim];
