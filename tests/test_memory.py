@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,133 @@ def test_the_process_grows_by_what_memory_says(fresh: Any, codec: Any, record_pr
     record_property("growth of the process over memory().total", grown / told)
     assert told > 80e6  # far above the noise of a process
     assert abs(grown / told - 1) < 0.1
+
+
+# Run as RSS, argv = this folder: caches of many methods, lengths and evictions come and go, several alive at a time. Prints what
+# memory() says and what the process grew by, now and then, at last with no cache alive.
+SERVER = """
+import ctypes, gc, random, resource, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from support import CODECS, forward, tiny_config
+import kvpack
+
+def resident():
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+HEADS = 16
+EVICTIONS = [None, None, kvpack.StreamingLLM(budget=300), kvpack.H2O(budget=0.4), kvpack.SnapKV(budget=200)]
+random.seed(0)
+torch.manual_seed(0)
+numbers = torch.randn(3, 1, HEADS, 1600, 64)
+
+def serve(tokens, steps, codec, eviction):
+    cache = kvpack.PackedCache(tiny_config(layers=1, heads=HEADS, kv_heads=HEADS, head_dim=64), quantize=codec, evict=eviction)
+    q, k, v = (x[:, :, :tokens].contiguous() for x in numbers)
+    forward(cache, k, v, q)
+    for t in range(steps):
+        forward(cache, k[:, :, t : t + 1], v[:, :, t : t + 1], q[:, :, t : t + 1])
+    return cache
+
+def told(caches):
+    return sum(cache.memory().total for cache in caches)
+
+with torch.no_grad():
+    for codec in CODECS:
+        serve(300, 2, codec, kvpack.H2O(budget=100))
+    before = resident()
+    alive = []
+    for i in range(96):
+        codec, eviction = random.choice(CODECS), random.choice(EVICTIONS)
+        cache = serve(random.randrange(200, 1600), random.randrange(1, 40), codec, eviction)
+        alive.append(cache)
+        if random.random() < 0.3:
+            alive.append(cache.fork())
+        while len(alive) > 12 or (alive and random.random() < 0.3):
+            del alive[random.randrange(len(alive))]
+        cache = None
+        if i % 12 == 11:
+            print(told(alive), resident() - before)
+    alive.clear()
+    print(0, resident() - before)
+"""
+
+
+def test_caches_that_come_and_go_leave_nothing_behind(record_property: Any) -> None:
+    command = [sys.executable, "-c", SERVER, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    pairs = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    record_property("memory() and growth of the process", pairs)
+    assert len(pairs) == 9
+    for told, grown in pairs:
+        assert grown <= 1.1 * told + 16e6, pairs
+
+
+# Run as RSS, argv = this folder: forwards with less and less room for the process. Prints how each ended.
+NO_MEMORY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from support import CODECS, forward, tiny_config
+import kvpack
+
+def room(size):
+    with open("/proc/self/statm") as statm:
+        now = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + size, resource.RLIM_INFINITY))
+
+def fill(cache):
+    for first in range(0, 2048, 512):
+        part = numbers[..., first : first + 512, :]
+        forward(cache, part[0], part[1], part[2])
+    for t in range(3):
+        forward(cache, *numbers[..., t : t + 1, :])
+    cache.fork().crop(-1)
+    keys, values = cache.layers[0].keys, cache.layers[0].values
+    return keys.shape == values.shape
+
+numbers = torch.randn(3, 1, 8, 2048, 128)
+evictions = [None, kvpack.H2O(budget=700), kvpack.SnapKV(budget=600), kvpack.ExpectedAttention(budget=600)]
+config = tiny_config(layers=1, heads=8, kv_heads=8, head_dim=128)
+with torch.no_grad():
+    for i, codec in enumerate(CODECS):
+        def new():
+            return kvpack.PackedCache(config, quantize=codec, evict=evictions[i % 4])
+        fill(new())
+        for size in [*range(0, 1 << 22, 1 << 19), *range(1 << 22, 64 << 20, 7 << 19)]:
+            cache = new()
+            room(size)
+            try:
+                fill(cache)
+                end = "done"
+            except kvpack.OutOfMemoryError as error:
+                end = "OutOfMemoryError"
+                assert isinstance(error, MemoryError) and "bytes" in str(error)
+            except MemoryError:
+                end = "MemoryError"
+            except RuntimeError as error:
+                if "can't allocate memory" not in str(error):
+                    raise
+                end = "torch's RuntimeError"
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+            print(end)
+            del cache
+        assert fill(new())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
+def test_no_memory_is_a_memory_error(record_property: Any) -> None:
+    command = [sys.executable, "-c", NO_MEMORY, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ends = Counter(done.stdout.splitlines())
+    record_property("how it ended", dict(ends))
+    assert ends["OutOfMemoryError"] > len(CODECS)
+    assert ends["done"] > len(CODECS)
 
 
 def filled(codec: Any, heads: int, dim: int, dtype: torch.dtype, tokens: int = TOKENS) -> kvpack.PackedCache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -131,7 +132,8 @@ class LayerInspection:
 
     def positions(self, row: int = 0, head: int = 0) -> list[int]:
         """Logical positions of the tokens that a KV head of a sequence holds."""
-        return self.store.positions(self.index, row, head)
+        positions: list[int] = self.store.positions(self.index, row, head).tolist()
+        return positions
 
     def packed(self, row: int, head: int) -> dict[str, Tensor | int]:
         """What one KV head of a sequence stores packed.
@@ -141,17 +143,13 @@ class LayerInspection:
             shares them, `[n, groups]` where a group of channels does); `value_codes` and so on likewise; `key_start`
             and `value_start`: exact tokens before the packed ones. What is newer than the packed ones is held exactly.
         """
-        shape = self.store.shape(self.index)
         out: dict[str, Tensor | int] = {}
-        for name, side, dim in zip(
-            ("key", "value"), self.store.packed(self.index, row, head), shape[0][2:] if shape else (1, 1), strict=True
-        ):
-            start, codes, scale, zero, columns = side
-            columns = columns or (dim if name == "key" else 1)  # nothing is packed yet
+        sides = self.store.packed(self.index, row, head)
+        for name, (start, codes, scale, zero) in zip(("key", "value"), sides, strict=True):
             out[f"{name}_start"] = start
-            out[f"{name}_codes"] = torch.tensor(list(codes), dtype=torch.uint8).reshape(-1, dim)
-            out[f"{name}_scale"] = torch.tensor(scale).reshape(-1, columns)
-            out[f"{name}_zero"] = torch.tensor(zero).reshape(-1, columns)
+            out[f"{name}_codes"] = torch.from_numpy(codes)
+            out[f"{name}_scale"] = torch.from_numpy(scale)
+            out[f"{name}_zero"] = torch.from_numpy(zero)
         return out
 
     def outliers(self, row: int, head: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +158,10 @@ class LayerInspection:
         Returns:
             Two tensors `[n, 3]`: the packed token, the channel, and what the code there lacks (of keys before RoPE).
         """
-        keys, values = (torch.tensor(side).reshape(-1, 3) for side in self.store.outliers(self.index, row, head))
+        keys, values = (
+            torch.from_numpy(np.stack(side, 1).astype(np.float32))
+            for side in self.store.outliers(self.index, row, head)
+        )
         return keys, values
 
     def feedback_gains(
@@ -175,7 +176,7 @@ class LayerInspection:
 
     def key_bits(self, row: int, head: int) -> Tensor:
         """Bits `[pages, Dk]` of the key channels in each page of a KV head whose method grades them."""
-        return torch.tensor(self.store.key_bits(self.index, row, head), dtype=torch.uint8)
+        return torch.from_numpy(self.store.key_bits(self.index, row, head))
 
 
 class CacheInspection(Cache):
@@ -256,8 +257,9 @@ class CacheInspection(Cache):
         """
         positions = self.store.positions(layer if layer >= 0 else len(self.layers), row, head)
         if self.lazy is not None:
-            positions = sorted(self.lazy.held[layer][row, positions].tolist())
-        return positions
+            return sorted(self.lazy.held[layer][row, positions].tolist())
+        held: list[int] = positions.tolist()
+        return held
 
     @property
     def _packed(self) -> Iterator[LayerInspection]:

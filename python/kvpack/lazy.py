@@ -237,7 +237,7 @@ def _attention(cache: PackedCache, layer: int) -> Tensor:
     attention = cache.store.attention(layer)
     if attention is None or cache.lazy is None:
         raise ShapeError("attention of the newest query: given none, expected a forward through kvpack's attention")
-    return torch.tensor(attention).reshape(len(cache.lazy.ids), -1)
+    return torch.from_numpy(attention).reshape(len(cache.lazy.ids), -1)
 
 
 def _checked_schedule(schedule: Mapping[int, float] | None, layers: int) -> dict[int, float]:

@@ -29,7 +29,7 @@ pub use positions::Positions;
 pub use quest::{Bounds, BoundsMark, Quest};
 pub use received::{Attention, Received};
 pub use rope::{Rope, SPAN};
-pub use visibility::{BoolView, Mask, MaskData, Visibility};
+pub use visibility::{Mask, MaskData, Visibility};
 pub use votes::{Voters, add_votes};
 
 use std::ops::Range;

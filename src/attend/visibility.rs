@@ -2,44 +2,18 @@
 
 #![forbid(unsafe_code)]
 
+use ndarray::ArrayView4;
+
 use super::Positions;
-use crate::tensor::{Slice, View};
+use crate::tensor::{Slice, View, row_of};
 
 /// A mask's numbers.
 #[derive(Clone, Copy)]
 pub enum MaskData<'a> {
-    /// 1 byte a token, non-zero where it is visible, with its own shape and strides as in [`View`].
-    Bool(BoolView<'a>),
+    /// 1 byte a token, non-zero where it is visible, with strides as in [`View`].
+    Bool(ArrayView4<'a, u8>),
     /// Added to the scaled logits.
     Bias(View<'a>),
-}
-
-/// Booleans `[batch, heads, queries, tokens]` with strides; the last stride is 1.
-#[derive(Clone, Copy)]
-pub struct BoolView<'a> {
-    data: &'a [u8],
-    shape: [usize; 4],
-    strides: [usize; 3],
-}
-
-impl<'a> BoolView<'a> {
-    /// A view of `data`.
-    ///
-    /// # Panics
-    /// When `shape` and `strides` reach beyond `data`.
-    pub fn new(data: &'a [u8], shape: [usize; 4], strides: [usize; 3]) -> Self {
-        if shape.iter().all(|&n| n > 0) {
-            let last: usize = (0..3).map(|i| (shape[i] - 1) * strides[i]).sum::<usize>() + shape[3];
-            assert!(last <= data.len(), "mask of {} bytes for shape {shape:?}, strides {strides:?}", data.len());
-        }
-        Self { data, shape, strides }
-    }
-
-    /// The bytes at `[b, h, i]`.
-    pub fn row(&self, b: usize, h: usize, i: usize) -> &'a [u8] {
-        let at = b * self.strides[0] + h * self.strides[1] + i * self.strides[2];
-        &self.data[at..at + self.shape[3]]
-    }
 }
 
 /// A mask over logical positions: column `p` speaks of the token at position `p`. Batch and heads may be 1.
@@ -50,7 +24,7 @@ impl Mask<'_> {
     /// `[batch or 1, query heads or 1, queries, positions]`.
     pub fn shape(&self) -> [usize; 4] {
         match self.0 {
-            MaskData::Bool(m) => m.shape,
+            MaskData::Bool(m) => m.dim().into(),
             MaskData::Bias(m) => m.shape(),
         }
     }
@@ -60,10 +34,11 @@ impl Mask<'_> {
         let MaskData::Bool(m) = self.0 else {
             return false;
         };
-        if m.shape[1] != 1 || m.shape[2] != 1 {
+        let (batch, heads, queries, _) = m.dim();
+        if heads != 1 || queries != 1 {
             return false;
         }
-        let row = m.row(b.min(m.shape[0] - 1), 0, 0);
+        let row = row_of(&m, [b.min(batch - 1), 0, 0]);
         held.runs().all(|(start, len)| row[start as usize..][..len as usize].iter().all(|&x| x != 0))
     }
 }
@@ -104,7 +79,8 @@ impl<'a> Visibility<'a> {
                 }
             }
             Some(Mask(MaskData::Bool(m))) => {
-                let row = m.row(self.batch_row.min(m.shape[0] - 1), head.min(m.shape[1] - 1), i);
+                let (nb, nh, ..) = m.dim();
+                let row = row_of(&m, [self.batch_row.min(nb - 1), head.min(nh - 1), i]);
                 for (s, &p) in scores.iter_mut().zip(positions) {
                     if row[p as usize] == 0 {
                         *s = f32::NEG_INFINITY;

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use numpy::{IntoPyArray, PyArray1};
 use pyo3::prelude::*;
 
 use super::errors::to_python;
@@ -14,6 +15,7 @@ use crate::attend::kernels::{self, Kernels};
 use crate::attend::{Quest, Softmax};
 use crate::cache::{self, KvHead, Readers, Request, Side};
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::pool;
 use crate::quantize::Codec;
 use crate::tensor::Kept;
@@ -111,16 +113,17 @@ impl Cache {
         result.map_err(|e| to_python(py, &e))
     }
 
-    /// What a KV head of a sequence tells; of a layer that has stored nothing yet, nothing.
+    /// What a KV head of a sequence tells, with its dims of keys and values; of a layer that has stored nothing yet, nothing.
     fn of_head<R: Default + Send>(
         &self,
         py: Python<'_>,
         [layer, row, head]: [usize; 3],
-        tell: impl FnOnce(&KvHead) -> R + Send,
+        tell: impl FnOnce(&KvHead, [usize; 2]) -> R + Send,
     ) -> PyResult<R> {
         self.look(py, |cache| {
             let layer = cache.layer(layer)?;
-            if layer.seen() == 0 { Ok(R::default()) } else { layer.head(row, head).map(tell) }
+            let Some(shape) = layer.shape() else { return Ok(R::default()) };
+            layer.head(row, head).map(|head| tell(head, [shape.key_dim, shape.value_dim]))
         })
     }
 
@@ -426,8 +429,8 @@ impl Cache {
     }
 
     /// Positions that a KV head of a sequence holds.
-    fn positions(&self, py: Python<'_>, layer: usize, row: usize, head: usize) -> PyResult<Vec<u32>> {
-        self.look(py, |cache| cache.positions(layer, row, head))
+    fn positions(&self, py: Python<'_>, layer: usize, row: usize, head: usize) -> PyResult<inspect::Positions> {
+        self.look(py, |cache| cache.positions(layer, row, head).map(inspect::Positions::from))
     }
 
     /// Attention calls of a layer: prefill, fused, materialised.
@@ -484,18 +487,19 @@ impl Cache {
     }
 
     /// What the newest query attended to in a layer, `[B x seen]`, the mean over its heads; `None` where that was not watched.
-    fn attention(&self, py: Python<'_>, layer: usize) -> PyResult<Option<Vec<f32>>> {
-        self.look(py, |cache| Ok(cache.attention(layer)?.map(<[f32]>::to_vec)))
+    fn attention(&self, py: Python<'_>, layer: usize) -> PyResult<Option<Py<PyArray1<f32>>>> {
+        let attention = self.look(py, |cache| Ok(cache.attention(layer)?.map(memory::copied)))?;
+        Ok(attention.map(|attention| attention.into_pyarray(py).unbind()))
     }
 
     /// What feedback could gain at most, and whether it is used, for keys and for values of a KV head; `None` where there is none.
     fn feedback_gains(&self, py: Python<'_>, layer: usize, row: usize, head: usize) -> PyResult<(Gain, Gain)> {
-        self.of_head(py, [layer, row, head], |head| head.gains().into())
+        self.of_head(py, [layer, row, head], |head, _| head.gains().into())
     }
 
     /// Bits of every key channel in each of a KV head's graded pages.
-    fn key_bits(&self, py: Python<'_>, layer: usize, row: usize, head: usize) -> PyResult<Vec<Vec<u8>>> {
-        self.of_head(py, [layer, row, head], inspect::key_bits)
+    fn key_bits(&self, py: Python<'_>, layer: usize, row: usize, head: usize) -> PyResult<inspect::Bits> {
+        self.of_head(py, [layer, row, head], |head, [dim, _]| inspect::key_bits(head, dim))
     }
 
     /// What a KV head of a sequence keeps beside its codes, of keys and of values: packed token, channel, and what the code
@@ -507,7 +511,7 @@ impl Cache {
         row: usize,
         head: usize,
     ) -> PyResult<(inspect::Outliers, inspect::Outliers)> {
-        self.of_head(py, [layer, row, head], inspect::outliers)
+        self.of_head(py, [layer, row, head], |head, _| inspect::outliers(head))
     }
 
     /// What a KV head of a sequence stores packed.
@@ -518,6 +522,6 @@ impl Cache {
         row: usize,
         head: usize,
     ) -> PyResult<(inspect::Packed, inspect::Packed)> {
-        self.of_head(py, [layer, row, head], |head| (inspect::keys(head), inspect::values(head)))
+        self.of_head(py, [layer, row, head], |head, [k, v]| (inspect::keys(head, k), inspect::values(head, v)))
     }
 }

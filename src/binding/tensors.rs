@@ -1,10 +1,12 @@
 //! Tensors cross as (pointer, dtype, shape, strides); `kvpack._tensors` makes these tuples and keeps the tensor alive.
 
+use half::{bf16, f16};
+use ndarray::{ArrayView4, ArrayViewMut4, ShapeBuilder};
 use pyo3::prelude::*;
 
-use crate::attend::{BoolView, Mask, MaskData};
+use crate::attend::{Mask, MaskData};
 use crate::error::{Error, Result};
-use crate::tensor::{Dtype, View, ViewMut};
+use crate::tensor::{Dtype, View, ViewMut, row_of};
 
 /// A strided 4-D CPU tensor of someone else.
 pub(super) struct Tensor(usize, String, [usize; 4], [usize; 4]);
@@ -49,9 +51,15 @@ impl Tensor {
     pub(super) unsafe fn view<'a>(&self, what: &'static str) -> Result<View<'a>> {
         let dtype = Dtype::from_name(what, &self.1)?;
         self.check(what, dtype.size())?;
-        let strides = [self.3[0], self.3[1], self.3[2]];
-        // SAFETY: by this function's contract; alignment was checked.
-        Ok(unsafe { View::new(self.0 as *const u8, dtype, self.2, strides) })
+        let layout = self.2.strides(self.3);
+        // SAFETY: by this function's contract; the pointer, its alignment and the reach of the strides were checked.
+        Ok(unsafe {
+            match dtype {
+                Dtype::F32 => View::F32(ArrayView4::from_shape_ptr(layout, self.0 as *const f32)),
+                Dtype::F16 => View::F16(ArrayView4::from_shape_ptr(layout, self.0 as *const f16)),
+                Dtype::Bf16 => View::Bf16(ArrayView4::from_shape_ptr(layout, self.0 as *const bf16)),
+            }
+        })
     }
 
     /// Writes the contiguous tensor while `'a` lasts.
@@ -73,19 +81,23 @@ impl Tensor {
             });
         }
         // SAFETY: by this function's contract; alignment and strides were checked.
-        Ok(unsafe { ViewMut::new(self.0 as *mut u8, dtype, s) })
+        Ok(unsafe {
+            match dtype {
+                Dtype::F32 => ViewMut::F32(ArrayViewMut4::from_shape_ptr(s, self.0 as *mut f32)),
+                Dtype::F16 => ViewMut::F16(ArrayViewMut4::from_shape_ptr(s, self.0 as *mut f16)),
+                Dtype::Bf16 => ViewMut::Bf16(ArrayViewMut4::from_shape_ptr(s, self.0 as *mut bf16)),
+            }
+        })
     }
 
     /// Reads booleans, 1 byte each, while `'a` lasts.
     ///
     /// # Safety
     /// As [`Self::view`].
-    unsafe fn bools<'a>(&self, what: &'static str) -> Result<BoolView<'a>> {
+    unsafe fn bools<'a>(&self, what: &'static str) -> Result<ArrayView4<'a, u8>> {
         self.check(what, 1)?;
-        let len = if self.2.contains(&0) { 0 } else { (0..4).map(|i| (self.2[i] - 1) * self.3[i]).sum::<usize>() + 1 };
-        // SAFETY: by this function's contract, all that shape and strides reach is readable.
-        let data = unsafe { std::slice::from_raw_parts(self.0 as *const u8, len) };
-        Ok(BoolView::new(data, self.2, [self.3[0], self.3[1], self.3[2]]))
+        // SAFETY: by this function's contract; the pointer and the reach of the strides were checked.
+        Ok(unsafe { ArrayView4::from_shape_ptr(self.2.strides(self.3), self.0 as *const u8) })
     }
 
     /// Booleans `[B, 1, 1, n]`, row after row.
@@ -101,7 +113,7 @@ impl Tensor {
         }
         // SAFETY: by this function's contract.
         let flags = unsafe { self.bools(what)? };
-        Ok((0..self.2[0]).flat_map(|b| flags.row(b, 0, 0)).map(|&x| x != 0).collect())
+        Ok((0..self.2[0]).flat_map(|b| row_of(&flags, [b, 0, 0])).map(|&x| x != 0).collect())
     }
 
     /// Reads a mask, boolean or additive, while `'a` lasts.

@@ -200,6 +200,7 @@ impl Cache {
         self.settle_forward()?;
         let packed = self.packed_mut(i)?;
         expect("layer: tokens before another cache's are packed", packed.seen(), 0)?;
+        let (k, v) = (&k.reborrow(), &v.reborrow());
         packed.layer.check(k, v)?;
         let loaded = error::caught(|| packed.layer.append(&New { k, v, valid, readers: None, settle: true }));
         if loaded.is_err() {

@@ -192,7 +192,7 @@ impl Cache {
         self.step(|cache| {
             let recording = cache.recording.is_some();
             let packed = cache.packed_mut(i)?;
-            let Request { query, softmax, sinks, .. } = *request;
+            let (query, Request { softmax, sinks, .. }) = (request.query.reborrow(), *request);
             let readers = Readers { query: &query, softmax, sinks };
             packed.check_center(&readers)?;
             packed.store(valid, Some(readers), recording)?;

@@ -132,6 +132,8 @@ impl Packed {
         let (k, v) = (&k.view(), &v.view());
         let settle = !recording && self.layer.seen() == 0;
         let readers = readers.filter(|_| self.layer.wants_queries());
+        let query = readers.map(|readers| readers.query.reborrow());
+        let readers = readers.zip(query.as_ref()).map(|(readers, query)| Readers { query, ..readers });
         self.layer.append(&New { k, v, valid, readers, settle })
     }
 

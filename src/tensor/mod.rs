@@ -7,7 +7,7 @@ mod rows;
 mod view;
 
 pub use rows::{Held, Rows};
-pub use view::{Kept, View, ViewMut};
+pub use view::{Kept, View, ViewMut, row_of};
 
 use std::ops::Range;
 

@@ -1,54 +1,69 @@
-//! Borrowed tensors of other owners, with strides.
+//! Borrowed tensors of other owners, with strides: ndarray's views in the formats that models use.
 
 use std::any::Any;
-use std::marker::PhantomData;
 use std::sync::Arc;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use ndarray::{ArrayView4, ArrayViewMut4, Axis};
 
 use super::{Dtype, Limit, Slice};
 use crate::error::{Error, Result};
 
 /// A borrowed 4-D tensor `[batch, heads, tokens, dim]` with strides; the last stride is 1.
 #[derive(Clone, Copy)]
-pub struct View<'a> {
-    ptr: *const u8,
-    dtype: Dtype,
-    shape: [usize; 4],
-    strides: [usize; 3],
-    owner: PhantomData<&'a [u8]>,
+pub enum View<'a> {
+    /// Single precision.
+    F32(ArrayView4<'a, f32>),
+    /// Half precision.
+    F16(ArrayView4<'a, f16>),
+    /// bfloat16.
+    Bf16(ArrayView4<'a, bf16>),
 }
 
-// SAFETY: a view only reads, and the memory outlives it by the contract of `View::new`.
-unsafe impl Send for View<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for View<'_> {}
+/// A contiguous 4-D tensor of another owner that is written to.
+pub enum ViewMut<'a> {
+    /// Single precision.
+    F32(ArrayViewMut4<'a, f32>),
+    /// Half precision.
+    F16(ArrayViewMut4<'a, f16>),
+    /// bfloat16.
+    Bf16(ArrayViewMut4<'a, bf16>),
+}
+
+macro_rules! each_view {
+    ($kind:ident, $view:expr, $x:ident => $body:expr) => {
+        match $view {
+            $kind::F32($x) => $body,
+            $kind::F16($x) => $body,
+            $kind::Bf16($x) => $body,
+        }
+    };
+}
 
 impl<'a> View<'a> {
-    /// A view of `shape` numbers at `ptr`; `strides` are in numbers, for batch, heads and tokens.
-    ///
-    /// # Safety
-    /// `ptr` must be aligned for `dtype`, and every number reached by `shape` and `strides` must be
-    /// readable and unchanged for `'a`.
-    pub unsafe fn new(ptr: *const u8, dtype: Dtype, shape: [usize; 4], strides: [usize; 3]) -> Self {
-        Self { ptr, dtype, shape, strides, owner: PhantomData }
-    }
-
     /// A view of a contiguous slice, for tests and for callers in Rust.
     ///
     /// # Panics
     /// When the slice's length is not the product of `shape`.
     pub fn of_slice(data: Slice<'a>, shape: [usize; 4]) -> Self {
         assert_eq!(data.len(), shape.iter().product::<usize>());
-        let (ptr, dtype) = match data {
-            Slice::F32(x) => (x.as_ptr().cast(), Dtype::F32),
-            Slice::F16(x) => (x.as_ptr().cast(), Dtype::F16),
-            Slice::Bf16(x) => (x.as_ptr().cast(), Dtype::Bf16),
-        };
-        let strides = [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3]];
-        // SAFETY: the slice is alive for 'a and has exactly the numbers that shape and strides reach.
-        unsafe { Self::new(ptr, dtype, shape, strides) }
+        let whole = "the slice has the shape's length";
+        match data {
+            Slice::F32(x) => Self::F32(ArrayView4::from_shape(shape, x).expect(whole)),
+            Slice::F16(x) => Self::F16(ArrayView4::from_shape(shape, x).expect(whole)),
+            Slice::Bf16(x) => Self::Bf16(ArrayView4::from_shape(shape, x).expect(whole)),
+        }
+    }
+
+    /// The same for a shorter time: unlike references, ndarray's views do not shorten by themselves.
+    #[must_use]
+    pub fn reborrow(&self) -> View<'_> {
+        match *self {
+            Self::F32(x) => View::F32(x.reborrow()),
+            Self::F16(x) => View::F16(x.reborrow()),
+            Self::Bf16(x) => View::Bf16(x.reborrow()),
+        }
     }
 
     /// The newest token alone.
@@ -57,20 +72,25 @@ impl<'a> View<'a> {
     /// When there is none.
     #[must_use]
     pub fn newest(&self) -> Self {
-        let [batch, heads, tokens, dim] = self.shape;
-        // SAFETY: the last token is within what `new` promised to be readable.
-        let ptr = unsafe { self.ptr.add((tokens - 1) * self.strides[2] * self.dtype.size()) };
-        Self { ptr, shape: [batch, heads, 1, dim], ..*self }
+        match *self {
+            Self::F32(x) => Self::F32(newest_of(x)),
+            Self::F16(x) => Self::F16(newest_of(x)),
+            Self::Bf16(x) => Self::Bf16(newest_of(x)),
+        }
     }
 
     /// `[batch, heads, tokens, dim]`.
     pub fn shape(&self) -> [usize; 4] {
-        self.shape
+        each_view!(View, self, x => x.dim().into())
     }
 
     /// The number format.
     pub fn dtype(&self) -> Dtype {
-        self.dtype
+        match self {
+            Self::F32(_) => Dtype::F32,
+            Self::F16(_) => Dtype::F16,
+            Self::Bf16(_) => Dtype::Bf16,
+        }
     }
 
     /// The `dim` numbers at `[b, h, t]`.
@@ -78,21 +98,15 @@ impl<'a> View<'a> {
     /// # Panics
     /// When an index is out of bounds.
     pub fn row(&self, b: usize, h: usize, t: usize) -> Slice<'a> {
-        let [nb, nh, nt, d] = self.shape;
-        assert!(b < nb && h < nh && t < nt, "row [{b}, {h}, {t}] of {:?}", self.shape);
-        let at = b * self.strides[0] + h * self.strides[1] + t * self.strides[2];
-        // SAFETY: the indices are within `shape`, and `new` promised that all of `shape` is readable.
-        unsafe {
-            match self.dtype {
-                Dtype::F32 => Slice::F32(std::slice::from_raw_parts(self.ptr.cast::<f32>().add(at), d)),
-                Dtype::F16 => Slice::F16(std::slice::from_raw_parts(self.ptr.cast::<f16>().add(at), d)),
-                Dtype::Bf16 => Slice::Bf16(std::slice::from_raw_parts(self.ptr.cast::<bf16>().add(at), d)),
-            }
+        match self {
+            Self::F32(x) => Slice::F32(row_of(x, [b, h, t])),
+            Self::F16(x) => Slice::F16(row_of(x, [b, h, t])),
+            Self::Bf16(x) => Slice::Bf16(row_of(x, [b, h, t])),
         }
     }
 
     fn rows(&self) -> impl Iterator<Item = [usize; 3]> + use<> {
-        let [nb, nh, nt, _] = self.shape;
+        let [nb, nh, nt, _] = self.shape();
         (0..nb).flat_map(move |b| (0..nh).flat_map(move |h| (0..nt).map(move |t| [b, h, t])))
     }
 
@@ -103,7 +117,7 @@ impl<'a> View<'a> {
     /// largest number.
     pub fn check_magnitude(&self, what: &'static str, limit: Limit) -> Result<()> {
         // No vector of numbers up to this is too long.
-        let surely = limit.number.min(limit.norm / (self.shape[3] as f32).sqrt());
+        let surely = limit.number.min(limit.norm / (self.shape()[3] as f32).sqrt());
         for [b, h, t] in self.rows() {
             let row = self.row(b, h, t);
             if row.first_beyond(surely).is_none() {
@@ -128,78 +142,84 @@ impl<'a> View<'a> {
 
     /// Whether batch rows `a` and `b` hold the same bits.
     pub fn same_rows(&self, a: usize, b: usize) -> bool {
-        let [_, nh, nt, _] = self.shape;
+        let [_, nh, nt, _] = self.shape();
         (0..nh).all(|h| (0..nt).all(|t| self.row(a, h, t).same_bits(self.row(b, h, t))))
     }
 }
 
-/// A contiguous 4-D tensor of another owner that is written to.
-pub struct ViewMut<'a> {
-    ptr: *mut u8,
-    dtype: Dtype,
-    shape: [usize; 4],
-    owner: PhantomData<&'a mut [u8]>,
+fn newest_of<T>(x: ArrayView4<'_, T>) -> ArrayView4<'_, T> {
+    let tokens = x.len_of(Axis(2));
+    x.split_at(Axis(2), tokens - 1).1
 }
 
-// SAFETY: a view owns its memory exclusively for 'a, by the contract of `ViewMut::new`.
-unsafe impl Send for ViewMut<'_> {}
+/// The numbers at `[b, h, t]` of a tensor whose last stride is 1.
+///
+/// # Panics
+/// When an index is out of bounds, or the last stride is not 1.
+pub fn row_of<'a, T>(x: &ArrayView4<'a, T>, [b, h, t]: [usize; 3]) -> &'a [T] {
+    let ((nb, nh, nt, d), strides) = (x.dim(), x.strides());
+    assert!(b < nb && h < nh && t < nt && (strides[3] == 1 || d <= 1), "row [{b}, {h}, {t}] of {:?}", x.shape());
+    let at = b as isize * strides[0] + h as isize * strides[1] + t as isize * strides[2];
+    // ndarray's own slicing takes four times as long.
+    // SAFETY: the indices are within the shape, all of which an `ArrayView4` may read while 'a lasts.
+    unsafe { std::slice::from_raw_parts(x.as_ptr().offset(at), d) }
+}
 
 impl<'a> ViewMut<'a> {
-    /// A contiguous tensor of `shape` numbers at `ptr`.
-    ///
-    /// # Safety
-    /// `ptr` must be aligned for `dtype`, and all of `shape` must be writable and not touched by
-    /// anyone else for `'a`.
-    pub unsafe fn new(ptr: *mut u8, dtype: Dtype, shape: [usize; 4]) -> Self {
-        Self { ptr, dtype, shape, owner: PhantomData }
-    }
-
     /// A view of a slice, for tests and for callers in Rust.
     ///
     /// # Panics
     /// When the slice's length is not the product of `shape`.
     pub fn of_slice(data: &'a mut [f32], shape: [usize; 4]) -> Self {
         assert_eq!(data.len(), shape.iter().product::<usize>());
-        // SAFETY: the slice is ours for 'a and has exactly the numbers of `shape`.
-        unsafe { Self::new(data.as_mut_ptr().cast(), Dtype::F32, shape) }
+        Self::F32(ArrayViewMut4::from_shape(shape, data).expect("the slice has the shape's length"))
     }
 
     /// The sizes, in the order of the strides.
     pub fn shape(&self) -> [usize; 4] {
-        self.shape
+        each_view!(ViewMut, self, x => x.dim().into())
     }
 
     /// Writes the row at index `[i, j, k]`, rounded to the tensor's dtype.
     ///
     /// # Panics
     /// When an index is out of bounds or `row` has another length than the last dimension.
-    pub fn write_row(&mut self, [i, j, k]: [usize; 3], row: &[f32]) {
-        let [ni, nj, nk, d] = self.shape;
-        assert!(i < ni && j < nj && k < nk && row.len() == d, "row [{i}, {j}, {k}] of {:?}", self.shape);
-        let at = ((i * nj + j) * nk + k) * d;
-        // SAFETY: the indices are within `shape`, which `new` promised to be ours alone.
-        unsafe {
-            match self.dtype {
-                Dtype::F32 => std::slice::from_raw_parts_mut(self.ptr.cast::<f32>().add(at), d).copy_from_slice(row),
-                Dtype::F16 => {
-                    std::slice::from_raw_parts_mut(self.ptr.cast::<f16>().add(at), d).convert_from_f32_slice(row);
-                }
-                Dtype::Bf16 => {
-                    std::slice::from_raw_parts_mut(self.ptr.cast::<bf16>().add(at), d).convert_from_f32_slice(row);
-                }
-            }
+    pub fn write_row(&mut self, at: [usize; 3], row: &[f32]) {
+        match self {
+            Self::F32(x) => row_mut(x, at).copy_from_slice(row),
+            Self::F16(x) => row_mut(x, at).convert_from_f32_slice(row),
+            Self::Bf16(x) => row_mut(x, at).convert_from_f32_slice(row),
         }
     }
 
     /// The tensor cut at its two first dimensions, in their order, into parts that can be written apart.
     pub fn split(self) -> Vec<ViewMut<'a>> {
-        let [ni, nj, nk, d] = self.shape;
-        let part = |i: usize| {
-            // SAFETY: part i is the i-th of ni * nj disjoint pieces of what `new` promised to be ours.
-            unsafe { ViewMut::new(self.ptr.add(i * nk * d * self.dtype.size()), self.dtype, [1, 1, nk, d]) }
-        };
-        (0..ni * nj).map(part).collect()
+        match self {
+            Self::F32(x) => parts(x).map(ViewMut::F32).collect(),
+            Self::F16(x) => parts(x).map(ViewMut::F16).collect(),
+            Self::Bf16(x) => parts(x).map(ViewMut::Bf16).collect(),
+        }
     }
+}
+
+fn row_mut<'a, T>(x: &'a mut ArrayViewMut4<'_, T>, [i, j, k]: [usize; 3]) -> &'a mut [T] {
+    let x = x.view_mut().index_axis_move(Axis(0), i).index_axis_move(Axis(0), j).index_axis_move(Axis(0), k);
+    x.into_slice().expect("the last stride is 1")
+}
+
+fn parts<T>(x: ArrayViewMut4<'_, T>) -> impl Iterator<Item = ArrayViewMut4<'_, T>> {
+    along(x, Axis(0)).flat_map(|x| along(x, Axis(1)))
+}
+
+/// The tensor cut along an axis into parts of size 1.
+fn along<T>(x: ArrayViewMut4<'_, T>, axis: Axis) -> impl Iterator<Item = ArrayViewMut4<'_, T>> {
+    let mut rest = Some(x);
+    std::iter::from_fn(move || {
+        let x = rest.take().filter(|x| x.len_of(axis) > 0)?;
+        let (first, others) = x.split_at(axis, 1);
+        rest = Some(others);
+        Some(first)
+    })
 }
 
 /// A tensor of another owner, and a part in the ownership.
@@ -222,7 +242,7 @@ impl Kept {
 
     /// The tensor.
     pub fn view(&self) -> View<'_> {
-        self.view
+        self.view.reborrow()
     }
 
     /// Who keeps its memory.

@@ -1,10 +1,11 @@
 //! A layer's attention against softmax(q k / sqrt(d)) v in f64 over the keys and values that it says it holds.
 
 use kvpack::attend::kernels::{Kernels, available};
-use kvpack::attend::{BoolView, Mask, MaskData, Softmax};
+use kvpack::attend::{Mask, MaskData, Softmax};
 use kvpack::cache::{Layer, New, Request, Side};
 use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated, Spacing};
 use kvpack::tensor::{Slice, View, ViewMut};
+use ndarray::ArrayView4;
 
 use super::kvquant::kvquant;
 use super::threads;
@@ -209,7 +210,7 @@ fn threads_agree() {
         layer.settle();
         let q = numbers(heads * 3 * queries * 64, 2);
         let mask = vec![1u8; queries * tokens];
-        let shown = Mask(MaskData::Bool(BoolView::new(&mask, [1, 1, queries, tokens], [queries * tokens, 0, tokens])));
+        let shown = Mask(MaskData::Bool(ArrayView4::from_shape([1, 1, queries, tokens], &mask[..]).unwrap()));
         let softmax = Softmax { scaling: 0.125, softcap: None };
         let dense = dense(&layer, &case, available()[0]);
         let want = reference(&case, &dense, &q, [queries, tokens], softmax, None, &|_, _, _| true);
@@ -250,8 +251,7 @@ fn masks_decide_and_pads_are_not_stored() {
         let shown: Vec<u8> = (0..2 * queries * seen)
             .map(|i| u8::from(!(i % seen).is_multiple_of(3) && (i / seen / queries == 1 || i % seen >= 7)))
             .collect();
-        let mask =
-            Mask(MaskData::Bool(BoolView::new(&shown, [2, 1, queries, seen], [queries * seen, queries * seen, seen])));
+        let mask = Mask(MaskData::Bool(ArrayView4::from_shape([2, 1, queries, seen], &shown[..]).unwrap()));
         let got = attend(&layer, &case, &q, queries, Some(mask), softmax, None, kernels);
         let bias: Vec<f32> = shown.iter().map(|&x| if x == 0 { f32::NEG_INFINITY } else { 0.0 }).collect();
         let additive = Mask(MaskData::Bias(View::of_slice(Slice::F32(&bias), [2, 1, queries, seen])));
