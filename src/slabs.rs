@@ -645,7 +645,7 @@ mod tests {
 
     #[test]
     fn a_class_is_at_most_a_sixteenth_larger() {
-        for size in 1..=MOST {
+        for size in (1..=MOST).step_by(if cfg!(miri) { 997 } else { 1 }) {
             let (class, room) = (class_of(size), size_of_class(class_of(size)));
             assert!(class < CLASSES && size <= room && room < size + LINE.max(size / STEPS + 1), "{size}");
             assert!(size <= LINE || size_of_class(class - 1) < size, "{size}");

@@ -2,12 +2,15 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// The pool, and the process whose threads it has: a fork has none of them.
-static POOL: Mutex<Option<(u32, Arc<ThreadPool>)>> = Mutex::new(None);
+static POOL: Mutex<Option<Arc<ThreadPool>>> = Mutex::new(None);
+
+/// The process that the pool's threads are of; a fork has none of them.
+static PROCESS: AtomicU32 = AtomicU32::new(0);
 
 /// Runs `member` on the caller and on `threads - 1` threads of the pool, or on as many as the system grants.
 pub(super) fn run(threads: usize, member: &(dyn Fn() + Sync)) {
@@ -20,20 +23,21 @@ pub(super) fn run(threads: usize, member: &(dyn Fn() + Sync)) {
     }
 }
 
-/// The pool, with at least so many threads; `None` when the system grants them not, or another caller is at it.
+/// The pool, with at least so many threads; `None` when the system grants them not.
 fn pool(threads: usize) -> Option<Arc<ThreadPool>> {
-    // Who forks may leave the lock taken in the child, for ever: nobody waits for it.
-    let mut held = POOL.try_lock().ok()?;
-    let process = std::process::id();
-    match held.take() {
-        Some((owner, pool)) if owner == process && pool.current_num_threads() >= threads => *held = Some((owner, pool)),
-        // What is left of the parent's pool is let be: its end would be told to threads that are not there.
-        Some((owner, pool)) if owner != process => std::mem::forget(pool),
-        _ => {}
+    let here = std::process::id();
+    let same =
+        PROCESS.compare_exchange(0, here, Ordering::Relaxed, Ordering::Relaxed).map_or_else(|p| p == here, |_| true);
+    // Where a fork left the lock taken, it is so for ever, and nobody waits for it.
+    let mut held = if same { super::lock(&POOL) } else { POOL.try_lock().ok()? };
+    if !same {
+        // The parent's pool is let be: its end would be told to threads that are not there.
+        std::mem::forget(held.take());
+        PROCESS.store(here, Ordering::Relaxed);
     }
-    if held.is_none() {
-        let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kvpack-{i}")).build().ok()?;
-        *held = Some((process, Arc::new(pool)));
+    if held.as_ref().is_none_or(|pool| pool.current_num_threads() < threads) {
+        let name = |i| format!("kvpack-{i}");
+        *held = Some(Arc::new(ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build().ok()?));
     }
-    held.as_ref().map(|(_, pool)| Arc::clone(pool))
+    held.clone()
 }

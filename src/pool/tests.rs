@@ -48,6 +48,7 @@ fn teams() {
 
 /// A process that is forked while it has a pool: the child's calls work, with threads of its own or alone.
 #[cfg(unix)]
+#[allow(unsafe_code)]
 fn forks_work() {
     several_threads_take_part();
     // SAFETY: the child only computes, and leaves without running anybody's handlers.
