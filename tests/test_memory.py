@@ -64,8 +64,8 @@ def test_the_process_grows_by_what_memory_says(fresh: Any, codec: Any, record_pr
     assert abs(grown / told - 1) < 0.1
 
 
-# Run as RSS, argv = this folder: caches of many methods, lengths and evictions come and go, several alive at a time. Prints what
-# memory() says and what the process grew by, now and then, at last with no cache alive.
+# Run as RSS, argv = this folder: caches of many methods, lengths and evictions come and go, several alive at a time.
+# Prints what memory() says and what the process grew by, now and then, at last with no cache alive.
 SERVER = """
 import ctypes, gc, random, resource, sys
 sys.path.insert(0, sys.argv[1])
@@ -87,7 +87,8 @@ numbers = torch.randn(3, 1, HEADS, 1600, 64)
 
 def serve(tokens, steps, codec, eviction):
     eviction = None if isinstance(codec, kvpack.KVQuant) else eviction  # its keys are held in whole runs
-    cache = kvpack.PackedCache(tiny_config(layers=1, heads=HEADS, kv_heads=HEADS, head_dim=64), quantize=codec, evict=eviction)
+    config = tiny_config(layers=1, heads=HEADS, kv_heads=HEADS, head_dim=64)
+    cache = kvpack.PackedCache(config, quantize=codec, evict=eviction)
     q, k, v = (x[:, :, :tokens].contiguous() for x in numbers)
     forward(cache, k, v, q)
     for t in range(steps):
@@ -155,8 +156,8 @@ config = tiny_config(layers=1, heads=8, kv_heads=8, head_dim=128)
 with torch.no_grad():
     for i, codec in enumerate(CODECS):
         def new():
-            # KVQuant's keys are held in whole runs.
-            return kvpack.PackedCache(config, quantize=codec, evict=None if isinstance(codec, kvpack.KVQuant) else evictions[i % 4])
+            eviction = None if isinstance(codec, kvpack.KVQuant) else evictions[i % 4]  # keys in whole runs
+            return kvpack.PackedCache(config, quantize=codec, evict=eviction)
         fill(new())
         for size in [*range(0, 1 << 22, 1 << 19), *range(1 << 22, 64 << 20, 7 << 19)]:
             cache = new()

@@ -7,6 +7,7 @@ use super::layer::{Layer, New, Sequence, chosen};
 use crate::attend::kernels::Kernels;
 use crate::attend::{Attention, Bounds, Rope, Scratch};
 use crate::evict::{Candidates, Eviction, NewQueries, Place, Queries, Scorer, select};
+use crate::memory;
 use crate::pool;
 use crate::quantize::{KeyPage, Moved, SHORT};
 
@@ -49,7 +50,7 @@ impl KvHead {
         let tokens = &tokens[tokens.len() - newest..];
         let [_, heads, _, dim] = readers.query.shape();
         let group = heads / kv_heads;
-        let mut q = vec![0.0; newest * group * dim];
+        let mut q = memory::zeros(newest * group * dim);
         let places = tokens.iter().flat_map(|&t| (h * group..(h + 1) * group).map(move |reader| (t, reader)));
         for (q, (t, reader)) in q.chunks_exact_mut(dim).zip(places) {
             readers.query.row(b, reader, t).to_f32(q);
@@ -108,7 +109,7 @@ impl KvHead {
         } else {
             eviction.scores(&view, place, &self.observed, &mut Scratch::new(chosen()))
         };
-        scores.resize(self.positions.len(), 0.0);
+        memory::resize(&mut scores, self.positions.len());
         eviction.candidates(&view, place, self.observed.prompt, scores)
     }
 
@@ -200,7 +201,7 @@ fn evict_row(eviction: &Eviction, row: &mut Sequence) -> bool {
 
 /// Gives every token the mean of the heads' scores.
 fn share(heads: &mut [Candidates]) {
-    let mut mean = vec![0.0; heads[0].scores.len()];
+    let mut mean = memory::zeros(heads[0].scores.len());
     for head in heads.iter() {
         mean.iter_mut().zip(&head.scores).for_each(|(mean, score)| *mean += score / heads.len() as f32);
     }

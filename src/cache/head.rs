@@ -10,6 +10,7 @@ use crate::attend::{
     Bounds, BoundsMark, CHUNK, Head, KeyChunk, Positions, Quest, Scratch, key_chunks, padded, tile_rows,
 };
 use crate::evict::Observed;
+use crate::memory;
 use crate::quantize::{Codec, KeyPage, SAMPLES, SHORT, ValuePage};
 use crate::tensor::{Dtype, Rows, View};
 
@@ -149,7 +150,7 @@ impl KvHead {
         let step = tokens.len().div_ceil(SAMPLES).max(1);
         let readers = heads / kv_heads;
         let places = tokens.iter().step_by(step).flat_map(|&t| (h * readers..(h + 1) * readers).map(move |r| (r, t)));
-        let mut q = vec![0.0; places.clone().count() * dim];
+        let mut q = memory::zeros(places.clone().count() * dim);
         q.chunks_exact_mut(dim).zip(places).for_each(|(q, (reader, t))| query.row(b, reader, t).to_f32(q));
         self.keys.plan_mut().observe_moment(&q, dim, chosen());
     }
@@ -229,7 +230,7 @@ impl KvHead {
     /// Calls `write(position, key)` for every token held, dequantised.
     pub(super) fn each_key(&self, scratch: &mut Scratch, mut write: impl FnMut(u32, &[f32])) {
         let d = self.keys.tail.dim();
-        let (mut tile, mut key) = (vec![0.0; tile_rows(d) * CHUNK], vec![0.0; d]);
+        let (mut tile, mut key) = (memory::zeros(tile_rows(d) * CHUNK), memory::zeros(d));
         let mut positions = Vec::new();
         for KeyChunk { segment, first, tokens: n, at } in key_chunks(&self.keys.parts()) {
             segment.tile(first, n, MatMut::new(&mut tile, tile_rows(d), CHUNK), scratch);
@@ -252,7 +253,7 @@ impl KvHead {
     /// Calls `write(position, value)` for every token held, dequantised.
     pub(super) fn each_value(&self, scratch: &mut Scratch, mut write: impl FnMut(u32, &[f32])) {
         let d = self.values.tail.dim();
-        let mut tile = vec![0.0; padded(d) * CHUNK];
+        let mut tile = memory::zeros(padded(d) * CHUNK);
         let mut positions = Vec::new();
         let mut base = 0;
         for part in self.values.parts() {

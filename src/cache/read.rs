@@ -12,6 +12,7 @@ use crate::attend::{
     attend_one, chunks_in, key_chunks,
 };
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::pool;
 use crate::tensor::{View, ViewMut};
 
@@ -107,14 +108,14 @@ impl Layer {
         let [batch, query_heads, queries, _] = request.query.shape();
         expect("query: tokens", queries, 1)?;
         let value_dim = self.shape().map_or(0, |shape| shape.value_dim);
-        let mut attended = vec![0.0; batch * query_heads * value_dim];
+        let mut attended = memory::zeros(batch * query_heads * value_dim);
         let mut attended = ViewMut::of_slice(&mut attended, [batch, 1, query_heads, value_dim]);
         let attention = self.attend(&Request { received: true, ..*request }, &mut attended, kernels)?;
-        let (mut means, mut held) = (vec![0.0; self.batch() * self.seen()], Vec::new());
+        let (mut means, mut held) = (memory::zeros(self.batch() * self.seen()), Vec::new());
         let heads = (attention.len() / self.batch().max(1)).max(1);
         for (row, (mean, attention)) in means.chunks_mut(self.seen().max(1)).zip(attention.chunks(heads)).enumerate() {
             for (head, attention) in self.rows[row].iter().zip(attention) {
-                let mut received = vec![0.0; head.positions.len()];
+                let mut received = memory::zeros(head.positions.len());
                 attention.add_to(kernels, &mut received);
                 head.positions.collect_into(0, received.len(), &mut held);
                 for (&position, share) in held.iter().zip(received) {
@@ -246,7 +247,7 @@ fn parts(n: usize, threads: usize) -> usize {
 fn gather(request: &Request<'_>, task: &Task, group: usize) -> Vec<f32> {
     let d = request.query.shape()[3];
     let heads = task.head * group..(task.head + 1) * group;
-    let mut q = vec![0.0; group * task.queries.len() * d];
+    let mut q = memory::zeros(group * task.queries.len() * d);
     let rows = heads.flat_map(|h| task.queries.clone().map(move |i| (h, i)));
     for (row, (h, i)) in q.chunks_exact_mut(d).zip(rows) {
         request.query.row(task.row, h, i).to_f32(row);
