@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What a refusal unwinds with, to the border of the crate: there it becomes [`crate::error::Error::Memory`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,10 +18,27 @@ pub struct OutOfMemory {
 /// # Panics
 /// With [`OutOfMemory`] when there is none.
 pub fn reserve<T>(numbers: &mut Vec<T>, more: usize) {
-    if more > numbers.capacity() - numbers.len() && (!is_there() || numbers.try_reserve_exact(more).is_err()) {
+    if more > numbers.capacity() - numbers.len()
+        && (is_last() || !is_there() || numbers.try_reserve_exact(more).is_err())
+    {
         // Without the panic hook: this is an answer, not a defect.
         resume_unwind(Box::new(OutOfMemory { bytes: (numbers.len() + more).saturating_mul(size_of::<T>()) }));
     }
+}
+
+/// How many requests are served until one is refused; 0 when none is.
+static SERVED: AtomicUsize = AtomicUsize::new(0);
+
+/// Has the `n`-th request from now on be refused, whichever thread's it is, as if there were no memory: for tests of what a
+/// fault leaves behind. 0: none. Returns how many requests were to be served yet.
+pub fn refuse(n: usize) -> usize {
+    SERVED.swap(n, Ordering::Relaxed)
+}
+
+/// Whether this request is the one to be refused.
+fn is_last() -> bool {
+    SERVED.load(Ordering::Relaxed) > 0
+        && SERVED.try_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)) == Ok(1)
 }
 
 /// No numbers, with room for `n`.

@@ -11,6 +11,7 @@ from typing import Any
 import kvpack
 import pytest
 import torch
+from kvpack import _kvpack
 from kvpack.layer import PackedLayer
 from support import CODECS, codec_id, random_kv, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -140,6 +141,47 @@ def test_a_fault_at_any_point_leaves_no_trace(case: str, new: int) -> None:
             assert state(cache)[2:4] == before[2:4], points[at]
             assert torch.equal(model(forward, past_key_values=cache).logits, expected), points[at]
     assert state(past) == before
+
+
+@contextmanager
+def refusing(at: int) -> Iterator[Callable[[], int]]:
+    """Refuses the `at`-th request for memory, in whichever thread it is; gives what says how many there were."""
+    _kvpack.refuse_memory(at)
+    try:
+        yield lambda: at - _kvpack.refuse_memory(0)
+    finally:
+        _kvpack.refuse_memory(0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("length", [0, LENGTH + 3], ids=["prompt", "chunk"])
+def test_refused_memory_at_any_point_leaves_no_trace(case: str, length: int) -> None:
+    """In appending, packing, evicting, attention: any request for memory may be the one that the system refuses."""
+    model = mixed_model()
+    ids = torch.randint(3, 128, (2, length + 40))
+    past = kvpack.PackedCache(model, **CASES[case])
+    if length:
+        model(ids[:, :LENGTH], past_key_values=past)
+        for t in range(LENGTH, length):
+            model(ids[:, t : t + 1], past_key_values=past)
+    before = state(past)
+    forward = ids[:, length:]
+    with refusing(10**9) as requests:
+        expected = model(forward, past_key_values=past.fork()).logits
+        n = requests()
+    assert n >= 20
+    refused = 0
+    for at in sorted({*range(1, min(n, 30)), *torch.linspace(1, n, 60).int().tolist()}):
+        cache = past.fork()
+        try:
+            with refusing(at):
+                model(forward, past_key_values=cache)
+        except MemoryError as error:
+            refused += 1
+            assert isinstance(error, kvpack.OutOfMemoryError)
+            assert state(cache) == before, at
+            assert torch.equal(model(forward, past_key_values=cache).logits, expected), at
+    assert refused >= min(n, 60) * 0.8  # threads share the work as it comes, so that the last points may be missed
 
 
 @pytest.mark.parametrize("case", CASES)

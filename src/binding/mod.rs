@@ -31,7 +31,7 @@ mod _kvpack {
     #[pymodule_export]
     use super::method::Method;
     #[pymodule_export]
-    use super::{isa, isa_available, openmp_library, set_threads, use_openmp};
+    use super::{isa, isa_available, openmp_library, refuse_memory, set_threads, use_openmp};
 
     #[allow(non_upper_case_globals)]
     #[pymodule_export]
@@ -63,6 +63,13 @@ fn set_threads(py: Python<'_>, n: usize) -> PyResult<usize> {
 #[pyfunction]
 fn use_openmp() -> bool {
     pool::use_openmp()
+}
+
+/// For tests of what a fault leaves behind: has the `n`-th request for memory from now on be refused, as if there were none; 0: none.
+/// Returns how many requests were to be served before.
+#[pyfunction]
+fn refuse_memory(n: usize) -> usize {
+    crate::memory::refuse(n)
 }
 
 /// File name of the OpenMP library whose threads are used; `None` when they are our own.

@@ -63,8 +63,8 @@ impl Observed {
     /// Remembers the `most` newest queries.
     pub fn keep_queries(&mut self, new: &NewQueries<'_>, most: usize) {
         let row = new.q.len() / new.positions.len().max(1);
-        self.queries.extend_from_slice(new.q);
-        self.positions.extend_from_slice(new.positions);
+        memory::append(&mut self.queries, new.q);
+        memory::append(&mut self.positions, new.positions);
         let beyond = self.positions.len().saturating_sub(most);
         self.positions.drain(..beyond);
         self.queries.drain(..beyond * row);
