@@ -41,9 +41,9 @@ demo: $(RELEASED) ## compare the caches on a real model; leaves a table and a pi
 
 test: lint rust python ## every check: lint, Rust tests, Python tests
 
-check: lint ## the quick checks, after a small change: lint, the Rust unit tests, the Python tests that need no real model
-	$(CARGO_TEST) --lib
-	$(PYTEST) -m "not model and not slow" $(ARGS)
+check: lint ## the quick checks, after a small change: lint, the Rust tests, and of each quick Python test three cases
+	$(CARGO_TEST)
+	$(PYTEST) -m "not model and not slow" --cases 3 $(ARGS)
 
 rust: ## the tests of the Rust core (no Python needed)
 	$(CARGO_TEST)

@@ -171,11 +171,21 @@ def document() -> str:
 REAL = {"tokenizer", "float32_models", "bfloat16_models", "short_model", "document"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: list[Any]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, metavar="N", help="of each test at most N cases, spread over all that it has")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> Iterator[None]:
     for item in items:
         if REAL & set(item.fixturenames):
             item.add_marker("model")
+    yield  # -m and -k choose
+    if most := config.getoption("cases"):
+        tests: dict[Any, list[Any]] = {}
+        for item in items:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        items[:] = [case for cases in tests.values() for case in cases[:: -(-len(cases) // most)]]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -244,5 +244,5 @@ def test_with_too_old_a_transformers_the_import_says_which_it_needs(fresh: Any) 
 def test_every_error_is_a_kvpack_error_and_a_built_in_one(error: str) -> None:
     kind = getattr(kvpack, error)
     assert issubclass(kind, kvpack.KvpackError)
-    assert issubclass(kind, (ValueError, TypeError, RuntimeError))
+    assert issubclass(kind, (ValueError, TypeError, RuntimeError, MemoryError))
     assert getattr(kvpack.errors, error) is kind

@@ -14,7 +14,7 @@ use super::tensors::Tensor;
 use crate::attend::kernels::{self, Kernels};
 use crate::attend::{Quest, Softmax};
 use crate::cache::{self, KvHead, Readers, Request, Side};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, caught};
 use crate::memory;
 use crate::pool;
 use crate::quantize::Codec;
@@ -91,7 +91,7 @@ impl Cache {
     fn change<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut cache::Cache) -> Result<R> + Send) -> PyResult<R> {
         let (result, undone, taken_back) = py.detach(|| {
             let mut cache = self.lock();
-            (f(&mut cache), cache.take_undone(), cache.take_taken_back())
+            (caught(|| f(&mut cache)), cache.take_undone(), cache.take_taken_back())
         });
         for undo in undone {
             if let Some(undo) = undo.downcast_ref::<Py<PyAny>>() {
@@ -107,8 +107,8 @@ impl Cache {
     /// Looks at it; while somebody changes it, waits without the GIL.
     fn look<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&cache::Cache) -> Result<R> + Send) -> PyResult<R> {
         let result = match self.0.try_lock() {
-            Ok(cache) => f(&cache),
-            Err(_) => py.detach(|| f(&self.lock())),
+            Ok(cache) => caught(|| f(&cache)),
+            Err(_) => py.detach(|| caught(|| f(&self.lock()))),
         };
         result.map_err(|e| to_python(py, &e))
     }
@@ -468,12 +468,13 @@ impl Cache {
         compact: bool,
         out: Tensor,
     ) -> PyResult<()> {
-        // SAFETY: as in `attend`.
-        let written = py.detach(|| unsafe {
+        let written = py.detach(|| {
             let cache = self.lock();
-            let side = self::side(side)?;
-            cache.check_version(layer, version)?;
-            cache.write(layer, side, compact, out.view_mut("out")?, kernels()?)
+            caught(|| {
+                cache.check_version(layer, version)?;
+                // SAFETY: as in `attend`.
+                cache.write(layer, self::side(side)?, compact, unsafe { out.view_mut("out")? }, kernels()?)
+            })
         });
         written.map_err(|e| to_python(py, &e))
     }

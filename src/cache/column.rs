@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::memory::Counter;
 use crate::attend::Part;
 use crate::quantize::{Method, Page, Plan};
-use crate::tensor::{Held, Rows};
+use crate::tensor::{Held, Rows, Slice};
 
 /// The first `len` tokens of a shared page; a crop shortens the length and leaves the page alone.
 #[derive(Clone)]
@@ -22,12 +22,24 @@ impl<P: Page> Segment<P> {
     fn is_open(&self) -> bool {
         self.page.room() > 0 && self.len == self.page.tokens()
     }
+
+    /// The rows of an exact page.
+    fn exact(&self) -> Slice<'_> {
+        self.page.as_exact().expect("an exact page").slice(0..self.len)
+    }
 }
+
+/// Tokens of the tail that copies share are in pages of so many.
+const LENT: usize = 8;
+/// So many are worth a page.
+const LEAST_LENT: usize = 4;
 
 /// Keys or values of consecutive tokens, oldest first.
 #[derive(Clone)]
 pub(super) struct Column<P> {
-    pub(super) segments: Vec<Segment<P>>,
+    segments: Vec<Segment<P>>,
+    /// How many of the last segments are [lent](Self::lend).
+    lent: usize,
     pub(super) tail: Rows,
     /// Copied before a change, as pages are.
     plan: Arc<Plan>,
@@ -74,7 +86,7 @@ impl<P: Page> Column<P> {
 
     /// An empty one of KV head number `head`.
     pub(super) fn new(head: usize, tail: Rows) -> Self {
-        Self { segments: Vec::new(), tail, plan: Arc::new(Plan::new(head)) }
+        Self { segments: Vec::new(), lent: 0, tail, plan: Arc::new(Plan::new(head)) }
     }
 
     /// What the method decided.
@@ -87,13 +99,58 @@ impl<P: Page> Column<P> {
         Arc::make_mut(&mut self.plan)
     }
 
-    fn sealed(&self) -> usize {
-        self.segments.iter().map(|s| s.len).sum()
+    /// The segments that are sealed, oldest first.
+    pub(super) fn sealed(&self) -> &[Segment<P>] {
+        &self.segments[..self.segments.len() - self.lent]
+    }
+
+    fn sealed_tokens(&self) -> usize {
+        self.sealed().iter().map(|s| s.len).sum()
+    }
+
+    /// Tokens that are not sealed.
+    fn waiting(&self) -> usize {
+        self.segments[self.sealed().len()..].iter().map(|s| s.len).sum::<usize>() + self.tail.len()
     }
 
     /// Tokens of the segments that do not grow any more.
     pub(super) fn closed(&self) -> usize {
-        self.sealed() - self.segments.last().filter(|last| last.is_open()).map_or(0, |last| last.len)
+        self.sealed_tokens() - self.sealed().last().filter(|last| last.is_open()).map_or(0, |last| last.len)
+    }
+
+    /// Moves the tail to pages that copies share, so that sequences that part have one exact window. Its tokens are as before:
+    /// they wait to be sealed. The shortest tails stay: a page costs more than their copies.
+    pub(super) fn lend(&mut self) {
+        if self.tail.len() < LEAST_LENT {
+            return;
+        }
+        if let Some(last) = self.segments.pop_if(|last| self.lent > 0 && last.len < LENT) {
+            self.tail.prepend(last.exact());
+            self.lent -= 1;
+        }
+        let n = self.tail.len();
+        let pages = (0..n).step_by(LENT).map(|first| first..n.min(first + LENT));
+        let pages = pages.map(|tokens| {
+            let (len, rows) = (tokens.len(), self.tail.take(&Vec::from_iter(tokens)));
+            Segment { page: Arc::new(P::exact(rows)), len }
+        });
+        let pages = Vec::from_iter(pages);
+        self.tail = self.tail.copy_front(0);
+        self.lent += pages.len();
+        self.segments.reserve_exact(pages.len());
+        self.segments.extend(pages);
+    }
+
+    /// Whether something is lent.
+    pub(super) fn lends(&self) -> bool {
+        self.lent > 0
+    }
+
+    /// Takes back to the tail what is lent.
+    fn own(&mut self) {
+        let lent = self.segments.split_off(self.sealed().len());
+        lent.iter().rev().for_each(|lent| self.tail.prepend(lent.exact()));
+        self.lent = 0;
     }
 
     /// Tokens in pages that do not hold them exactly.
@@ -101,27 +158,56 @@ impl<P: Page> Column<P> {
         self.segments.iter().filter(|s| s.page.as_exact().is_none()).map(|s| s.len).sum()
     }
 
-    /// Tokens at the front of the tail that stay exact when the first page is sealed.
+    /// Tokens, of those that wait, that stay exact when the first page is sealed.
     fn sinks(&self, method: &Method) -> usize {
-        if self.segments.is_empty() { method.sinks() } else { 0 }
+        if self.sealed().is_empty() { method.sinks() } else { 0 }
     }
 
     fn due(&self, method: &Method) -> usize {
-        P::due(method, self.tail.len().saturating_sub(self.sinks(method)))
+        P::due(method, self.waiting().saturating_sub(self.sinks(method)))
     }
 
-    /// How many numbers of the tail are due to be sealed.
+    /// How many numbers are due to be sealed.
     pub(super) fn numbers_due(&self, method: &Method) -> usize {
         self.due(method) * self.tail.dim()
     }
 
-    /// Seals what is due of the tail.
+    /// Seals what is due. What is lent waits longest: as much of it as is wanted goes back to the tail for that.
     pub(super) fn settle(&mut self, method: &Method) {
-        let (sinks, mut due) = (self.sinks(method), self.due(method));
-        if due == 0 {
-            return;
+        let (sinks, due) = (self.sinks(method), self.due(method));
+        if due == 0 || !self.lends() {
+            return self.seal(method, sinks, due);
         }
-        if sinks > 0 {
+        let mut lent = self.segments.split_off(self.sealed().len()).into_iter();
+        self.lent = 0;
+        let none = self.tail.copy_front(0);
+        let mut newest = std::mem::replace(&mut self.tail, none);
+        while self.tail.len() < sinks + due {
+            if let Some(page) = lent.next() {
+                self.tail.extend(page.exact());
+            } else {
+                self.tail.extend(newest.slice(0..newest.len()));
+                newest.truncate(0);
+            }
+        }
+        self.seal(method, sinks, due);
+        let rest = self.tail.len();
+        if lent.len() > 0 && rest > 0 {
+            self.push(P::exact(self.tail.copy_front(rest)));
+            self.lent = 1;
+        }
+        if lent.len() > 0 {
+            self.lent += lent.len();
+            self.segments.extend(lent);
+            self.tail = newest;
+        } else {
+            self.tail.extend(newest.slice(0..newest.len()));
+        }
+    }
+
+    /// Seals `due` tokens of the tail; `sinks` before them stay exact.
+    fn seal(&mut self, method: &Method, sinks: usize, mut due: usize) {
+        if due > 0 && sinks > 0 {
             self.push(P::exact(self.tail.copy_front(sinks)));
             self.tail.drop_front(sinks);
         }
@@ -133,7 +219,7 @@ impl<P: Page> Column<P> {
                 open.len += n;
                 n
             } else {
-                let first = self.sealed();
+                let first = self.sealed_tokens();
                 let plan = Arc::make_mut(&mut self.plan);
                 plan.first = first;
                 let (page, n) = P::seal(method, plan, &self.tail, due);
@@ -168,7 +254,8 @@ impl<P: Page> Column<P> {
 
     /// Keeps the `n` oldest tokens. What is left of an exact page that is cut goes back to the tail.
     pub(super) fn truncate(&mut self, n: usize) {
-        let mut sealed = self.sealed();
+        self.own();
+        let mut sealed = self.sealed_tokens();
         let gone = (sealed + self.tail.len()).saturating_sub(n);
         if self.plan.remembers() {
             Arc::make_mut(&mut self.plan).forget(gone);
@@ -183,8 +270,8 @@ impl<P: Page> Column<P> {
             let keep = last.len.saturating_sub(sealed - n);
             sealed -= last.len - keep;
             last.len = keep;
-            if let Some(rows) = last.page.as_exact() {
-                self.tail.prepend(rows.slice(0..keep));
+            if last.page.as_exact().is_some() {
+                self.tail.prepend(last.exact());
                 self.segments.pop();
             } else if keep == 0 {
                 self.segments.pop();
@@ -205,7 +292,8 @@ impl<P: Page> Column<P> {
 
     /// Keeps the tokens for which `keep` says so, in whole units. Pages before the first that loses one stay shared.
     pub(super) fn retain(&mut self, keep: &[bool]) {
-        let sealed = self.sealed();
+        self.own();
+        let sealed = self.sealed_tokens();
         let kept: Vec<usize> = (0..self.tail.len()).filter(|&t| keep[sealed + t]).collect();
         if kept.len() < self.tail.len() {
             self.tail = self.tail.take(&kept);
@@ -227,6 +315,7 @@ impl<P: Page> Column<P> {
 
     /// Puts something else in place of the pages of `tokens`, which begin and end at whole units.
     pub(super) fn turn(&mut self, tokens: Range<usize>, other: impl Fn(&Arc<P>) -> P) {
+        self.own();
         self.cut(tokens.start);
         self.cut(tokens.end);
         let mut at = 0;
@@ -264,9 +353,9 @@ impl<P: Page> Column<P> {
 
     /// Segments and tail as the reading side sees them.
     pub(super) fn parts(&self) -> Vec<Part<'_, P::Segment>> {
-        let sealed = self.segments.iter().map(|s| Part { segment: s.page.segment(), tokens: s.len });
+        let pages = self.segments.iter().map(|s| Part { segment: s.page.segment(), tokens: s.len });
         let tail = Part { segment: P::tail(&self.tail), tokens: self.tail.len() };
-        sealed.chain([tail]).collect()
+        pages.chain([tail]).collect()
     }
 
     /// Adds what is allocated for it to `counter`: now, or when `mark` was made.

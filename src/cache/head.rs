@@ -175,6 +175,17 @@ impl KvHead {
         if exact(asked) { asked } else { (0..asked).rev().find(|&n| exact(n)).unwrap_or(0) }
     }
 
+    /// Moves the exact window to where copies share it.
+    pub(super) fn lend(&mut self) {
+        self.keys.lend();
+        self.values.lend();
+    }
+
+    /// Whether copies may share some of the exact window.
+    pub(super) fn lends(&self) -> bool {
+        self.keys.lends() || self.values.lends()
+    }
+
     /// Removes the tokens at positions from `end` on.
     pub(super) fn truncate(&mut self, end: usize) {
         let kept = self.positions.count_below(end);
@@ -284,7 +295,7 @@ impl KvHead {
 
     /// The sealed pages of keys and of values, oldest first.
     pub fn pages(&self) -> (&[super::Segment<KeyPage>], &[super::Segment<ValuePage>]) {
-        (&self.keys.segments, &self.values.segments)
+        (self.keys.sealed(), self.values.sealed())
     }
 }
 

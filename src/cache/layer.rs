@@ -433,6 +433,9 @@ impl Layer {
         if indices.is_empty() {
             return Err(Error::Shape { what: "batch indices", given: "none".into(), expected: "at least one".into() });
         }
+        for row in (0..self.batch()).filter(|&row| indices.iter().filter(|&&i| i == row).count() > 1) {
+            Arc::make_mut(&mut self.rows[row]).iter_mut().for_each(KvHead::lend);
+        }
         self.rows = indices.iter().map(|&i| Arc::clone(&self.rows[i])).collect();
         Ok(())
     }

@@ -61,6 +61,11 @@ impl Counter {
     pub(super) fn plan(&mut self, plan: &Arc<Plan>) {
         if self.first(plan) {
             self.memory.index += ARC_HEADER + size_of::<Plan>() + plan.bytes();
+            for (part, bytes) in plan.shared() {
+                if self.counted.insert(part) {
+                    self.memory.index += bytes;
+                }
+            }
         }
     }
 

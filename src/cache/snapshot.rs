@@ -2,7 +2,7 @@
 //!
 //! A step of decoding must not pay for that with copies of the exact window: where a forward appends a few tokens to a sequence
 //! that is nobody else's, marks are enough; pages and tails only grow behind them. Where tokens may be let go, a long
-//! chunk comes, or the sequence is shared anyway, the old sequence itself is kept, and a copy changes.
+//! chunk comes, or the sequence is shared anyway or was, the old sequence itself is kept, and a copy changes.
 
 use std::sync::Arc;
 
@@ -41,7 +41,9 @@ impl Layer {
         let goes =
             |row: &Sequence| eviction.as_ref().is_some_and(|eviction| row.iter().any(|head| head.is_due(eviction)));
         let mut save = |row: &mut Arc<Sequence>| match Arc::get_mut(row) {
-            Some(heads) if few && !goes(heads) => Row::Marks(heads.iter_mut().map(KvHead::mark).collect()),
+            Some(heads) if few && !goes(heads) && !heads.iter().any(KvHead::lends) => {
+                Row::Marks(heads.iter_mut().map(KvHead::mark).collect())
+            }
             _ => Row::Whole(Arc::clone(row)),
         };
         Snapshot {

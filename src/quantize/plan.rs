@@ -172,12 +172,25 @@ impl Plan {
         Arc::clone(self.grids.get_or_insert_with(|| Arc::new(HeadGrids::new(kvquant, self.head))))
     }
 
-    /// Bytes allocated for the plan.
+    /// Bytes allocated for the plan alone.
     pub fn bytes(&self) -> usize {
-        (self.moments.capacity() + self.recent.capacity() + self.fed.queries.capacity()) * size_of::<f32>()
-            + self.fed.factor.as_ref().map_or(0, |factor| factor.bytes())
-            + self.basis.as_ref().map_or(0, |basis| basis.bytes())
-            + self.grids.as_ref().map_or(0, |grids| grids.bytes())
-            + self.bands.as_ref().map_or(0, |bands| size_of_val(&**bands))
+        (self.moments.capacity() + self.recent.capacity()) * size_of::<f32>()
+    }
+
+    /// What copies of the plan share: where each part is, and its bytes.
+    pub fn shared(&self) -> impl Iterator<Item = (*const (), usize)> {
+        fn part<T: ?Sized>(part: &Arc<T>, bytes: impl Fn(&T) -> usize) -> (*const (), usize) {
+            (Arc::as_ptr(part).cast(), bytes(part))
+        }
+        let Fed { queries, factor, .. } = &self.fed;
+        [
+            Some(part(queries, |queries| queries.capacity() * size_of::<f32>())),
+            factor.as_ref().map(|factor| part(factor, Factor::bytes)),
+            self.basis.as_ref().map(|basis| part(basis, Basis::bytes)),
+            self.grids.as_ref().map(|grids| part(grids, HeadGrids::bytes)),
+            self.bands.as_ref().map(|bands| part(bands, |bands| size_of_val(bands))),
+        ]
+        .into_iter()
+        .flatten()
     }
 }

@@ -53,7 +53,7 @@ pub struct Held {
     capacity: usize,
 }
 
-/// Rows that a growing matrix takes beyond its need: enough to amortise, small beside a page.
+/// Rows that a growing matrix of some size takes beyond its need: enough to amortise, small beside a page.
 const SPARE_ROWS: usize = 16;
 
 impl Rows {
@@ -113,7 +113,7 @@ impl Rows {
                     self.dropped -= free;
                     self.held = self.held.map(|_| 0);
                 }
-                let rows = need + SPARE_ROWS + need / 8;
+                let rows = need + (need / 4).clamp(1, SPARE_ROWS) + need / 8;
                 if need * self.dim > x.capacity() {
                     memory::reserve(x, rows * self.dim - x.len());
                 }
