@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::panic::resume_unwind;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicIsize, Ordering};
 
 /// What a refusal unwinds with, to the border of the crate: there it becomes [`crate::error::Error::Memory`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,19 +26,18 @@ pub fn reserve<T>(numbers: &mut Vec<T>, more: usize) {
     }
 }
 
-/// How many requests are served until one is refused; 0 when none is.
-static SERVED: AtomicUsize = AtomicUsize::new(0);
+/// Which of the next requests is to be refused; 0, or less after it was, when none is.
+static SERVED: AtomicIsize = AtomicIsize::new(0);
 
 /// Has the `n`-th request from now on be refused, whichever thread's it is, as if there were no memory: for tests of what a
 /// fault leaves behind. 0: none. Returns how many requests were to be served yet.
 pub fn refuse(n: usize) -> usize {
-    SERVED.swap(n, Ordering::Relaxed)
+    SERVED.swap(n.cast_signed(), Ordering::Relaxed).max(0).cast_unsigned()
 }
 
 /// Whether this request is the one to be refused.
 fn is_last() -> bool {
-    SERVED.load(Ordering::Relaxed) > 0
-        && SERVED.try_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)) == Ok(1)
+    SERVED.load(Ordering::Relaxed) > 0 && SERVED.fetch_sub(1, Ordering::Relaxed) == 1
 }
 
 /// No numbers, with room for `n`.

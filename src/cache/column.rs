@@ -130,12 +130,10 @@ impl<P: Page> Column<P> {
         }
         let n = self.tail.len();
         let pages = (0..n).step_by(LENT).map(|first| first..n.min(first + LENT));
-        let pages = pages.map(|tokens| {
-            let (len, rows) = (tokens.len(), self.tail.take(&Vec::from_iter(tokens)));
-            Segment { page: Arc::new(P::exact(rows)), len }
-        });
-        let pages = Vec::from_iter(pages);
-        self.tail = self.tail.copy_front(0);
+        let lent =
+            |tokens: Range<usize>| Segment { len: tokens.len(), page: Arc::new(P::exact(self.tail.copy(tokens))) };
+        let pages: Vec<_> = pages.map(lent).collect();
+        self.tail = self.tail.copy(0..0);
         self.lent += pages.len();
         self.segments.reserve_exact(pages.len());
         self.segments.extend(pages);
@@ -180,7 +178,7 @@ impl<P: Page> Column<P> {
         }
         let mut lent = self.segments.split_off(self.sealed().len()).into_iter();
         self.lent = 0;
-        let none = self.tail.copy_front(0);
+        let none = self.tail.copy(0..0);
         let mut newest = std::mem::replace(&mut self.tail, none);
         while self.tail.len() < sinks + due {
             if let Some(page) = lent.next() {
@@ -193,7 +191,7 @@ impl<P: Page> Column<P> {
         self.seal(method, sinks, due);
         let rest = self.tail.len();
         if lent.len() > 0 && rest > 0 {
-            self.push(P::exact(self.tail.copy_front(rest)));
+            self.push(P::exact(self.tail.copy(0..rest)));
             self.lent = 1;
         }
         if lent.len() > 0 {
@@ -208,7 +206,7 @@ impl<P: Page> Column<P> {
     /// Seals `due` tokens of the tail; `sinks` before them stay exact.
     fn seal(&mut self, method: &Method, sinks: usize, mut due: usize) {
         if due > 0 && sinks > 0 {
-            self.push(P::exact(self.tail.copy_front(sinks)));
+            self.push(P::exact(self.tail.copy(0..sinks)));
             self.tail.drop_front(sinks);
         }
         while due > 0 {
@@ -346,7 +344,7 @@ impl<P: Page> Column<P> {
             at -= len;
         }
         if at > 0 {
-            self.push(P::exact(self.tail.copy_front(at)));
+            self.push(P::exact(self.tail.copy(0..at)));
             self.tail.drop_front(at);
         }
     }

@@ -19,7 +19,7 @@ pub(super) fn due(n: usize) -> usize {
 
 pub(super) fn seal(rows: &Rows, n: usize) -> (Rows, usize) {
     let n = n.min(PAGE);
-    (rows.copy_front(n), n)
+    (rows.copy(0..n), n)
 }
 
 /// Takes the first of some tokens of `other`, up to a whole page.

@@ -188,7 +188,7 @@ impl Plan {
             factor.as_ref().map(|factor| part(factor, Factor::bytes)),
             self.basis.as_ref().map(|basis| part(basis, Basis::bytes)),
             self.grids.as_ref().map(|grids| part(grids, HeadGrids::bytes)),
-            self.bands.as_ref().map(|bands| part(bands, |bands| size_of_val(bands))),
+            self.bands.as_ref().map(|bands| part(bands, size_of_val)),
         ]
         .into_iter()
         .flatten()

@@ -201,11 +201,11 @@ impl Rows {
         each_buffer!(&mut self.data, x => x.truncate(n));
     }
 
-    /// The `n` oldest rows as a matrix of their own, without spare room.
+    /// Rows `range` as a matrix of their own, without spare room.
     #[must_use]
-    pub fn copy_front(&self, n: usize) -> Self {
-        let mut rows = Self { data: self.empty_buffer(n), dim: self.dim, dropped: 0, held: None };
-        rows.extend(self.slice(0..n));
+    pub fn copy(&self, range: Range<usize>) -> Self {
+        let mut rows = Self { data: self.empty_buffer(range.len()), dim: self.dim, dropped: 0, held: None };
+        rows.extend(self.slice(range));
         rows
     }
 

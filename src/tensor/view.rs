@@ -72,7 +72,7 @@ impl<'a> View<'a> {
     /// When there is none.
     #[must_use]
     pub fn newest(&self) -> Self {
-        match *self {
+        match self {
             Self::F32(x) => Self::F32(newest_of(x)),
             Self::F16(x) => Self::F16(newest_of(x)),
             Self::Bf16(x) => Self::Bf16(newest_of(x)),
@@ -147,9 +147,9 @@ impl<'a> View<'a> {
     }
 }
 
-fn newest_of<T>(x: ArrayView4<'_, T>) -> ArrayView4<'_, T> {
+fn newest_of<'a, T>(x: &ArrayView4<'a, T>) -> ArrayView4<'a, T> {
     let tokens = x.len_of(Axis(2));
-    x.split_at(Axis(2), tokens - 1).1
+    (*x).split_at(Axis(2), tokens - 1).1
 }
 
 /// The numbers at `[b, h, t]` of a tensor whose last stride is 1.

@@ -96,14 +96,14 @@ fn reference(
 }
 
 #[allow(clippy::too_many_arguments)] // one a part of the equation
-fn attend(
+fn attend<'a>(
     layer: &Layer,
     case: &Case,
-    q: &[f32],
+    q: &'a [f32],
     queries: usize,
-    mask: Option<Mask<'_>>,
+    mask: Option<Mask<'a>>,
     softmax: Softmax,
-    sinks: Option<&[f32]>,
+    sinks: Option<&'a [f32]>,
     kernels: &'static Kernels,
 ) -> Vec<f32> {
     let query_heads = case.heads * case.group;
