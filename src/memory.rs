@@ -17,10 +17,17 @@ pub struct OutOfMemory {
 ///
 /// # Panics
 /// With [`OutOfMemory`] when there is none.
+#[inline]
 pub fn reserve<T>(numbers: &mut Vec<T>, more: usize) {
-    if more > numbers.capacity() - numbers.len()
-        && (is_last() || !is_there() || numbers.try_reserve_exact(more).is_err())
-    {
+    if more > numbers.capacity() - numbers.len() {
+        grow(numbers, more);
+    }
+}
+
+/// Buffers that are used again have the room, so that this is rare.
+#[cold]
+fn grow<T>(numbers: &mut Vec<T>, more: usize) {
+    if is_last() || !is_there() || numbers.try_reserve_exact(more).is_err() {
         // Without the panic hook: this is an answer, not a defect.
         resume_unwind(Box::new(OutOfMemory { bytes: (numbers.len() + more).saturating_mul(size_of::<T>()) }));
     }
@@ -93,6 +100,7 @@ pub fn append<T: Copy>(numbers: &mut Vec<T>, more: &[T]) {
 ///
 /// # Panics
 /// As [`reserve`].
+#[inline]
 pub fn resize<T: Clone + Default>(numbers: &mut Vec<T>, n: usize) {
     reserve(numbers, n.saturating_sub(numbers.len()));
     numbers.resize(n, T::default());
