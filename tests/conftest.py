@@ -36,6 +36,12 @@ def _seeded_inference() -> Iterator[None]:
 
 
 @pytest.fixture
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether to look for what shows itself once in many runs."""
+    return bool(request.config.getoption("soak"))
+
+
+@pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets how many threads torch, and so kvpack, uses in one test."""
     before = torch.get_num_threads()
@@ -173,6 +179,7 @@ REAL = {"tokenizer", "float32_models", "bfloat16_models", "short_model", "docume
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, metavar="N", help="of each test at most N cases, spread over all that it has")
+    parser.addoption("--soak", action="store_true", help="races: longer, and twenty times")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

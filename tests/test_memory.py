@@ -159,7 +159,7 @@ with torch.no_grad():
             eviction = None if isinstance(codec, kvpack.KVQuant) else evictions[i % 4]  # keys in whole runs
             return kvpack.PackedCache(config, quantize=codec, evict=eviction)
         fill(new())
-        for size in [*range(0, 1 << 22, 1 << 19), *range(1 << 22, 64 << 20, 7 << 19)]:
+        for size in [*range(0, 1 << 22, 1 << 19), *range(1 << 22, 64 << 20, 7 << 20)]:
             cache = new()
             room(size)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -317,14 +318,25 @@ LOOKS: dict[str, Callable[[kvpack.PackedCache], Any]] = {
 
 @pytest.mark.parametrize("evict", [None, kvpack.H2O(budget=60, block=4)], ids=["all", "h2o"])
 @pytest.mark.parametrize("codec", CODECS, ids=codec_id)
-def test_who_looks_meanwhile_changes_nothing(codec: Any, evict: Any) -> None:
+def test_who_looks_meanwhile_changes_nothing(codec: Any, evict: Any, soak: bool) -> None:
     if evict is not None and codec.needs_neighbours:
         pytest.skip("no eviction with this codec")
     model = tiny_model()
     ids = torch.randint(3, 128, (1, 150))
-    arguments = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    tokens = 200 if soak else 40
+    arguments = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     quiet = model.generate(ids, past_key_values=kvpack.PackedCache(model, quantize=codec, evict=evict), **arguments)
-    cache = kvpack.PackedCache(model, quantize=codec, evict=evict)
+    for _ in range(20 if soak else 1):
+        cache = kvpack.PackedCache(model, quantize=codec, evict=evict)
+        with looked_at(cache) as errors:
+            watched = model.generate(ids, past_key_values=cache, **arguments)
+        assert not errors
+        assert torch.equal(watched, quiet)
+
+
+@contextmanager
+def looked_at(cache: kvpack.PackedCache) -> Iterator[list[tuple[str, BaseException]]]:
+    """Meanwhile another thread asks everything that can be asked, as fast as it can; what it was refused."""
     errors: list[tuple[str, BaseException]] = []
     stop = threading.Event()
 
@@ -343,14 +355,15 @@ def test_who_looks_meanwhile_changes_nothing(codec: Any, evict: Any) -> None:
                         return
 
     thread = threading.Thread(target=look)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns more often
     thread.start()
     try:
-        watched = model.generate(ids, past_key_values=cache, **arguments)
+        yield errors
     finally:
         stop.set()
         thread.join()
-    assert not errors
-    assert torch.equal(watched, quiet)
+        sys.setswitchinterval(interval)
 
 
 def test_changes_by_another_thread_are_refused_in_the_middle_of_a_forward() -> None:

@@ -54,8 +54,12 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         """Nothing to do: the first tokens say what the layer is like."""
 
     @torch.compiler.disable
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, of_module: bool = False, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Takes a forward's keys `[B, Hkv, q, Dk]` and values `[B, Hkv, q, Dv]`, after RoPE.
+
+        `of_module`: should a forward begin here, whether it is a torch module's, which goes on to the last layer.
 
         Returns:
             The same tensors when the layer was empty, else handles on all that is held.
@@ -67,7 +71,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         """
         keys, values = plain("keys", autocast(key_states)), plain("values", autocast(value_states))
         version, first, tokens = self.store.update(
-            self.index, describe(keys), describe(values), (keys, values), torch.get_num_threads()
+            self.index, describe(keys), describe(values), (keys, values), of_module, torch.get_num_threads()
         )
         if first:
             key_states._kvpack_reading = Reading(weakref.ref(self), version)

@@ -43,10 +43,11 @@ class TransactionalCache(CacheInspection):
             OptionError: LazyLLM filled the cache, and this forward is outside of it.
         """
 
-        def change(layer: Any) -> tuple[Tensor, Tensor]:
+        def change(layer: Any, of_module: bool) -> Any:
+            if isinstance(layer, PackedLayer):
+                return layer.update(key_states, value_states, of_module=of_module)
             keys, values = layer.update(key_states, value_states, *args, **kwargs)
-            if not isinstance(layer, PackedLayer):
-                keys._kvpack_reading = Reading(weakref.ref(self), layer_idx)
+            keys._kvpack_reading = Reading(weakref.ref(self), layer_idx)
             return keys, values
 
         given: tuple[Tensor, Tensor] = self._in_forward(layer_idx, 0, change)
@@ -56,7 +57,7 @@ class TransactionalCache(CacheInspection):
         """As transformers' Cache does."""
         base = super().update_conv_state
         return self._in_forward(
-            layer_idx, 1 + 3 * state_idx, lambda _: base(conv_states, layer_idx, state_idx=state_idx, **kwargs)
+            layer_idx, 1 + 3 * state_idx, lambda *_: base(conv_states, layer_idx, state_idx=state_idx, **kwargs)
         )
 
     def update_recurrent_state(
@@ -65,31 +66,31 @@ class TransactionalCache(CacheInspection):
         """As transformers' Cache does."""
         base = super().update_recurrent_state
         return self._in_forward(
-            layer_idx, 2 + 3 * state_idx, lambda _: base(recurrent_states, layer_idx, state_idx=state_idx, **kwargs)
+            layer_idx, 2 + 3 * state_idx, lambda *_: base(recurrent_states, layer_idx, state_idx=state_idx, **kwargs)
         )
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, **kwargs: Any) -> Any:
         """As transformers' Cache does."""
         base = super().update_indexer
-        return self._in_forward(layer_idx, 3, lambda _: base(indexer_key_states, layer_idx, **kwargs))
+        return self._in_forward(layer_idx, 3, lambda *_: base(indexer_key_states, layer_idx, **kwargs))
 
-    def _in_forward(self, layer_idx: int, kind: int, change: Callable[[Any], Any]) -> Any:
+    def _in_forward(self, layer_idx: int, kind: int, change: Callable[[Any, bool], Any]) -> Any:
         """Gives a layer tokens (0) or states (another kind) in a forward, which is rolled back if that fails."""
         try:
             layer = self._taking_part(layer_idx)
             if self._has_encoder and layer_idx == self._newest_layer and self.store.is_under_way():
                 raise models.given_alone()  # these are the encoder's
+            beginning = begun() if layer_idx == self._first else None
+            of_module = beginning is not None and beginning.in_module
             if isinstance(layer, PackedLayer):
-                given = self._changing(lambda: change(layer))
+                given = self._changing(lambda: change(layer, of_module))
             else:
-                if self._changing(lambda: self.store.enter(layer_idx, kind)):
+                if self._changing(lambda: self.store.enter(layer_idx, kind, of_module)):
                     self.store.keep(layer_idx, State(layer))
-                given = change(layer)
+                given = change(layer, of_module)
             self._newest_layer = layer_idx
-            if layer_idx == self._first:
-                self._begun = begun()
-                if self._begun.in_module:
-                    self.store.is_of_module()
+            if beginning is not None:
+                self._begun = beginning
         except ConcurrencyError:
             raise  # the forward is another thread's
         except BaseException:

@@ -144,8 +144,10 @@ impl Cache {
 
     // ---- a forward
 
-    /// Takes a forward's keys and values, which `owner` keeps alive; with up to `threads` threads. Returns the layer's version,
-    /// whether it was empty, and how many tokens attention reads.
+    /// Takes a forward's keys and values, which `owner` keeps alive; with up to `threads` threads; `of_module`: should
+    /// a forward begin here, whether it is one of a whole model. Returns the layer's version, whether it was empty, and how many
+    /// tokens attention reads.
+    #[allow(clippy::too_many_arguments)]
     fn update(
         &self,
         py: Python<'_>,
@@ -153,6 +155,7 @@ impl Cache {
         k: Tensor,
         v: Tensor,
         owner: Py<PyAny>,
+        of_module: bool,
         threads: usize,
     ) -> PyResult<(u64, bool, usize)> {
         pool::set_threads(threads);
@@ -160,15 +163,15 @@ impl Cache {
         self.change(py, |cache| {
             // SAFETY: `kvpack._tensors` makes these tuples from tensors that `owner` holds.
             let (k, v) = unsafe { (Kept::new(k.view("keys")?, owner.clone()), Kept::new(v.view("values")?, owner)) };
-            let given = cache.update(layer, k, v)?;
+            let given = cache.update(layer, k, v, of_module)?;
             Ok((given.version, given.first, given.tokens))
         })
     }
 
-    /// Says that a layer that is held elsewhere is about to be given tokens (kind 0), or states of another kind. Returns whether what
-    /// brings it back is still to be kept.
-    fn enter(&self, py: Python<'_>, layer: usize, kind: u8) -> PyResult<bool> {
-        self.change(py, |cache| cache.enter(layer, kind))
+    /// Says that a layer that is held elsewhere is about to be given tokens (kind 0), or states of another kind; `of_module`
+    /// as in `update`. Returns whether what brings it back is still to be kept.
+    fn enter(&self, py: Python<'_>, layer: usize, kind: u8, of_module: bool) -> PyResult<bool> {
+        self.change(py, |cache| cache.enter(layer, kind, of_module))
     }
 
     /// Keeps what brings a layer back that is held elsewhere, if the forward is rolled back: it is called then.
@@ -183,14 +186,6 @@ impl Cache {
     fn kept(&self, py: Python<'_>, layer: usize) -> PyResult<Option<Py<PyAny>>> {
         let kept = self.look(py, |cache| Ok(cache.kept(layer)))?;
         Ok(kept.and_then(|kept| kept.downcast_ref::<Py<PyAny>>().map(|kept| kept.clone_ref(py))))
-    }
-
-    /// Says that the forward under way is one of a whole model.
-    fn is_of_module(&self, py: Python<'_>) {
-        match self.0.try_lock() {
-            Ok(mut cache) => cache.is_of_module(),
-            Err(_) => py.detach(|| self.lock().is_of_module()),
-        }
     }
 
     /// Whether a forward has begun and not ended.

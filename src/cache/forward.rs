@@ -41,7 +41,8 @@ pub(super) struct Forward {
     phase: Phase,
     /// Whether our attention has read one of its layers.
     attended: bool,
-    /// Whether it is one of a whole model, of which is known that it goes on to the last layer.
+    /// Whether it is one of a whole model, of which is known that it goes on to the last layer: until it has ended, who looks sees
+    /// what was there before. Of layers that are given tokens by hand nobody knows where that ends.
     of_module: bool,
     /// What the layers that it changed were like.
     saved: Vec<(usize, Saved)>,
@@ -73,13 +74,13 @@ impl Recording {
 
 impl Cache {
     /// Takes a forward's keys `[B, H, n, Dk]` and values `[B, H, n, Dv]` of layer `i`. They wait until attention has read them:
-    /// only then is it known which are pads.
+    /// only then is it known which are pads. `of_module`: should a forward begin here, whether it is one of a whole model.
     ///
     /// # Errors
     /// [`Error::Busy`] in the middle of another thread's forward; else what does not fit, and the forward is rolled back.
-    pub fn update(&mut self, i: usize, k: Kept, v: Kept) -> Result<Given> {
+    pub fn update(&mut self, i: usize, k: Kept, v: Kept, of_module: bool) -> Result<Given> {
         let tokens = k.view().shape()[2];
-        self.begin(i, TOKENS)?;
+        self.begin(i, TOKENS, of_module)?;
         self.step(|cache| {
             let recording = cache.recording.is_some();
             cache.save(i, tokens)?;
@@ -97,13 +98,13 @@ impl Cache {
         })
     }
 
-    /// Says that layer `i`, which is held elsewhere, is about to be given tokens, or states of a `kind` of their own. Returns whether what brings it back is still to be
-    /// [kept](Self::keep).
+    /// Says that layer `i`, which is held elsewhere, is about to be given tokens, or states of a `kind` of their own; `of_module` as
+    /// in [`Self::update`]. Returns whether what brings it back is still to be [kept](Self::keep).
     ///
     /// # Errors
     /// [`Error::Busy`] in the middle of another thread's forward.
-    pub fn enter(&mut self, i: usize, kind: u8) -> Result<bool> {
-        self.begin(i, kind)?;
+    pub fn enter(&mut self, i: usize, kind: u8, of_module: bool) -> Result<bool> {
+        self.begin(i, kind, of_module)?;
         self.tokens_came();
         let unknown =
             |forward: &Forward| forward.phase != Phase::Finished && forward.saved.iter().all(|&(saved, _)| saved != i);
@@ -130,7 +131,6 @@ impl Cache {
         })
     }
 
-    /// Says that the forward is one of a whole model: until it has ended, who looks sees what was there before, and if another
     /// one begins before that it is rolled back. Of layers that are given tokens by hand nobody knows where that ends.
     pub fn is_of_module(&mut self) {
         if let Some(forward) = self.forward.as_mut().filter(|forward| forward.thread == thread::current().id()) {
@@ -261,7 +261,7 @@ impl Cache {
     }
 
     /// Goes on with the forward that is under way, or begins one: layer `i` is given something of that kind.
-    fn begin(&mut self, i: usize, kind: u8) -> Result<()> {
+    fn begin(&mut self, i: usize, kind: u8, of_module: bool) -> Result<()> {
         let now = (i, kind);
         if let Some(forward) = &mut self.forward {
             let mine = forward.thread == thread::current().id();
@@ -294,7 +294,7 @@ impl Cache {
             last: i,
             phase: Phase::UnderWay,
             attended: false,
-            of_module: false,
+            of_module,
             saved: Vec::new(),
         });
         Ok(())
