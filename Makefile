@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 DEVELOPED := $(VENV)/.kvpack-develop
 RELEASED := $(VENV)/.kvpack-release
 COMPARED := $(VENV)/.kvpack-bench
+RUST_PASSED := target/.tests-passed
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed
 SOURCES := $(shell find src -name '*.rs' 2>/dev/null) $(wildcard Cargo.toml Cargo.lock build.rs pyproject.toml)
@@ -41,12 +42,15 @@ demo: $(RELEASED) ## compare the caches on a real model; leaves a table and a pi
 
 test: lint rust python ## every check: lint, Rust tests, Python tests
 
-check: lint ## the quick checks, after a small change: lint, the Rust tests, and of each quick Python test three cases
-	$(CARGO_TEST)
+check: lint $(RUST_PASSED) ## the quick checks, after a small change: lint, the Rust tests if Rust changed, of each quick Python test three cases
 	$(PYTEST) -m "not model and not slow" --cases 3 $(ARGS)
 
 rust: ## the tests of the Rust core (no Python needed)
 	$(CARGO_TEST)
+
+$(RUST_PASSED): $(SOURCES)
+	$(CARGO_TEST)
+	@touch $@
 
 python: $(DEVELOPED) ## the tests of the Python package, on a real model; WORKERS=0: in one process
 	$(BIN)/python tools/test_model.py
@@ -54,8 +58,7 @@ python: $(DEVELOPED) ## the tests of the Python package, on a real model; WORKER
 
 lint: $(DEVELOPED) ## formats, lints, types, and the stub against the extension
 	cargo fmt --check
-	cargo clippy --locked --all-targets -- -D warnings
-	cargo clippy --locked --lib --features python -- -D warnings
+	cargo clippy --locked --all-targets --features python -- -D warnings
 	$(BIN)/ruff check $(PYTHON_CODE)
 	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/mypy

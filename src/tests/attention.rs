@@ -174,26 +174,32 @@ fn cases() -> Vec<Case> {
 
 #[test]
 fn attention_is_that_over_what_is_held() {
-    for (number, case) in cases().into_iter().enumerate() {
-        let mut layer = Layer::new(case.codec.clone());
-        for (step, &n) in case.forwards.iter().enumerate() {
-            append(&mut layer, &case, n, None, step as u64);
-            let q = numbers(case.batch * case.heads * case.group * n * case.key_dim, 99 + step as u64);
-            let seen = layer.seen();
-            let causal = |_: usize, i: usize, p: usize| p + n <= seen + i;
-            let dense = dense(&layer, &case, available()[0]);
-            for (softcap, with_sinks) in [(None, false), (Some(3.0), false), (None, true)] {
-                let softmax = Softmax { scaling: (case.key_dim as f32).powf(-0.5), softcap };
-                let sinks = numbers(case.heads * case.group, 5);
-                let sinks = with_sinks.then_some(&sinks[..]);
-                let want = reference(&case, &dense, &q, [n, seen], softmax, sinks, &causal);
-                for kernels in available() {
-                    let got = attend(&layer, &case, &q, n, None, softmax, sinks, kernels);
-                    assert_close(&case.codec, &got, &want, &format!("case {number}, step {step}, {}", kernels.name));
-                }
-            }
-            layer.settle();
+    std::thread::scope(|scope| {
+        for (number, case) in cases().into_iter().enumerate() {
+            scope.spawn(move || assert_attends_to_what_is_held(number, &case));
         }
+    });
+}
+
+fn assert_attends_to_what_is_held(number: usize, case: &Case) {
+    let mut layer = Layer::new(case.codec.clone());
+    for (step, &n) in case.forwards.iter().enumerate() {
+        append(&mut layer, case, n, None, step as u64);
+        let q = numbers(case.batch * case.heads * case.group * n * case.key_dim, 99 + step as u64);
+        let seen = layer.seen();
+        let causal = |_: usize, i: usize, p: usize| p + n <= seen + i;
+        let dense = dense(&layer, case, available()[0]);
+        for (softcap, with_sinks) in [(None, false), (Some(3.0), false), (None, true)] {
+            let softmax = Softmax { scaling: (case.key_dim as f32).powf(-0.5), softcap };
+            let sinks = numbers(case.heads * case.group, 5);
+            let sinks = with_sinks.then_some(&sinks[..]);
+            let want = reference(case, &dense, &q, [n, seen], softmax, sinks, &causal);
+            for kernels in available() {
+                let got = attend(&layer, case, &q, n, None, softmax, sinks, kernels);
+                assert_close(&case.codec, &got, &want, &format!("case {number}, step {step}, {}", kernels.name));
+            }
+        }
+        layer.settle();
     }
 }
 
