@@ -30,7 +30,7 @@ unexport CONDA_PREFIX PYTHONHOME
 MAKEFLAGS += --no-print-directory
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check rust python lint format bench bench-peers leaderboard compat clean
+.PHONY: help setup demo test check rust python lint style format bench bench-peers leaderboard compat clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -42,7 +42,7 @@ demo: $(RELEASED) ## compare the caches on a real model; leaves a table and a pi
 
 test: lint rust python ## every check: lint, Rust tests, Python tests
 
-check: lint $(RUST_PASSED) ## the quick checks, after a small change: lint, the Rust tests if Rust changed, of each quick Python test three cases
+check: style $(RUST_PASSED) ## the quick checks, after a small change: formats, lints, types, the Rust tests if Rust changed, of each quick Python test three cases
 	$(PYTEST) -m "not model and not slow" --cases 3 $(ARGS)
 
 rust: ## the tests of the Rust core (no Python needed)
@@ -56,13 +56,15 @@ python: $(DEVELOPED) ## the tests of the Python package, on a real model; WORKER
 	$(BIN)/python tools/test_model.py
 	$(PYTEST) $(ARGS)
 
-lint: $(DEVELOPED) ## formats, lints, types, and the stub against the extension
+lint: style ## formats, lints, types, and the stub against the extension
+	MYPYPATH=python $(BIN)/stubtest kvpack._kvpack
+
+style: $(DEVELOPED)
 	cargo fmt --check
 	cargo clippy --locked --all-targets --features python -- -D warnings
 	$(BIN)/ruff check $(PYTHON_CODE)
 	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/mypy
-	MYPYPATH=python $(BIN)/stubtest kvpack._kvpack
 
 format: $(DEVELOPED) ## format the Rust and the Python code
 	cargo fmt

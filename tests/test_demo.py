@@ -71,6 +71,7 @@ def test_its_files_hold_the_same(report: Report, tmp_path: Path) -> None:
         assert cache["first_token_s_median"] == sorted(result.first_token_s)[1]
 
 
+@pytest.mark.slow
 def test_its_help_says_each_default_once() -> None:
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -81,11 +81,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_multiple_choice(results: list[dict[str, float]]) -> None:
     exact, eight_bits, _ = results
     assert exact["acc,none"] == 1
     assert eight_bits["acc,none"] == 1
 
 
+@pytest.mark.slow
 def test_generation(results: list[dict[str, float]]) -> None:
     assert results[2]["exact_match,none"] >= 0.5

@@ -117,6 +117,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_caches_that_come_and_go_leave_nothing_behind(record_property: Any) -> None:
     command = [sys.executable, "-c", SERVER, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -181,6 +182,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
 def test_no_memory_is_a_memory_error(record_property: Any) -> None:
     command = [sys.executable, "-c", NO_MEMORY, str(Path(__file__).parent)]

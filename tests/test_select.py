@@ -199,6 +199,7 @@ def test_bounds_are_counted_and_few() -> None:
     assert 0.8 * bounds < held - without < 1.3 * bounds + 20_000
 
 
+@pytest.mark.slow
 def test_time_falls_with_the_budget() -> None:
     times = {}
     for budget in (1.0, 0.1):
