@@ -47,10 +47,10 @@ check: style $(RUST_PASSED) ## the quick checks, after a small change: formats, 
 
 rust: ## the tests of the Rust core (no Python needed)
 	$(CARGO_TEST)
+	@mkdir -p $(dir $(RUST_PASSED)) && touch $(RUST_PASSED)
 
 $(RUST_PASSED): $(SOURCES)
-	$(CARGO_TEST)
-	@touch $@
+	@$(MAKE) rust
 
 python: $(DEVELOPED) ## the tests of the Python package, on a real model; WORKERS=0: in one process
 	$(BIN)/python tools/test_model.py
@@ -62,6 +62,7 @@ lint: style ## formats, lints, types, and the stub against the extension
 style: $(DEVELOPED)
 	cargo fmt --check
 	cargo clippy --locked --all-targets --features python -- -D warnings
+	cargo clippy --locked --lib -- -D warnings
 	$(BIN)/ruff check $(PYTHON_CODE)
 	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/mypy

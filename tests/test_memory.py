@@ -19,18 +19,12 @@ SHAPES = [(3, 64), (8, 128)]
 # Run in a process of its own: argv = number of the codec, layers, this folder. Prints what memory() says and what the
 # process grew by.
 RSS = """
-import ctypes, gc, resource, sys
+import sys
 sys.path.insert(0, sys.argv[3])
 import torch
-from support import CODECS
+from support import CODECS, resident
 import kvpack
 from transformers import LlamaConfig
-
-def resident():
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
 
 def fill(layers, tokens):
     config = LlamaConfig(num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, head_dim=128,
@@ -67,17 +61,11 @@ def test_the_process_grows_by_what_memory_says(fresh: Any, codec: Any, record_pr
 # Run as RSS, argv = this folder: caches of many methods, lengths and evictions come and go, several alive at a time.
 # Prints what memory() says and what the process grew by, now and then, at last with no cache alive.
 SERVER = """
-import ctypes, gc, random, resource, sys
+import random, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from support import CODECS, forward, tiny_config
+from support import CODECS, forward, resident, tiny_config
 import kvpack
-
-def resident():
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
 
 HEADS = 16
 EVICTIONS = [None, None, kvpack.StreamingLLM(budget=300), kvpack.H2O(budget=0.4), kvpack.SnapKV(budget=200)]

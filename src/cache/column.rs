@@ -121,7 +121,7 @@ impl<P: Page> Column<P> {
     /// Moves the tail to pages that copies share, so that sequences that part have one exact window. Its tokens are as before:
     /// they wait to be sealed. The shortest tails stay: a page costs more than their copies.
     pub(super) fn lend(&mut self) {
-        if self.tail.len() < LEAST_LENT {
+        if !self.can_lend() {
             return;
         }
         if let Some(last) = self.segments.pop_if(|last| self.lent > 0 && last.len < LENT) {
@@ -137,6 +137,11 @@ impl<P: Page> Column<P> {
         self.lent += pages.len();
         self.segments.reserve_exact(pages.len());
         self.segments.extend(pages);
+    }
+
+    /// Whether the tail is worth a page.
+    pub(super) fn can_lend(&self) -> bool {
+        self.tail.len() >= LEAST_LENT
     }
 
     /// Whether something is lent.
@@ -189,18 +194,17 @@ impl<P: Page> Column<P> {
             }
         }
         self.seal(method, sinks, due);
+        if lent.len() == 0 {
+            return self.tail.extend(newest.slice(0..newest.len()));
+        }
         let rest = self.tail.len();
-        if lent.len() > 0 && rest > 0 {
+        if rest > 0 {
             self.push(P::exact(self.tail.copy(0..rest)));
             self.lent = 1;
         }
-        if lent.len() > 0 {
-            self.lent += lent.len();
-            self.segments.extend(lent);
-            self.tail = newest;
-        } else {
-            self.tail.extend(newest.slice(0..newest.len()));
-        }
+        self.lent += lent.len();
+        self.segments.extend(lent);
+        self.tail = newest;
     }
 
     /// Seals `due` tokens of the tail; `sinks` before them stay exact.

@@ -181,6 +181,11 @@ impl KvHead {
         self.values.lend();
     }
 
+    /// Whether that would change anything.
+    pub(super) fn can_lend(&self) -> bool {
+        self.keys.can_lend() || self.values.can_lend()
+    }
+
     /// Whether copies may share some of the exact window.
     pub(super) fn lends(&self) -> bool {
         self.keys.lends() || self.values.lends()

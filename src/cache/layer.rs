@@ -433,8 +433,11 @@ impl Layer {
         if indices.is_empty() {
             return Err(Error::Shape { what: "batch indices", given: "none".into(), expected: "at least one".into() });
         }
-        for row in (0..self.batch()).filter(|&row| indices.iter().filter(|&&i| i == row).count() > 1) {
-            Arc::make_mut(&mut self.rows[row]).iter_mut().for_each(KvHead::lend);
+        for (i, row) in self.rows.iter_mut().enumerate() {
+            let several = indices.iter().filter(|&&index| index == i).count() > 1;
+            if several && row.iter().any(KvHead::can_lend) {
+                Arc::make_mut(row).iter_mut().for_each(KvHead::lend);
+            }
         }
         self.rows = indices.iter().map(|&i| Arc::clone(&self.rows[i])).collect();
         Ok(())

@@ -4,7 +4,7 @@ use std::ptr::null_mut;
 use std::sync::atomic::Ordering;
 
 use super::maps::Maps;
-use super::slab::{Slab, give_bit, lay_out, strip, take_bit};
+use super::slab::{Slab, clear, give_bit, lay_out, strip, take_bit};
 use super::{CLASSES, PAGE, SHORT, SLAB, size_of_class, system};
 
 /// Slabs of one class from which on they ask for huge pages: those are resident as a whole, but a long cache that is read from
@@ -146,6 +146,7 @@ impl Heap {
             if slab.is_null() && self.empties > 0 {
                 slab = self.empty[0];
                 self.detach(slab);
+                clear(slab);
             }
             if slab.is_null() {
                 if self.spares == 0 {
@@ -183,12 +184,13 @@ impl Heap {
             if self.spares == RESERVE {
                 return system::unmap(slab.cast(), SLAB, SLAB);
             }
+            clear(slab);
         }
         self.spare[self.spares] = slab;
         self.spares += 1;
     }
 
-    /// Takes an empty slab off its list, and the memory behind it.
+    /// Takes an empty slab off its list.
     unsafe fn detach(&mut self, slab: *mut Slab) {
         self.is_empty_no_more(slab);
         // SAFETY: it is mapped, and nobody uses it.
@@ -197,10 +199,6 @@ impl Heap {
             self.unlink(slab);
             self.lists[class].count -= 1;
             self.idle -= (*slab).idle * size_of_class(class);
-            if (*slab).huge {
-                system::advise(slab.cast(), SLAB, system::NOT_HUGE);
-            }
-            system::advise(slab.cast(), SLAB, system::UNWANTED);
         }
     }
 

@@ -4,10 +4,10 @@
 //! and go. On one heap those pages, and even the few bytes that list them, settle in the gaps: the next large tensor fits
 //! nowhere, and the process grows to several times what it holds. Here memory of about one size shares slabs.
 //!
-//! What is resident is what is held, and little more: sizes are rounded up by a sixteenth at most; empty slabs, but for a
-//! few, go back to the system; and as soon as what was given back in slabs that are still in use reaches a 32nd of what is held (and
-//! 8 MB), the system takes the memory behind half of it, and returns it as zeros when it is wanted again. What is larger than
-//! a slab's slots has a mapping of its own; of those that were given back 8 MB are kept for the next of their size.
+//! What is resident is what is held, and little more: sizes are rounded up by a sixteenth at most; empty slabs, but for a few,
+//! go back to the system; and when what was given back in the other slabs exceeds 8 MB and a 32nd of what is held, the system
+//! takes the memory behind half of it, and returns it as zeros when it is wanted again. What is larger than a slab's slots
+//! has a mapping of its own; of those that were given back 8 MB are kept for the next of their size.
 //!
 //! Some slabs are kept that nobody has used yet: addresses, no memory. When the system refuses more, small requests are served
 //! from them, so that an error can be made and reported. [`refill`] says whether they are whole; who asks for much, or often,
@@ -26,7 +26,7 @@ mod system;
 use heap::Heap;
 
 /// Larger memory has a mapping of its own.
-pub(crate) const MOST: usize = 1 << 17;
+const MOST: usize = 1 << 17;
 /// Bytes of a slab, and its alignment: the slab of an address is found by a mask. It is the size of a huge page, too.
 const SLAB: usize = 1 << 21;
 /// Sizes are rounded up to whole cache lines, which is also the alignment.
@@ -49,6 +49,7 @@ const fn size_of_class(class: usize) -> usize {
     let shift = (class / STEPS).saturating_sub(1);
     ((class - shift * STEPS) << shift) * LINE
 }
+
 /// The allocator.
 pub struct Slabs;
 
@@ -129,22 +130,6 @@ unsafe impl GlobalAlloc for Slabs {
                 Place::System => System.alloc(layout),
                 Place::Mapping(size) => HEAP.locked(|heap| heap.take_mapping(size)),
                 Place::Slot(class) => HEAP.locked(|heap| heap.take(class)),
-            }
-        }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: as above.
-        unsafe {
-            match Place::of(layout) {
-                Place::System => System.alloc_zeroed(layout),
-                Place::Mapping(_) | Place::Slot(_) => {
-                    let p = self.alloc(layout);
-                    if !p.is_null() {
-                        p.write_bytes(0, layout.size());
-                    }
-                    p
-                }
             }
         }
     }

@@ -42,6 +42,17 @@ pub(super) unsafe fn lay_out(slab: *mut Slab, class: usize, huge: bool) {
     }
 }
 
+/// Gives the memory behind a slab that nobody uses back to the system.
+pub(super) unsafe fn clear(slab: *mut Slab) {
+    // SAFETY: it is mapped; by the caller's contract nobody needs what is in it.
+    unsafe {
+        if (*slab).huge {
+            system::advise(slab.cast(), SLAB, system::NOT_HUGE);
+        }
+        system::advise(slab.cast(), SLAB, system::UNWANTED);
+    }
+}
+
 /// Words of the bits of idle slots, or of bare ones.
 unsafe fn words(slab: *mut Slab) -> usize {
     // SAFETY: the slab is mapped.
