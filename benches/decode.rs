@@ -4,12 +4,13 @@
 //! come from memory as they do in a model.
 
 use std::cell::LazyCell;
+use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kvpack::attend::Softmax;
-use kvpack::attend::kernels;
 use kvpack::cache::{Layer, New, Request};
-use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated, Spacing};
+use kvpack::kernels;
+use kvpack::quantize::{Block, Codecs, Graded, Kivi, Rotated, Spacing};
 use kvpack::tensor::{Slice, View, ViewMut};
 use kvquant::kvquant;
 
@@ -30,39 +31,37 @@ fn numbers(n: usize) -> Vec<f32> {
     (0..n).map(|_| next()).collect()
 }
 
-fn filled(codec: &Codec, heads: usize, dim: usize, tokens: usize) -> Layer {
+fn filled(codec: &Codecs, heads: usize, dim: usize, tokens: usize) -> Layer {
     let mut layer = Layer::new(codec.clone());
     let step = 2048.min(tokens);
     let x = numbers(heads * step * dim);
     for _ in 0..tokens / step {
         let view = View::of_slice(Slice::F32(&x), [1, heads, step, dim]);
-        layer.append(&New { k: &view, v: &view, valid: None, readers: None, settle: true }).expect("tokens fit");
+        layer.append(&New { k: &view, v: &view, valid: None, queries: None, flush: true }).expect("tokens fit");
     }
     layer
 }
 
 fn decode(c: &mut Criterion) {
-    let kivi = |bits| Codec::kivi(Kivi::new(bits, 32, 128, 4).expect("KIVI's own defaults"));
-    let both = |method: Method| Codec { keys: method.clone(), values: method };
-    let block = |bits| both(Method::Block(Block::new(bits, 0, 0).expect("its defaults")));
-    let spaced = |bits, spacing| Method::Rotated(Rotated::new(bits, spacing, 0, 128, 4, 0).expect("its defaults"));
+    let kivi = |bits| Codecs::both(Kivi::new(bits, 32, 128, 4).expect("KIVI's own defaults"));
+    let block = |bits| Codecs::both(Block::new(bits, 0, 0).expect("its defaults"));
+    let spaced = |bits, spacing| Rotated::new(bits, spacing, 0, 128, 4, 0).expect("its defaults");
     let rotated = |bits| spaced(bits, Spacing::Uniform);
-    let graded = |bits| Codec {
-        keys: Method::Graded(Graded::new(bits, 128, 128, 4).expect("its defaults")),
-        values: rotated(2),
+    let graded = |bits| {
+        Codecs::new(Arc::new(Graded::new(bits, 128, 128, 4).expect("its defaults")), Arc::new(rotated(2))).unwrap()
     };
     let codecs = [
-        ("exact", Codec::EXACT),
+        ("exact", Codecs::exact()),
         ("kivi8", kivi(8)),
         ("kivi4", kivi(4)),
         ("kivi3", kivi(3)),
         ("kivi2", kivi(2)),
         ("q8", block(8)),
         ("q4", block(4)),
-        ("rotated4", both(rotated(4))),
-        ("rotated2", both(rotated(2))),
-        ("lloyd-max4", both(spaced(4, Spacing::LloydMax))),
-        ("lloyd-max2", both(spaced(2, Spacing::LloydMax))),
+        ("rotated4", Codecs::both(rotated(4))),
+        ("rotated2", Codecs::both(rotated(2))),
+        ("lloyd-max4", Codecs::both(spaced(4, Spacing::LloydMax))),
+        ("lloyd-max2", Codecs::both(spaced(2, Spacing::LloydMax))),
         ("graded3", graded(3.0)),
     ];
     let kernels = kernels::chosen().expect("KVPACK_ISA");
@@ -92,8 +91,8 @@ fn decode(c: &mut Criterion) {
                             query: View::of_slice(Slice::F32(&q), [1, query_heads, 1, dim]),
                             mask: None,
                             softmax: Softmax { scaling: 0.1, softcap: None },
-                            sinks: None,
-                            received: false,
+                            sink_logits: None,
+                            scores: false,
                         };
                         let mut out = ViewMut::of_slice(&mut out, [1, 1, query_heads, dim]);
                         layers[turn].attend(&request, &mut out, kernels).expect("shapes fit");

@@ -2,7 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+use std::any::Any;
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use crate::memory::OutOfMemory;
 
@@ -78,6 +81,12 @@ pub enum Error {
     /// The cache is in use by another thread at this moment.
     #[error("this cache is in use by another thread; give each thread its own cache (cache.fork() shares the pages)")]
     Busy,
+    /// A function that the cache calls asks the cache.
+    #[error(
+        "this cache is calling the function that asks it something, in the midst of a change; such a function sees what it is given \
+         alone"
+    )]
+    Reentered,
     /// Keys or values of an earlier state of a layer are used.
     #[error(
         "these keys and values were returned by an earlier update (given version {given}, expected {expected}): the cache has \
@@ -95,13 +104,42 @@ pub enum Error {
         /// How many bytes were wanted.
         bytes: usize,
     },
+    /// Code of the caller's failed, which a method calls: what it raised.
+    #[error("a function of the caller's failed: {0:?}")]
+    Raised(Raised),
     /// A defect of kvpack itself.
     #[error("internal error, please report it: {0}")]
     Internal(String),
 }
 
+/// What code of the caller's raised, to be handed back to the caller as it is.
+#[derive(Clone)]
+pub struct Raised(pub Arc<dyn Any + Send + Sync>);
+
+impl PartialEq for Raised {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Raised {}
+
+impl fmt::Debug for Raised {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an error of its own")
+    }
+}
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Refuses an option.
+///
+/// # Errors
+/// [`Error::Option`], always.
+pub fn refuse<T>(name: &'static str, given: impl fmt::Display, accepted: impl Into<String>) -> Result<T> {
+    Err(Error::Option { name, given: given.to_string(), accepted: accepted.into() })
+}
 
 /// Turns a panic of `f` into an error.
 ///

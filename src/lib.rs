@@ -4,23 +4,30 @@
 //!
 //! | room | what it is |
 //! |---|---|
-//! | [`error`] | one error enum: what was wrong, what was given, what is accepted |
+//! | [`error`], [`amount`], [`options`] | one error enum: what was wrong, what was given, what is accepted; tokens or a share; options by name |
 //! | [`tensor`] | borrowed views over f32 / f16 / bf16 memory, and exact rows |
 //! | [`memory`] | memory that may be refused |
 //! | `slabs` | the allocator of the Python package: apart from the heap of the process |
 //! | [`pool`] | threads: torch's own team, or ours |
-//! | [`attend`] | reading: segments, online softmax, one query and many; `kernels` has one file an instruction set, and the loops once for all |
-//! | [`quantize`] | writing with fewer bits: one file a method |
-//! | [`evict`] | writing fewer tokens: one file a method |
-//! | [`cache`] | the manager: layers, sequences, KV heads, pages, tails, memory |
+//! | [`linalg`] | small matrices, maps to other coordinates, rotary positions, random numbers |
+//! | [`mod@format`] | packed codes, the grids that they count on, queries and weights as integers |
+//! | [`kernels`] | the inner loops: one file an instruction set, and the loops once for all |
+//! | [`attend`] | reading: segments, summaries, online softmax, one query and many |
+//! | [`quantize`] | fewer bits: one file a method, one file a kind of page |
+//! | [`evict`] | fewer tokens: one file a method, with what it remembers |
+//! | [`select`] | fewer tokens read: one file a method, with its index of pages |
+//! | [`compact`] | tokens that become slots or a state |
+//! | [`prune`] | heads and dims that are not held |
+//! | [`share`] | layers that read another's tokens |
+//! | [`cache`] | the manager: layers, sequences, KV heads, sides, pages, tails, memory |
 //! | `binding` | `PyO3` only: extract, validate, release the GIL, call, map the error |
 //!
-//! A forward's life: [`cache::Cache::update`] takes a layer's keys and values as they are, and settles what earlier ones left;
+//! A forward's life: [`cache::Cache::update`] takes a layer's keys and values as they are, and flushes what earlier ones left;
 //! [`cache::Cache::attend`] stores and reads them. Whatever fails, [`cache::Cache::roll_back`] undoes it in all layers.
 //!
 //! A layer's life: [`cache::Layer::append`] takes a forward's keys and values into exact tails,
-//! [`cache::Layer::attend`] reads sealed pages and tails as they are, [`cache::Layer::settle`] seals what the codec's
-//! rule says is due.
+//! [`cache::Layer::attend`] reads sealed pages and tails as they are, [`cache::Layer::flush`] does in its order what is
+//! due: evict, compact, seal, index.
 
 // The tests of the public interface name the crate as its users do.
 #[cfg(test)]
@@ -31,11 +38,19 @@ pub mod attend;
 #[cfg(feature = "python")]
 mod binding;
 pub mod cache;
+pub mod compact;
 pub mod error;
 pub mod evict;
+pub mod format;
+pub mod kernels;
+pub mod linalg;
 pub mod memory;
+pub mod options;
 pub mod pool;
+pub mod prune;
 pub mod quantize;
+pub mod select;
+pub mod share;
 #[cfg(target_os = "linux")]
 pub mod slabs;
 pub mod tensor;

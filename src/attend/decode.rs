@@ -2,10 +2,10 @@
 
 #![forbid(unsafe_code)]
 
-use super::basis::Turned;
-use super::kernels::Ahead;
-use super::mat::{Mat, MatMut};
-use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, Weights};
+use super::chunks::ValueCursor;
+use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, Weights, add_bias, cap};
+use crate::kernels::Ahead;
+use crate::linalg::{MappedRows, Mat, MatMut};
 use crate::memory;
 
 /// Chunks between the one that is read and the one that is asked for, where they are scattered.
@@ -22,14 +22,15 @@ pub fn attend_one(
 ) -> Partial {
     let heads = queries.q.len() / head.key_dim;
     let q = Mat::new(&queries.q, heads, head.key_dim);
-    let mut turned = Turned::default();
+    let mut mapped = MappedRows::default();
     let mut partial = Partial::new(heads, head.value_dim);
     let mut cursor = ValueCursor::new(&head.values);
     let mut far = ValueCursor::new(&head.values);
     let mut scores = memory::zeros(heads * CHUNK);
     let (mut held, mut weighed) = (Vec::new(), Vec::with_capacity(heads));
     let all_visible = queries.visible.all(0, head.positions.last().unwrap_or(0));
-    for (i, &KeyChunk { segment, first, tokens: n, at }) in chunks.iter().enumerate() {
+    for (i, chunk) in chunks.iter().enumerate() {
+        let &KeyChunk { segment, first, tokens: n, at } = chunk;
         // What is wanted next comes from memory while this is computed: values behind scores, the next keys behind values.
         // The work on a short chunk takes less time than memory does.
         if let Some(next) = chunks.get(i + FAR).filter(|_| scattered) {
@@ -37,13 +38,15 @@ pub fn attend_one(
             Ahead::new(far.next_bytes(next.at, next.tokens)).fetch_far();
         }
         let mut ahead = Ahead::new(cursor.next_bytes(at, n));
-        let q = segment.basis().map_or(q, |basis| turned.in_basis(basis, q));
+        let q = segment.map().map_or(q, |map| mapped.through(map, q));
         segment.scores(q, first, n, MatMut::new(&mut scores, heads, CHUNK), scratch, &mut ahead);
         if !all_visible {
             head.positions.collect_into(at, n, &mut held);
         }
+        let bias = chunk.bias();
         for (g, scores) in scores.chunks_exact_mut(CHUNK).enumerate() {
-            queries.softmax.cap(&mut scores[..n]);
+            cap(queries.softmax.softcap, &mut scores[..n]);
+            add_bias(bias, &mut scores[..n]);
             if !all_visible {
                 queries.visible.apply(queries.first_head + g, 0, &held, &mut scores[..n]);
             }
@@ -54,16 +57,16 @@ pub fn attend_one(
             partial.take(g, weighed);
             largest_share = largest_share.max(weighed.heaviest / partial.sum[g]);
         }
-        if queries.received {
-            partial.received.take(at, n, &partial.max, Mat::new(&scores, heads, CHUNK));
+        if queries.scores {
+            partial.weights.take(at, n, &partial.max, Mat::new(&scores, heads, CHUNK));
         }
         let mut ahead = Ahead::new(chunks.get(i + 1).map_or(&[], |next| next.segment.bytes(next.first, next.tokens)));
         let weights = Mat::new(&scores, heads, CHUNK);
         cursor.read(at, n, |values, first, n, offset| {
             let weights = Weights { of: weights.from_column(offset), largest_share };
-            values.accumulate(weights, first, n, partial.acc(values.basis()), scratch, &mut ahead);
+            values.accumulate(weights, first, n, partial.acc(values.map()), scratch, &mut ahead);
         });
     }
-    partial.turn_back();
+    partial.map_back();
     partial
 }

@@ -6,9 +6,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::basis::Turned;
-use super::mat::{Mat, MatMut};
-use super::{Basis, CHUNK, Head, KeyChunk, Partial, Queries, Scratch, ValueCursor, key_chunks, tile_rows};
+use super::chunks::ValueCursor;
+use super::{CHUNK, Head, KeyChunk, Partial, Queries, Scratch, add_bias, cap, key_chunks};
+use crate::format::tile_rows;
+use crate::linalg::{Map, MappedRows, Mat, MatMut};
 use crate::memory;
 
 /// Query rows that share one block of scores.
@@ -25,9 +26,10 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>,
     let mut key_tile = memory::zeros(tile_rows(dk) * CHUNK);
     let mut value_tile = memory::zeros(CHUNK * stride);
     let mut scores = memory::zeros(QUERY_BLOCK * CHUNK);
-    let (mut turned, mut pieces) = (Turned::default(), Pieces::default());
+    let (mut mapped, mut pieces) = (MappedRows::default(), Pieces::default());
     let (mut held, mut weighed) = (Vec::new(), Vec::new());
-    for KeyChunk { segment, first, tokens: n, at } in key_chunks(&head.keys) {
+    for chunk in key_chunks(&head.keys) {
+        let KeyChunk { segment, first, tokens: n, at } = chunk;
         if !tokens.contains(&at) {
             continue;
         }
@@ -35,52 +37,55 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>,
         if queries.visible.none(queries.range.end - 1, held[0]) {
             continue;
         }
-        segment.tile(first, n, MatMut::new(&mut key_tile, tile_rows(dk), CHUNK), scratch);
         let q = Mat::new(&queries.q, rows, dk);
-        let q = segment.basis().map_or(q, |basis| turned.in_basis(basis, q));
+        let q = segment.map().map_or(q, |map| mapped.through(map, q));
+        let stored = q.stride;
+        segment.tile(first, n, MatMut::new(&mut key_tile, tile_rows(stored), CHUNK), scratch);
         pieces.clear();
         cursor.read(at, n, |values, first, n, offset| {
-            add_piece(&mut pieces, values.basis(), offset..offset + n);
+            add_piece(&mut pieces, values.map(), offset..offset + n);
             values.tile(first, n, MatMut::new(&mut value_tile[offset * stride..], n, stride), scratch);
         });
         for block in (0..rows).step_by(QUERY_BLOCK) {
             let m = QUERY_BLOCK.min(rows - block);
             scores[..m * CHUNK].fill(0.0);
-            let keys = Mat::new(&key_tile, dk, CHUNK);
+            let keys = Mat::new(&key_tile, stored, CHUNK);
             (scratch.kernels.matmul)(q.part(block, m), keys, n, MatMut::new(&mut scores, m, CHUNK));
             for (scores, row) in scores.chunks_exact_mut(CHUNK).zip(block..block + m) {
-                adjust(queries, row, &held, &mut scores[..n]);
+                adjust(queries, row, &held, chunk.bias(), &mut scores[..n]);
             }
             partial.weigh(block, MatMut::new(&mut scores, m, CHUNK), n, scratch.kernels, &mut weighed);
             for (row, &weighed) in (block..).zip(&weighed) {
                 partial.take(row, weighed);
             }
-            for (tokens, basis) in &pieces {
+            for (tokens, map) in &pieces {
                 let weights = Mat::new(&scores, m, CHUNK).from_column(tokens.start);
                 let values = Mat::new(&value_tile[tokens.start * stride..], tokens.len(), stride);
-                (scratch.kernels.matmul)(weights, values, dv, partial.acc(basis.as_ref()).part(block, m));
+                let stored = map.map_or(dv, |map| map.dim(dv));
+                (scratch.kernels.matmul)(weights, values, stored, partial.acc(*map).part(block, m));
             }
         }
     }
-    partial.turn_back();
+    partial.map_back();
     partial
 }
 
 /// Tokens of a chunk whose values have the same coordinates, and which.
-type Pieces = Vec<(Range<usize>, Option<Arc<Basis>>)>;
+type Pieces<'a> = Vec<(Range<usize>, Option<&'a Arc<Map>>)>;
 
 /// Adds tokens that follow the last ones.
-fn add_piece(pieces: &mut Pieces, basis: Option<&Arc<Basis>>, tokens: Range<usize>) {
+fn add_piece<'a>(pieces: &mut Pieces<'a>, map: Option<&'a Arc<Map>>, tokens: Range<usize>) {
     match pieces.last_mut() {
-        Some((last, held)) if held.as_ref().map(Arc::as_ptr) == basis.map(Arc::as_ptr) => last.end = tokens.end,
-        _ => pieces.push((tokens, basis.cloned())),
+        Some((last, held)) if held.map(Arc::as_ptr) == map.map(Arc::as_ptr) => last.end = tokens.end,
+        _ => pieces.push((tokens, map)),
     }
 }
 
-/// Caps the logits of row `row` for the tokens at positions `held`, and hides what it may not see.
-fn adjust(queries: &Queries<'_>, row: usize, held: &[u32], scores: &mut [f32]) {
+/// Caps the logits of row `row` for the tokens at positions `held`, adds their bias, and hides what it may not see.
+fn adjust(queries: &Queries<'_>, row: usize, held: &[u32], bias: Option<&[f32]>, scores: &mut [f32]) {
     let (g, i) = (row / queries.range.len(), queries.range.start + row % queries.range.len());
-    queries.softmax.cap(scores);
+    cap(queries.softmax.softcap, scores);
+    add_bias(bias, scores);
     if !queries.visible.all(i, held[held.len() - 1]) {
         queries.visible.apply(queries.first_head + g, i, held, scores);
     }

@@ -4,9 +4,10 @@
 
 use std::sync::Arc;
 
-use super::kernels::{Kernels, Weighed};
-use super::mat::MatMut;
-use super::{Basis, Received, padded};
+use super::TokenWeights;
+use crate::format::padded;
+use crate::kernels::{Kernels, Weighed};
+use crate::linalg::{Map, MatMut};
 use crate::memory;
 
 /// Attention of some rows (queries) over some tokens, not yet divided by the weights' sum.
@@ -18,10 +19,10 @@ pub struct Partial {
     pub sum: Vec<f32>,
     /// Weighted sums of values, `stride` apart.
     pub acc: Vec<f32>,
-    /// What every token received, if that is wanted.
-    pub received: Received,
+    /// The weight of every token, if that is wanted.
+    pub weights: TokenWeights,
     /// Those of values in other coordinates, not yet in `acc`.
-    turned: Option<(Arc<Basis>, Vec<f32>)>,
+    mapped: Option<(Arc<Map>, Vec<f32>)>,
     /// The value dim, rounded up to whole vectors.
     pub stride: usize,
     value_dim: usize,
@@ -35,8 +36,8 @@ impl Partial {
             max: memory::filled(f32::NEG_INFINITY, rows),
             sum: memory::zeros(rows),
             acc: memory::zeros(rows * stride),
-            received: Received::default(),
-            turned: None,
+            weights: TokenWeights::default(),
+            mapped: None,
             stride,
             value_dim,
         }
@@ -47,7 +48,7 @@ impl Partial {
         self.max.len()
     }
 
-    /// Turns the logits `[rows, n]` of the rows from `first` on for `n` further tokens into weights; [`Self::take`] takes
+    /// Makes weights of the logits `[rows, n]` of the rows from `first` on for `n` further tokens; [`Self::take`] takes
     /// them in.
     pub fn weigh(&self, first: usize, scores: MatMut<'_>, n: usize, kernels: &Kernels, weighed: &mut Vec<Weighed>) {
         weighed.clear();
@@ -61,44 +62,51 @@ impl Partial {
         self.sum[row] += weighed.sum;
     }
 
-    /// The weighted sums, to add to; those in the coordinates of `basis` are apart until [`Self::turn_back`].
-    pub fn acc(&mut self, basis: Option<&Arc<Basis>>) -> MatMut<'_> {
+    /// The weighted sums, to add to; those in the coordinates of `map` are apart until [`Self::map_back`].
+    pub fn acc(&mut self, map: Option<&Arc<Map>>) -> MatMut<'_> {
         let (rows, stride) = (self.max.len(), self.stride);
-        let Some(basis) = basis else {
+        let Some(map) = map else {
             return MatMut::new(&mut self.acc, rows, stride);
         };
-        if self.turned.as_ref().is_some_and(|(held, _)| !Arc::ptr_eq(held, basis)) {
-            self.turn_back();
+        if self.mapped.as_ref().is_some_and(|(held, _)| !Arc::ptr_eq(held, map)) {
+            self.map_back();
         }
-        let (_, acc) = self.turned.get_or_insert_with(|| (Arc::clone(basis), memory::zeros(rows * stride)));
+        let (_, acc) = self.mapped.get_or_insert_with(|| (Arc::clone(map), memory::zeros(rows * stride)));
         MatMut::new(acc, rows, stride)
     }
 
     /// Takes the sums in other coordinates in; every part that is merged has done so.
-    pub fn turn_back(&mut self) {
-        if let Some((basis, mut turned)) = self.turned.take() {
-            for (acc, turned) in self.acc.chunks_exact_mut(self.stride).zip(turned.chunks_exact_mut(self.stride)) {
-                basis.undo(&mut turned[..self.value_dim]);
-                for (a, b) in acc.iter_mut().zip(&turned[..self.value_dim]) {
-                    *a += b;
-                }
+    pub fn map_back(&mut self) {
+        if let Some((map, mapped)) = self.mapped.take() {
+            let stored = map.dim(self.value_dim);
+            let mut values = memory::zeros(self.value_dim);
+            for (acc, mapped) in self.acc.chunks_exact_mut(self.stride).zip(mapped.chunks_exact(self.stride)) {
+                map.undo(&mapped[..stored], &mut values);
+                acc.iter_mut().zip(&values).for_each(|(a, b)| *a += b);
             }
         }
     }
 
-    /// A logit without a value (a learned attention sink): it takes weight and adds nothing.
-    pub fn add_sink(&mut self, row: usize, logit: f32) {
+    /// A logit without a value: it takes weight and adds nothing.
+    pub fn add_logit(&mut self, row: usize, logit: f32) {
+        self.add(row, logit, &[]);
+    }
+
+    /// A logit with its value.
+    pub fn add(&mut self, row: usize, logit: f32, value: &[f32]) {
         let max = self.max[row].max(logit);
         self.rescale(row, max);
-        self.sum[row] += (logit - max).exp();
+        let weight = if logit == f32::NEG_INFINITY { 0.0 } else { (logit - max).exp() };
+        self.sum[row] += weight;
+        self.acc[row * self.stride..].iter_mut().zip(value).for_each(|(a, x)| *a += weight * x);
     }
 
     fn rescale(&mut self, row: usize, max: f32) {
         if max > self.max[row] {
             let factor = decay(self.max[row], max);
             self.sum[row] *= factor;
-            let turned = self.turned.as_mut().map(|(_, turned)| turned);
-            for acc in [Some(&mut self.acc), turned].into_iter().flatten() {
+            let mapped = self.mapped.as_mut().map(|(_, mapped)| mapped);
+            for acc in [Some(&mut self.acc), mapped].into_iter().flatten() {
                 for a in &mut acc[row * self.stride..][..self.stride] {
                     *a *= factor;
                 }

@@ -135,6 +135,13 @@ impl Positions {
         }
     }
 
+    /// All positions, oldest first.
+    pub fn all(&self) -> Vec<u32> {
+        let mut all = Vec::new();
+        self.collect_into(0, self.len(), &mut all);
+        all
+    }
+
     /// The newest position.
     pub fn last(&self) -> Option<u32> {
         (self.len > 0).then(|| self.end - 1)

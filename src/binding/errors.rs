@@ -8,12 +8,16 @@ use crate::error::Error;
 /// The Python exception for `error`.
 pub(super) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
     let class = match error {
+        Error::Raised(raised) => match raised.0.downcast_ref::<PyErr>() {
+            Some(error) => return error.clone_ref(py),
+            None => "InternalError",
+        },
         Error::Option { .. } => "OptionError",
         Error::Shape { .. } => "ShapeError",
         Error::Dtype { .. } => "DtypeError",
         Error::NonFinite { .. } | Error::TooLarge { .. } => "NonFiniteError",
         Error::Crop { .. } => "CropError",
-        Error::Busy => "ConcurrencyError",
+        Error::Busy | Error::Reentered => "ConcurrencyError",
         Error::Stale { .. } => "StaleHandleError",
         Error::Memory { .. } => "OutOfMemoryError",
         Error::Internal(_) => "InternalError",

@@ -64,17 +64,17 @@ pub(super) fn keys(head: &KvHead, dim: usize) -> Packed {
     let mut out = Packed { dim, columns: dim, ..Packed::default() };
     for segment in head.pages().0 {
         let page = match &*segment.page {
-            KeyPage::Moved(moved) => moved.page(),
+            KeyPage::Shifted(shifted) => shifted.page(),
             page => page,
         };
         match page {
-            KeyPage::Exact(_) | KeyPage::Moved(_) => out.exact += segment.len,
+            KeyPage::Exact(_) | KeyPage::Shifted(_) => out.exact += segment.len,
             KeyPage::Tokens(page) => {
                 let grid = |t, j| page.grid(t, j);
                 out.columns = page.groups();
                 add(&mut out, segment.len, |t, c| page.code(t, c), grid);
             }
-            KeyPage::Unrotated(page) => {
+            KeyPage::PreRope(page) => {
                 // One grid a channel for all tokens: the first of them brings it.
                 out.columns = 0;
                 add(&mut out, segment.len, |t, c| page.code(t, c), |_, _| (0.0, 0.0));
@@ -120,7 +120,7 @@ impl<'py> IntoPyObject<'py> for Outliers {
 pub(super) fn outliers(head: &KvHead) -> (Outliers, Outliers) {
     let (mut keys, mut values) = (Outliers::default(), Outliers::default());
     for (first, segment) in packed_segments(head.pages().0, |page| matches!(page, KeyPage::Exact(_))) {
-        if let KeyPage::Unrotated(page) = &*segment.page {
+        if let KeyPage::PreRope(page) = &*segment.page {
             add_outliers(&mut keys, first, segment.len, page.outliers_of(segment.len));
         }
     }

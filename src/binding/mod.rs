@@ -7,14 +7,18 @@
 
 mod cache;
 mod errors;
-mod eviction;
 mod inspect;
-mod method;
+mod look;
+mod methods;
+mod options;
+mod rows;
+mod scorer;
+mod step;
 mod tensors;
 
 use pyo3::prelude::*;
 
-use crate::attend::kernels;
+use crate::kernels;
 use crate::pool;
 
 // The tests count what is allocated with one of their own.
@@ -26,11 +30,9 @@ static ALLOCATOR: crate::slabs::Slabs = crate::slabs::Slabs;
 #[pymodule(gil_used = false)]
 mod _kvpack {
     #[pymodule_export]
-    use super::cache::{Cache, Layer};
+    use super::cache::Cache;
     #[pymodule_export]
-    use super::eviction::Eviction;
-    #[pymodule_export]
-    use super::method::Method;
+    use super::methods::{Codec, Compactor, Eviction, Layer, Prune, Selector};
     #[pymodule_export]
     use super::{isa, isa_available, openmp_library, refuse_memory, set_threads, use_openmp};
 

@@ -8,10 +8,12 @@ use std::any::Any;
 use std::sync::Arc;
 
 use super::Layer;
+use super::append::New;
 use super::forward::{Forward, Recording};
-use super::layer::{New, expect};
+use super::layer::expect;
 use super::packed::{Packed, State};
 use crate::error::{self, Error, Result};
+use crate::share::Share;
 use crate::tensor::View;
 
 /// Something of the caller's that is handed back when a forward is rolled back.
@@ -19,7 +21,7 @@ pub type Foreign = Arc<dyn Any + Send + Sync>;
 
 /// Keys or values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
+pub enum Which {
     /// Keys.
     Keys,
     /// Values.
@@ -52,6 +54,8 @@ pub struct Given {
 /// All layers of a model; some may be held elsewhere, and only take part in forwards.
 pub struct Cache {
     pub(super) layers: Vec<Option<Box<Packed>>>,
+    /// The layers that hold the tokens of each, where some share theirs.
+    pub(super) sources: Vec<usize>,
     pub(super) forward: Option<Forward>,
     pub(super) recording: Option<Recording>,
     /// The last layer that forwards come to.
@@ -62,7 +66,7 @@ pub struct Cache {
     pub(super) version: u64,
     pub(super) undone: Vec<Foreign>,
     /// The layer that a forward came to which was begun and never ended, and so taken back.
-    pub(super) taken_back: Option<usize>,
+    pub(super) abandoned: Option<usize>,
 }
 
 impl Cache {
@@ -72,14 +76,28 @@ impl Cache {
         let layers = layers.into_iter().map(|layer| layer.map(|(layer, shared)| Box::new(Packed::new(layer, shared))));
         Self {
             layers: layers.collect(),
+            sources: Vec::new(),
             forward: None,
             recording: None,
             last,
             last_is_read,
             version: 0,
             undone: Vec::new(),
-            taken_back: None,
+            abandoned: None,
         }
+    }
+
+    /// The cache, some of whose layers read what others hold; those hold nothing themselves.
+    #[must_use]
+    pub fn with_share(self, share: &dyn Share) -> Self {
+        let sources: Vec<usize> = (0..self.layers.len()).map(|i| share.source(i)).collect();
+        let own = self.layers.into_iter().enumerate().map(|(i, layer)| layer.filter(|_| sources[i] == i));
+        Self { layers: own.collect(), sources, ..self }
+    }
+
+    /// The layer that holds the tokens of layer `i`.
+    pub(super) fn source(&self, i: usize) -> usize {
+        self.sources.get(i).copied().unwrap_or(i)
     }
 
     /// How many layers there are.
@@ -154,7 +172,7 @@ impl Cache {
         self.settle_forward()?;
         let recording = self.recording.is_some();
         self.change_all(|packed| {
-            packed.absorb(recording)?;
+            packed.commit_unread(recording)?;
             packed.state.attention = None;
             packed.layer.select(indices)
         })
@@ -202,7 +220,7 @@ impl Cache {
         expect("layer: tokens before another cache's are packed", packed.seen(), 0)?;
         let (k, v) = (&k.reborrow(), &v.reborrow());
         packed.layer.check(k, v)?;
-        let loaded = error::caught(|| packed.layer.append(&New { k, v, valid, readers: None, settle: true }));
+        let loaded = error::caught(|| packed.layer.append(&New { k, v, valid, queries: None, flush: true }));
         if loaded.is_err() {
             self.reset_layer(i);
         }
@@ -243,10 +261,11 @@ impl Cache {
     }
 
     pub(super) fn packed(&self, i: usize) -> Result<&Packed> {
-        self.layers.get(i).and_then(Option::as_deref).ok_or_else(|| self.no_layer(i))
+        self.layers.get(self.source(i)).and_then(Option::as_deref).ok_or_else(|| self.no_layer(i))
     }
 
     pub(super) fn packed_mut(&mut self, i: usize) -> Result<&mut Packed> {
+        let i = self.source(i);
         if self.layers.get(i).is_none_or(Option::is_none) {
             return Err(self.no_layer(i));
         }

@@ -4,16 +4,12 @@
 use std::sync::Arc;
 use std::thread::{self, ThreadId};
 
-use super::cache::{Cache, Foreign, Given};
-use super::layer::Readers;
-use super::packed::{Before, Pending};
-use super::read::Request;
-use crate::attend::kernels::Kernels;
+use super::cache::{Cache, Foreign};
+use super::packed::Before;
 use crate::error::{self, Error, Result};
-use crate::tensor::{Kept, ViewMut};
 
 /// What layers are given that is no state: tokens.
-const TOKENS: u8 = 0;
+pub(super) const TOKENS: u8 = 0;
 
 /// What brings a layer back.
 pub(super) enum Saved {
@@ -73,31 +69,6 @@ impl Recording {
 }
 
 impl Cache {
-    /// Takes a forward's keys `[B, H, n, Dk]` and values `[B, H, n, Dv]` of layer `i`. They wait until attention has read them:
-    /// only then is it known which are pads. `of_module`: should a forward begin here, whether it is one of a whole model.
-    ///
-    /// # Errors
-    /// [`Error::Busy`] in the middle of another thread's forward; else what does not fit, and the forward is rolled back.
-    pub fn update(&mut self, i: usize, k: Kept, v: Kept, of_module: bool) -> Result<Given> {
-        let tokens = k.view().shape()[2];
-        self.begin(i, TOKENS, of_module)?;
-        self.step(|cache| {
-            let recording = cache.recording.is_some();
-            cache.save(i, tokens)?;
-            let version = cache.next_version();
-            let packed = cache.packed_mut(i)?;
-            packed.flush(recording)?;
-            packed.layer.check(&k.view(), &v.view())?;
-            let first = packed.layer.seen() == 0;
-            let gone = packed.gone();
-            packed.state.pending = Some(Pending { k, v });
-            packed.version = version;
-            let given = Given { version, first, tokens: packed.seen() - gone };
-            cache.tokens_came();
-            Ok(given)
-        })
-    }
-
     /// Says that layer `i`, which is held elsewhere, is about to be given tokens, or states of a `kind` of their own; `of_module` as
     /// in [`Self::update`]. Returns whether what brings it back is still to be [kept](Self::keep).
     ///
@@ -131,7 +102,7 @@ impl Cache {
         })
     }
 
-    /// one begins before that it is rolled back. Of layers that are given tokens by hand nobody knows where that ends.
+    /// Says that this thread's forward is one of a whole model, which goes on to its last layer.
     pub fn is_of_module(&mut self) {
         if let Some(forward) = self.forward.as_mut().filter(|forward| forward.thread == thread::current().id()) {
             forward.of_module = true;
@@ -146,69 +117,6 @@ impl Cache {
     /// Says that attention has read layer `i`, which is held elsewhere. Returns whether the forward is over.
     pub fn attended(&mut self, i: usize) -> bool {
         self.attention_ends(i)
-    }
-
-    /// Stores layer `i`'s first tokens, after the attention of `readers` over the model's own tensors; `valid` `[B, n]` says
-    /// which are no pads. Returns whether the forward is over.
-    ///
-    /// # Errors
-    /// [`Error::Stale`] when the layer was changed since; else what does not fit, and the forward is rolled back.
-    pub fn commit(
-        &mut self,
-        i: usize,
-        version: u64,
-        valid: Option<&[bool]>,
-        readers: Readers<'_>,
-        kernels: &'static Kernels,
-    ) -> Result<bool> {
-        self.check_version(i, version)?;
-        self.step(|cache| {
-            let recording = cache.recording.is_some();
-            let packed = cache.packed_mut(i)?;
-            packed.check_center(&readers)?;
-            packed.state.counts.prefill += 1;
-            packed.state.outside = false;
-            packed.store(valid, Some(readers), recording)?;
-            packed.watch(&readers, kernels)?;
-            Ok(cache.attention_ends(i))
-        })
-    }
-
-    /// Stores what layer `i` was given last, then writes the attention of the newest positions' queries to `out`. Returns
-    /// whether the forward is over.
-    ///
-    /// # Errors
-    /// As [`Self::commit`].
-    pub fn attend(
-        &mut self,
-        i: usize,
-        version: u64,
-        valid: Option<&[bool]>,
-        request: &Request<'_>,
-        out: &mut ViewMut<'_>,
-        kernels: &'static Kernels,
-    ) -> Result<bool> {
-        self.check_version(i, version)?;
-        self.step(|cache| {
-            let recording = cache.recording.is_some();
-            let packed = cache.packed_mut(i)?;
-            let (query, Request { softmax, sinks, .. }) = (request.query.reborrow(), *request);
-            let readers = Readers { query: &query, softmax, sinks };
-            packed.check_center(&readers)?;
-            packed.store(valid, Some(readers), recording)?;
-            let new = query.shape()[2];
-            let received = new == 1 && packed.layer.wants_attention();
-            let attention = packed.layer.attend(&Request { received, ..*request }, out, kernels)?;
-            if !attention.is_empty() {
-                packed.layer.receive(&attention, kernels);
-            }
-            packed.state.counts.fused += 1;
-            packed.watch(&readers, kernels)?;
-            if new > packed.layer.codec().window() && !recording && !packed.shared {
-                packed.layer.settle(); // a long chunk would otherwise be held exactly in all layers at once
-            }
-            Ok(cache.attention_ends(i))
-        })
     }
 
     /// Undoes this thread's forward, if there is one that is not [finished](Self::finish).
@@ -242,8 +150,8 @@ impl Cache {
     }
 
     /// The layer that a forward came to which was taken back as it never ended, and the last one of the model, since the last call.
-    pub fn take_taken_back(&mut self) -> Option<(usize, usize)> {
-        Some((self.taken_back.take()?, self.last))
+    pub fn take_abandoned(&mut self) -> Option<(usize, usize)> {
+        Some((self.abandoned.take()?, self.last))
     }
 
     /// After a forward that is over: from now on it cannot be undone.
@@ -261,7 +169,7 @@ impl Cache {
     }
 
     /// Goes on with the forward that is under way, or begins one: layer `i` is given something of that kind.
-    fn begin(&mut self, i: usize, kind: u8, of_module: bool) -> Result<()> {
+    pub(super) fn begin(&mut self, i: usize, kind: u8, of_module: bool) -> Result<()> {
         let now = (i, kind);
         if let Some(forward) = &mut self.forward {
             let mine = forward.thread == thread::current().id();
@@ -301,7 +209,7 @@ impl Cache {
     }
 
     /// Remembers what layer `i` is like, once a forward.
-    fn save(&mut self, i: usize, tokens: usize) -> Result<()> {
+    pub(super) fn save(&mut self, i: usize, tokens: usize) -> Result<()> {
         let known =
             |forward: &Forward| forward.phase == Phase::Finished || forward.saved.iter().any(|&(saved, _)| saved == i);
         if self.forward.as_ref().is_some_and(known) {
@@ -315,7 +223,7 @@ impl Cache {
     }
 
     /// Our attention has read layer `i`; says whether the forward is over.
-    fn attention_ends(&mut self, i: usize) -> bool {
+    pub(super) fn attention_ends(&mut self, i: usize) -> bool {
         if let Some(packed) = &mut self.layers[i] {
             packed.state.attended = true;
         }
@@ -330,7 +238,7 @@ impl Cache {
     }
 
     /// Where attention that is not ours reads the last layer, nobody says when it has: a forward is over with its tokens.
-    fn tokens_came(&mut self) {
+    pub(super) fn tokens_came(&mut self) {
         if let Some(forward) = &self.forward
             && self.is_over(forward)
         {
@@ -351,7 +259,7 @@ impl Cache {
     }
 
     /// Runs `f`; if it fails or panics, the forward is rolled back.
-    fn step<R>(&mut self, f: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
+    pub(super) fn step<R>(&mut self, f: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
         let result = error::caught(|| f(self));
         if result.is_err() {
             self.roll_back();
@@ -370,7 +278,7 @@ impl Cache {
             }
             if forward.of_module && !self.is_over(forward) {
                 // Begun, and never ended.
-                self.taken_back = Some(forward.last);
+                self.abandoned = Some(forward.last);
                 self.roll_back();
             } else {
                 self.end();
@@ -387,7 +295,7 @@ impl Cache {
 
     /// What layer `i` was like, if it is in the midst of a forward.
     pub(super) fn saved(&self, i: usize) -> Option<&Before> {
-        let forward = self.hidden()?;
+        let (forward, i) = (self.hidden()?, self.source(i));
         match forward.saved.iter().find(|(saved, _)| *saved == i) {
             Some((_, Saved::Packed(before))) => Some(before),
             _ => None,

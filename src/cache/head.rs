@@ -2,66 +2,72 @@
 
 use std::sync::Arc;
 
-use super::column::{Column, ColumnMark};
-use super::layer::chosen;
+use super::layer::{Methods, Shape};
 use super::memory::Counter;
-use crate::attend::mat::MatMut;
-use crate::attend::{
-    Bounds, BoundsMark, CHUNK, Head, KeyChunk, Positions, Quest, Scratch, key_chunks, padded, tile_rows,
-};
-use crate::evict::Observed;
+use super::side::{Segment, Side, SideMark};
+use crate::attend::{Head, Positions, Scratch, Summary};
+use crate::evict::History;
 use crate::memory;
-use crate::quantize::{Codec, KeyPage, SAMPLES, SHORT, ValuePage};
-use crate::tensor::{Dtype, Rows, View};
-
-/// Tokens of a long prompt that are copied and packed at a time.
-const APPEND_STEP: usize = 256;
+use crate::prune::Pruned;
+use crate::quantize::{KeyPage, ValuePage};
+use crate::select::{IndexMark, PageIndex};
+use crate::tensor::Rows;
 
 /// Keys, values and positions of the tokens of one KV head.
 #[derive(Clone)]
 pub struct KvHead {
-    pub(super) keys: Column<KeyPage>,
-    pub(super) values: Column<ValuePage>,
+    pub(super) keys: Side<KeyPage>,
+    pub(super) values: Side<ValuePage>,
     pub(super) positions: Positions,
     /// What an eviction remembers; copied before a change, as pages are.
-    pub(super) observed: Arc<Observed>,
-    /// The pages among which queries choose.
-    pub(super) bounds: Bounds,
-    /// What keys are held less of, where their codec wants that: the mean of the first ones.
+    pub(super) history: Arc<History>,
+    /// The pages among which queries choose; `None` before there are any.
+    pub(super) index: Option<Box<dyn PageIndex>>,
+    /// What keys are held less of, where that is wanted: the mean of the first ones.
     pub(super) center: Option<Arc<[f32]>>,
+    /// What is held of the head at all.
+    pub(super) pruned: Pruned,
+    /// What stands for tokens that left.
+    pub(super) summary: Option<Arc<dyn Summary>>,
 }
 
 /// What a head was like: see [`KvHead::mark`].
 pub(super) struct HeadMark {
-    keys: ColumnMark<KeyPage>,
-    values: ColumnMark<ValuePage>,
+    keys: SideMark<KeyPage>,
+    values: SideMark<ValuePage>,
     runs: usize,
-    observed: Arc<Observed>,
-    bounds: BoundsMark,
+    history: Arc<History>,
+    index: Option<IndexMark>,
     center: Option<Arc<[f32]>>,
 }
 
 impl KvHead {
     /// An empty one, number `head` of its layer.
-    pub(super) fn new(head: usize, dtype: Dtype, key_dim: usize, value_dim: usize) -> Self {
+    pub(super) fn new(head: usize, shape: Shape, methods: &Methods) -> Self {
+        let Shape { dtype, key_dim, value_dim, .. } = shape;
+        let pruned = methods.prune.as_ref().map_or(Pruned::Whole, |prune| prune.head(head, key_dim, value_dim));
+        let stored_keys = pruned.key_map().map_or(key_dim, |map| map.dim(key_dim));
+        let stored_values = pruned.value_map().map_or(value_dim, |map| map.dim(value_dim));
         Self {
-            keys: Column::new(head, Rows::new(dtype, key_dim)),
-            values: Column::new(head, Rows::new(dtype, value_dim)),
+            keys: Side::new(head, Rows::new(dtype, stored_keys)),
+            values: Side::new(head, Rows::new(dtype, stored_values)),
             positions: Positions::default(),
-            observed: Arc::default(),
-            bounds: Bounds::default(),
+            history: Arc::new(History::new(methods.eviction.as_deref())),
+            index: None,
             center: None,
+            pruned,
+            summary: None,
         }
     }
 
-    /// Remembers what it is like, as [`Column::mark`] does.
+    /// Remembers what it is like, as [`Side::mark`] does.
     pub(super) fn mark(&mut self) -> HeadMark {
         HeadMark {
             keys: self.keys.mark(),
             values: self.values.mark(),
             runs: self.positions.room(),
-            observed: Arc::clone(&self.observed),
-            bounds: self.bounds.mark(),
+            history: Arc::clone(&self.history),
+            index: self.index.as_ref().map(|index| index.mark()),
             center: self.center.clone(),
         }
     }
@@ -71,8 +77,11 @@ impl KvHead {
         self.keys.restore(&mark.keys);
         self.values.restore(&mark.values);
         self.positions.restore(seen, mark.runs);
-        self.observed.clone_from(&mark.observed);
-        self.bounds.restore(mark.bounds);
+        self.history.clone_from(&mark.history);
+        match (&mut self.index, mark.index) {
+            (Some(index), Some(mark)) => index.restore(mark),
+            (index, _) => *index = None,
+        }
         self.center.clone_from(&mark.center);
     }
 
@@ -82,87 +91,12 @@ impl KvHead {
         self.values.release();
     }
 
-    /// Appends the tokens of head `h` of batch row `b` for which `valid` says true (without it all), at positions
-    /// from `seen` on. With a codec it packs what is due as it goes, so that a long prompt is never copied whole.
-    #[allow(clippy::too_many_arguments)] // what is new, where it goes, and how
-    pub(super) fn append(
-        &mut self,
-        k: &View<'_>,
-        v: &View<'_>,
-        [b, h]: [usize; 2],
-        valid: Option<&[bool]>,
-        seen: usize,
-        codec: Option<&Codec>,
-        centers: bool,
-    ) {
-        let n = k.shape()[2];
-        if centers && self.positions.is_empty() {
-            self.center = Some(mean(k, [b, h], valid));
+    /// Queries of the model, of `dim` numbers each, for keys in the head's coordinates.
+    pub(super) fn in_head(&self, q: Vec<f32>, dim: usize) -> Vec<f32> {
+        match self.pruned.key_map() {
+            Some(map) => map.query_rows(&q, dim),
+            None => q,
         }
-        let step = if codec.is_some() { APPEND_STEP } else { n };
-        for start in (0..n).step_by(step) {
-            let tokens = (start..n.min(start + step)).filter(|&t| valid.is_none_or(|valid| valid[t]));
-            let kept = tokens.clone().count();
-            self.keys.tail.reserve(kept);
-            self.values.tail.reserve(kept);
-            for t in tokens {
-                match &self.center {
-                    Some(center) => self.keys.tail.extend_less(k.row(b, h, t), center),
-                    None => self.keys.tail.extend(k.row(b, h, t)),
-                }
-                self.values.tail.extend(v.row(b, h, t));
-                self.positions.push(seen + t, 1);
-            }
-            if let Some(codec) = codec {
-                self.settle(codec);
-            }
-        }
-    }
-
-    /// Tells the methods of the queries of head `h`'s readers in batch row `b`, `kv_heads` heads in all.
-    pub(super) fn observe(&mut self, query: &View<'_>, [b, h]: [usize; 2], kv_heads: usize, valid: Option<&[bool]>) {
-        let [_, heads, n, dim] = query.shape();
-        let (readers, mut q) = (heads / kv_heads, vec![0.0; dim]);
-        let tokens: Vec<usize> = (0..n).filter(|&t| valid.is_none_or(|valid| valid[t])).collect();
-        self.keys.plan_mut().observe(tokens.len(), dim, |t, sums| {
-            for reader in h * readers..(h + 1) * readers {
-                query.row(b, reader, tokens[t]).to_f32(&mut q);
-                for (sum, q) in sums.iter_mut().zip(&q) {
-                    *sum += q * q;
-                }
-            }
-        });
-    }
-
-    /// Tells feedback for keys of a prompt's queries, as [`Self::observe`] does.
-    pub(super) fn observe_moment(
-        &mut self,
-        query: &View<'_>,
-        [b, h]: [usize; 2],
-        kv_heads: usize,
-        valid: Option<&[bool]>,
-    ) {
-        let [_, heads, n, dim] = query.shape();
-        if n <= SHORT && !self.positions.is_empty() || !self.keys.plan().wants_moment() {
-            return;
-        }
-        let tokens: Vec<usize> = (0..n).filter(|&t| valid.is_none_or(|valid| valid[t])).collect();
-        let step = tokens.len().div_ceil(SAMPLES).max(1);
-        let readers = heads / kv_heads;
-        let places = tokens.iter().step_by(step).flat_map(|&t| (h * readers..(h + 1) * readers).map(move |r| (r, t)));
-        let mut q = memory::zeros(places.clone().count() * dim);
-        q.chunks_exact_mut(dim).zip(places).for_each(|(q, (reader, t))| query.row(b, reader, t).to_f32(q));
-        self.keys.plan_mut().observe_moment(&q, dim, chosen());
-    }
-
-    /// How many numbers the codec's rule wants packed.
-    pub(super) fn numbers_due(&self, codec: &Codec) -> usize {
-        self.keys.numbers_due(&codec.keys) + self.values.numbers_due(&codec.values)
-    }
-
-    pub(super) fn settle(&mut self, codec: &Codec) {
-        self.keys.settle(&codec.keys);
-        self.values.settle(&codec.values);
     }
 
     /// How many of the newest positions can be removed without cutting into a lossy page, at most `asked`, when
@@ -197,19 +131,26 @@ impl KvHead {
         self.keys.truncate(kept);
         self.values.truncate(kept);
         self.positions.truncate(end);
-        Arc::make_mut(&mut self.observed).truncate(end, kept);
-        self.bounds.truncate(kept);
+        Arc::make_mut(&mut self.history).truncate(end, kept);
+        if let Some(index) = &mut self.index {
+            index.truncate(kept);
+        }
     }
 
     /// Adds what is allocated for it to `counter`: now, or when `mark` was made.
     pub(super) fn count(&self, mark: Option<&HeadMark>, counter: &mut Counter) {
-        let (positions, bounds, observed, center) = match mark {
-            Some(mark) => (Positions::bytes_of(mark.runs), mark.bounds.bytes(), &mark.observed, &mark.center),
-            None => (self.positions.bytes(), self.bounds.bytes(), &self.observed, &self.center),
+        let of_index = |mark: IndexMark| mark.bytes;
+        let (positions, index, history, center) = match mark {
+            Some(mark) => (Positions::bytes_of(mark.runs), mark.index.map_or(0, of_index), &mark.history, &mark.center),
+            None => {
+                let index = self.index.as_ref().map_or(0, |index| of_index(index.mark()));
+                (self.positions.bytes(), index, &self.history, &self.center)
+            }
         };
-        counter.memory.index += size_of::<Self>() + positions + bounds;
-        counter.observed(observed);
+        counter.memory.index += size_of::<Self>() + positions + index;
+        counter.history(history);
         counter.center(center.as_ref());
+        counter.summary(self.summary.as_ref());
         self.keys.count(mark.map(|mark| &mark.keys), counter);
         self.values.count(mark.map(|mark| &mark.values), counter);
     }
@@ -222,73 +163,38 @@ impl KvHead {
             positions: &self.positions,
             key_dim: self.keys.tail.dim(),
             value_dim: self.values.tail.dim(),
-        }
-    }
-
-    /// Tokens of whole pages that are not known yet to those who choose.
-    pub(super) fn uncovered(&self) -> usize {
-        self.keys.closed() - self.bounds.covered()
-    }
-
-    /// Makes them known.
-    pub(super) fn cover(&mut self, quest: Quest) {
-        let (mut at, covered, dim) = (0, self.bounds.covered(), self.keys.tail.dim());
-        let closed = self.keys.closed();
-        for part in self.keys.parts() {
-            let tokens = part.tokens;
-            if at >= covered && at < closed {
-                self.bounds.cover(quest, part, dim, &mut Scratch::new(chosen()));
-            }
-            at += tokens;
+            summary: self.summary.as_deref(),
         }
     }
 
     /// Calls `write(position, key)` for every token held, dequantised.
-    pub(super) fn each_key(&self, scratch: &mut Scratch, mut write: impl FnMut(u32, &[f32])) {
-        let d = self.keys.tail.dim();
-        let (mut tile, mut key) = (memory::zeros(tile_rows(d) * CHUNK), memory::zeros(d));
-        let mut positions = Vec::new();
-        for KeyChunk { segment, first, tokens: n, at } in key_chunks(&self.keys.parts()) {
-            segment.tile(first, n, MatMut::new(&mut tile, tile_rows(d), CHUNK), scratch);
-            self.positions.collect_into(at, n, &mut positions);
-            for (t, &p) in positions.iter().enumerate() {
-                for (c, x) in key.iter_mut().enumerate() {
-                    *x = tile[c * CHUNK + t];
-                }
-                if let Some(basis) = segment.basis() {
-                    basis.undo(&mut key);
-                }
-                if let Some(center) = &self.center {
-                    key.iter_mut().zip(&**center).for_each(|(x, center)| *x += center);
-                }
-                write(p, &key);
+    pub(super) fn each_key(&self, dim: usize, scratch: &mut Scratch, mut write: impl FnMut(u32, &[f32])) {
+        let (positions, mut key) = (self.positions.all(), memory::zeros(dim));
+        self.view().each_key(scratch, |token, stored| {
+            match self.pruned.key_map() {
+                Some(map) => map.undo(stored, &mut key),
+                None => key.copy_from_slice(stored),
             }
-        }
+            if let Some(center) = &self.center {
+                key.iter_mut().zip(&**center).for_each(|(x, center)| *x += center);
+            }
+            write(positions[token], &key);
+        });
     }
 
     /// Calls `write(position, value)` for every token held, dequantised.
-    pub(super) fn each_value(&self, scratch: &mut Scratch, mut write: impl FnMut(u32, &[f32])) {
-        let d = self.values.tail.dim();
-        let mut tile = memory::zeros(padded(d) * CHUNK);
-        let mut positions = Vec::new();
-        let mut base = 0;
-        for part in self.values.parts() {
-            for first in (0..part.tokens).step_by(CHUNK) {
-                let n = CHUNK.min(part.tokens - first);
-                part.segment.tile(first, n, MatMut::new(&mut tile, n, padded(d)), scratch);
-                self.positions.collect_into(base + first, n, &mut positions);
-                for (value, &p) in tile.chunks_exact_mut(padded(d)).zip(&positions) {
-                    if let Some(basis) = part.segment.basis() {
-                        basis.undo(&mut value[..d]);
-                    }
-                    write(p, &value[..d]);
-                }
+    pub(super) fn each_value(&self, dim: usize, scratch: &mut Scratch, mut write: impl FnMut(u32, &[f32])) {
+        let (positions, mut value) = (self.positions.all(), memory::zeros(dim));
+        self.view().each_value(scratch, |token, stored| match self.pruned.value_map() {
+            Some(map) => {
+                map.undo(stored, &mut value);
+                write(positions[token], &value);
             }
-            base += part.tokens;
-        }
+            None => write(positions[token], stored),
+        });
     }
 
-    /// What feedback could gain at most, and whether it is used, for keys and for values.
+    /// What compensation could gain at most, and whether it is used, for keys and for values.
     pub fn gains(&self) -> [Option<(f32, bool)>; 2] {
         [self.keys.plan().gain(), self.values.plan().gain()]
     }
@@ -299,19 +205,7 @@ impl KvHead {
     }
 
     /// The sealed pages of keys and of values, oldest first.
-    pub fn pages(&self) -> (&[super::Segment<KeyPage>], &[super::Segment<ValuePage>]) {
+    pub fn pages(&self) -> (&[Segment<KeyPage>], &[Segment<ValuePage>]) {
         (self.keys.sealed(), self.values.sealed())
     }
-}
-
-/// The mean of the keys of head `h` of batch row `b` that are no pads.
-fn mean(k: &View<'_>, [b, h]: [usize; 2], valid: Option<&[bool]>) -> Arc<[f32]> {
-    let [_, _, n, dim] = k.shape();
-    let (mut sum, mut key, mut tokens) = (vec![0.0f64; dim], vec![0.0; dim], 0);
-    for t in (0..n).filter(|&t| valid.is_none_or(|valid| valid[t])) {
-        k.row(b, h, t).to_f32(&mut key);
-        sum.iter_mut().zip(&key).for_each(|(sum, &x)| *sum += f64::from(x));
-        tokens += 1;
-    }
-    sum.into_iter().map(|sum| (sum / f64::from(tokens.max(1))) as f32).collect()
 }

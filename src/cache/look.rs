@@ -4,22 +4,22 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::cache::{Cache, Counts, Foreign, Side};
+use super::cache::{Cache, Counts, Foreign, Which};
 use super::layer::Layer;
 use super::memory::Memory;
 use super::packed::{Before, Packed, Pending};
-use crate::attend::kernels::Kernels;
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
 use crate::tensor::{Dtype, ViewMut};
 
 impl Cache {
     /// The layers as they were before the forward that is under way.
     pub(super) fn shown(&self) -> impl Iterator<Item = Option<Cow<'_, Packed>>> {
-        (0..self.layers.len()).map(|i| self.shown_at(i))
+        (0..self.layers.len()).map(|i| self.shown_at(i).filter(|_| self.source(i) == i))
     }
 
     fn shown_at(&self, i: usize) -> Option<Cow<'_, Packed>> {
-        let packed = self.layers.get(i)?.as_deref()?;
+        let packed = self.layers.get(self.source(i))?.as_deref()?;
         let before = self.saved(i);
         Some(before.map_or(Cow::Borrowed(packed), |before| {
             let mut then = packed.clone();
@@ -53,20 +53,21 @@ impl Cache {
     #[must_use]
     pub fn fork(&self) -> Self {
         let layers = self.shown().map(|packed| packed.map(|packed| Box::new(packed.into_owned()))).collect();
-        Self { layers, last: self.last, ..self.bare() }
+        Self { layers, sources: self.sources.clone(), last: self.last, ..self.bare() }
     }
 
     /// What a copy of this has in common with it, but for layers.
     fn bare(&self) -> Self {
         Self {
             layers: Vec::new(),
+            sources: Vec::new(),
             forward: None,
             recording: self.recording,
             last: 0,
             last_is_read: self.last_is_read,
             version: self.version,
             undone: Vec::new(),
-            taken_back: None,
+            abandoned: None,
         }
     }
 
@@ -84,7 +85,7 @@ impl Cache {
     /// # Errors
     /// [`Error::Shape`] when it is not packed.
     pub fn seen(&self, i: usize) -> Result<usize> {
-        let packed = self.layers.get(i).and_then(Option::as_deref).ok_or_else(|| self.no_layer(i))?;
+        let packed = self.packed(i)?;
         Ok(self.saved(i).map_or_else(|| packed.seen(), Before::seen))
     }
 
@@ -132,11 +133,14 @@ impl Cache {
     /// [`Error::Shape`] when it is not packed.
     pub fn memory(&self, i: usize, tables: &mut HashSet<usize>) -> Result<Memory> {
         let packed = self.packed(i)?;
+        if self.source(i) != i {
+            return Ok(Memory::default()); // it is counted where it is held
+        }
         let before = self.saved(i);
         let mut memory =
             before.map_or_else(|| packed.layer.memory(), |before| packed.layer.memory_then(&before.snapshot));
         if before.map_or_else(|| packed.layer.seen(), |before| before.snapshot.seen()) > 0 {
-            let (own, shared) = packed.layer.codec().tables();
+            let (own, shared) = packed.layer.codecs().tables();
             memory.scales += own;
             memory.index += shared.filter(|&(table, _)| tables.insert(table)).map_or(0, |(_, bytes)| bytes);
         }
@@ -209,7 +213,7 @@ impl Cache {
     /// # Errors
     /// [`Error::Shape`] when it is not packed or empty; [`Error::Option`] when heads hold different numbers of tokens, or none
     /// could know that tokens would go.
-    pub fn extent(&self, i: usize, side: Side, compact: bool) -> Result<([usize; 4], Dtype)> {
+    pub fn extent(&self, i: usize, which: Which, compact: bool) -> Result<([usize; 4], Dtype)> {
         let packed = self.packed(i)?;
         let ([batch, heads, key_dim, value_dim], dtype) = packed.shape().ok_or_else(|| Error::Shape {
             what: "cache",
@@ -217,7 +221,7 @@ impl Cache {
             expected: "at least one token".into(),
         })?;
         let tokens = if compact { packed.held_by_all()? } else { packed.seen() };
-        Ok(([batch, heads, tokens, if side == Side::Keys { key_dim } else { value_dim }], dtype))
+        Ok(([batch, heads, tokens, if which == Which::Keys { key_dim } else { value_dim }], dtype))
     }
 
     /// Writes the keys or values of layer `i`, dequantised, to `out`, which is 0 before, each at its position or, where it is
@@ -228,19 +232,19 @@ impl Cache {
     pub fn write(
         &self,
         i: usize,
-        side: Side,
+        which: Which,
         compact: bool,
         mut out: ViewMut<'_>,
         kernels: &'static Kernels,
     ) -> Result<()> {
-        let (expected, _) = self.extent(i, side, compact)?;
+        let (expected, _) = self.extent(i, which, compact)?;
         if out.shape() != expected {
             let given = format!("{:?}", out.shape());
             return Err(Error::Shape { what: "out", given, expected: format!("{expected:?}") });
         }
         let packed = self.packed(i)?;
         if let Some(pending) = &packed.state.pending {
-            let new = if side == Side::Keys { pending.k.view() } else { pending.v.view() };
+            let new = if which == Which::Keys { pending.k.view() } else { pending.v.view() };
             let ([batch, heads, n, dim], first) = (new.shape(), expected[2] - pending.tokens());
             let mut row = vec![0.0; dim];
             for (b, h, t) in (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..n).map(move |t| (b, h, t)))) {
@@ -248,7 +252,7 @@ impl Cache {
                 out.write_row([b, h, first + t], &row);
             }
         }
-        packed.layer.write(side, compact, out, kernels);
+        packed.layer.write(which, compact, out, kernels);
         Ok(())
     }
 

@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::ops::AddAssign;
 use std::sync::Arc;
 
-use crate::evict::Observed;
+use crate::attend::Summary;
+use crate::evict::History;
 use crate::quantize::{Page, PageBytes, Plan};
 
 /// Bytes allocated, part by part; what several sequences share is counted once.
@@ -69,9 +70,15 @@ impl Counter {
         }
     }
 
-    pub(super) fn observed(&mut self, observed: &Arc<Observed>) {
-        if self.first(observed) {
-            self.memory.index += ARC_HEADER + size_of::<Observed>() + observed.bytes();
+    pub(super) fn history(&mut self, history: &Arc<History>) {
+        if self.first(history) {
+            self.memory.index += ARC_HEADER + size_of::<History>() + history.bytes();
+        }
+    }
+
+    pub(super) fn summary(&mut self, summary: Option<&Arc<dyn Summary>>) {
+        if let Some(summary) = summary.filter(|summary| self.first(summary)) {
+            self.memory.exact += ARC_HEADER + summary.bytes();
         }
     }
 

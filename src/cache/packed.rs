@@ -1,11 +1,13 @@
 //! A packed layer of a cache: the tokens that it stores, those that wait, and what is known of who reads it.
 
+use super::append::{LayerQueries, New};
 use super::cache::Counts;
-use super::layer::{Layer, New, Readers};
+use super::layer::Layer;
 use super::read::Request;
 use super::snapshot::Snapshot;
-use crate::attend::kernels::Kernels;
+use crate::attend::Attention;
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
 use crate::tensor::{Dtype, Kept, View};
 
 /// A forward's tokens of a layer, which nothing has stored yet.
@@ -100,7 +102,7 @@ impl Packed {
     }
 
     /// Stores what waits, which was read by other attention than ours.
-    pub(super) fn absorb(&mut self, recording: bool) -> Result<()> {
+    pub(super) fn commit_unread(&mut self, recording: bool) -> Result<()> {
         if let Some(pending) = &self.state.pending {
             if self.layer.seen() == 0 {
                 self.check_outside(&pending.k.view())?;
@@ -114,9 +116,9 @@ impl Packed {
     /// Stores what waits, and packs and lets go what is due of it: the newest tokens of a forward wait until the next one
     /// comes, so that until then they can be cropped.
     pub(super) fn flush(&mut self, recording: bool) -> Result<()> {
-        self.absorb(recording)?;
+        self.commit_unread(recording)?;
         if !recording {
-            self.layer.settle();
+            self.layer.flush()?;
         }
         Ok(())
     }
@@ -125,16 +127,16 @@ impl Packed {
     pub(super) fn store(
         &mut self,
         valid: Option<&[bool]>,
-        readers: Option<Readers<'_>>,
+        queries: Option<LayerQueries<'_>>,
         recording: bool,
     ) -> Result<()> {
         let Some(Pending { k, v }) = self.state.pending.take() else { return Ok(()) };
         let (k, v) = (&k.view(), &v.view());
-        let settle = !recording && self.layer.seen() == 0;
-        let readers = readers.filter(|_| self.layer.wants_queries());
-        let query = readers.map(|readers| readers.query.reborrow());
-        let readers = readers.zip(query.as_ref()).map(|(readers, query)| Readers { query, ..readers });
-        self.layer.append(&New { k, v, valid, readers, settle })
+        let flush = !recording && self.layer.seen() == 0;
+        let queries = queries.filter(|_| self.layer.wants_queries());
+        let query = queries.map(|queries| queries.query.reborrow());
+        let queries = queries.zip(query.as_ref()).map(|(queries, query)| LayerQueries { query, ..queries });
+        self.layer.append(&New { k, v, valid, queries, flush })
     }
 
     /// Refuses first tokens of which some are to go, where other attention than ours reads them.
@@ -171,9 +173,9 @@ impl Packed {
         Ok(())
     }
 
-    /// Refuses attention that would change if all keys moved.
-    pub(super) fn check_center(&self, readers: &Readers<'_>) -> Result<()> {
-        if self.layer.centers() && (readers.softmax.softcap.is_some() || readers.sinks.is_some()) {
+    /// Refuses attention that would change if all keys shifted.
+    pub(super) fn check_center(&self, queries: &LayerQueries<'_>) -> Result<()> {
+        if self.layer.centers() && (queries.softmax.softcap.is_some() || queries.sink_logits.is_some()) {
             return Err(Error::Option {
                 name: "center",
                 given: "True, for a model with learned sinks or capped logits, which do not move with the keys".into(),
@@ -183,13 +185,22 @@ impl Packed {
         Ok(())
     }
 
-    /// Remembers what the newest query attends to, if that is wanted.
-    pub(super) fn watch(&mut self, readers: &Readers<'_>, kernels: &'static Kernels) -> Result<()> {
+    /// Remembers what the newest of these queries attends to, if that is wanted; `known` are the attention scores, where there is but
+    /// one query and they were made.
+    pub(super) fn watch(
+        &mut self,
+        queries: &LayerQueries<'_>,
+        known: &[Attention],
+        kernels: &'static Kernels,
+    ) -> Result<()> {
         if self.state.watched {
-            let newest = readers.query.newest();
-            let (softmax, sinks) = (readers.softmax, readers.sinks);
-            let request = Request { query: newest, mask: None, softmax, sinks, received: true };
-            self.state.attention = Some(self.layer.received(&request, kernels)?);
+            let (newest, softmax, sink_logits) = (queries.query.newest(), queries.softmax, queries.sink_logits);
+            self.state.attention = Some(if known.is_empty() {
+                let request = Request { query: newest, mask: None, softmax, sink_logits, scores: true };
+                self.layer.mean_scores(&request, kernels)?
+            } else {
+                self.layer.mean_of(known, queries.query.shape()[1], kernels)
+            });
         }
         Ok(())
     }
@@ -202,6 +213,7 @@ impl Packed {
 
     /// Tokens that every head holds, for other attention than ours.
     pub(super) fn held_by_all(&self) -> Result<usize> {
+        self.layer.check_materialised()?;
         if self.layer.eviction().is_none() || self.layer.seen() == 0 {
             return Ok(self.seen());
         }
@@ -234,10 +246,10 @@ impl Packed {
 
     /// Removes the `n` newest positions.
     pub(super) fn crop(&mut self, n: usize, lossy: bool, recording: bool) -> Result<()> {
-        self.absorb(recording)?;
+        self.commit_unread(recording)?;
         self.layer.crop(n, lossy)?;
         if recording {
-            self.layer.settle();
+            self.layer.flush()?;
         }
         Ok(())
     }

@@ -1,26 +1,20 @@
 //! Reading a layer: the work cut into tasks, the results put together.
 
-use std::ops::Range;
-
-use super::cache::Side;
+use super::cache::Which;
 use super::head::KvHead;
 use super::layer::{COPYING, Layer, Shape, expect};
-use crate::attend::kernels::Kernels;
-use crate::attend::mat::Mat;
+use super::observe::gather;
+use super::tasks::{Merged, Task, merged, tasks};
 use crate::attend::{
-    Attention, CHUNK, KeyChunk, Mask, Partial, Queries, Received, Scratch, Softmax, Visibility, attend_many,
-    attend_one, chunks_in, key_chunks,
+    Attention, KeyChunk, Mask, Partial, Queries, Scratch, SinkLogits, Softmax, Summary, SummaryQueries, Visibility,
+    attend_many, attend_one, chunks_in, key_chunks,
 };
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
+use crate::linalg::Mat;
 use crate::memory;
 use crate::pool;
 use crate::tensor::{View, ViewMut};
-
-/// Tokens that are worth a task of their own when one KV head is split over threads: a chunk, as none is cut.
-const TOKENS_A_TASK: usize = CHUNK;
-
-/// Queries that are: each task opens the packed pages anew, so fewer are not worth it, and tokens are split instead.
-const QUERIES_A_TASK: usize = 128;
 
 /// What is asked of a layer.
 #[derive(Clone, Copy)]
@@ -32,22 +26,14 @@ pub struct Request<'a> {
     /// Scaling and cap of the logits.
     pub softmax: Softmax,
     /// Learned logits, one a query head, that take weight and add nothing.
-    pub sinks: Option<&'a [f32]>,
-    /// Whether the attention that every token received from one query is wanted too.
-    pub received: bool,
-}
-
-/// One KV head of one sequence, and a part of its tokens or of the queries.
-struct Task {
-    row: usize,
-    head: usize,
-    tokens: Range<usize>,
-    queries: Range<usize>,
+    pub sink_logits: Option<&'a [f32]>,
+    /// Whether the attention scores of every token from one query are wanted too.
+    pub scores: bool,
 }
 
 impl Layer {
-    /// Attention over all tokens held, or those that are chosen, written to `out` `[B, Q, Hq, Dv]`. Returns, if it is wanted, what
-    /// each KV head's tokens received from its readers, row by row and head by head.
+    /// Attention over all tokens held, or those that are chosen, written to `out` `[B, Q, Hq, Dv]`. Returns, if they are wanted, the
+    /// attention scores of each KV head's tokens from its query heads, row by row and head by head.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Dtype`] when something of the request, or `out`, does not fit.
@@ -68,14 +54,15 @@ impl Layer {
         let tokens: Vec<usize> = self.heads().zip(&chosen).map(read).collect();
         let work = group * queries * tokens.iter().sum::<usize>() * (shape.key_dim + shape.value_dim);
         let tasks = tasks(&tokens, queries, shape.heads, pool::threads_for(work));
-        let places: Vec<_> = tasks.iter().map(|task| (task.row, task.head, task.queries.start)).collect();
+        let places = tasks.clone();
         let partials = pool::map(work, tasks, |task| {
             self.run(request, &task, chosen[task.row * shape.heads + task.head].as_deref(), group, kernels)
         });
-        let merged = merged(places, partials, request.sinks, group);
-        write_out(&merged, group, shape.value_dim, out);
-        let attention = |(_, whole, parts)| Attention { whole, parts };
-        Ok(if request.received { merged.into_iter().map(attention).collect() } else { Vec::new() })
+        let mut merged = merged(places, partials);
+        self.add_summaries(request, &mut merged, group, kernels);
+        self.write_out(&merged, group, shape.value_dim, out);
+        let attention = |found: Merged| Attention { whole: found.whole, parts: found.parts };
+        Ok(if request.scores { merged.into_iter().map(attention).collect() } else { Vec::new() })
     }
 
     /// What one query reads of each head, row by row; `None` where that is all.
@@ -86,44 +73,51 @@ impl Layer {
         group: usize,
         kernels: &'static Kernels,
     ) -> Vec<Option<Vec<KeyChunk<'_>>>> {
-        let Some(quest) = self.quest.filter(|_| request.query.shape()[2] == 1) else {
+        if self.methods.selector.is_none() || request.query.shape()[2] != 1 {
             return self.heads().map(|_| None).collect();
-        };
+        }
         let heads: Vec<(usize, usize)> =
             (0..self.batch()).flat_map(|row| (0..shape.heads).map(move |head| (row, head))).collect();
-        let pages: usize = self.heads().map(|head| head.bounds.pages()).sum();
-        pool::map(2 * group * pages * shape.key_dim, heads, |(row, head)| {
-            let q = gather(request, &Task { row, head, tokens: 0..0, queries: 0..1 }, group);
-            let (own, q) = (&self.rows[row][head], Mat::new(&q, group, shape.key_dim));
-            own.bounds.chosen(quest, &own.keys.parts(), q, &mut Scratch::new(kernels))
+        let work = self.heads().filter_map(|head| head.index.as_ref()).map(|index| index.work(shape.key_dim));
+        pool::map(group * work.sum::<usize>(), heads, |(row, h)| {
+            let head = &self.rows[row][h];
+            let index = head.index.as_ref()?;
+            let q = queries(request, &Task { row, head: h, tokens: 0..0, queries: 0..1 }, head, group);
+            let q = Mat::new(&q, group, head.keys.tail.dim());
+            index.chosen(&head.keys.parts(), q, &mut Scratch::new(kernels))
         })
     }
 
-    /// What every position receives from the one query of a request, `[B, seen]`, the mean over the query heads; 0 where a head
-    /// holds nothing.
+    /// The attention score of every position from the one query of a request, `[B, seen]`, the mean over the query heads; 0 where a
+    /// head holds nothing.
     ///
     /// # Errors
     /// As [`Self::attend`].
-    pub fn received(&self, request: &Request<'_>, kernels: &'static Kernels) -> Result<Vec<f32>> {
+    pub fn mean_scores(&self, request: &Request<'_>, kernels: &'static Kernels) -> Result<Vec<f32>> {
         let [batch, query_heads, queries, _] = request.query.shape();
         expect("query: tokens", queries, 1)?;
         let value_dim = self.shape().map_or(0, |shape| shape.value_dim);
-        let mut attended = memory::zeros(batch * query_heads * value_dim);
-        let mut attended = ViewMut::of_slice(&mut attended, [batch, 1, query_heads, value_dim]);
-        let attention = self.attend(&Request { received: true, ..*request }, &mut attended, kernels)?;
+        let mut out = memory::zeros(batch * query_heads * value_dim);
+        let mut out = ViewMut::of_slice(&mut out, [batch, 1, query_heads, value_dim]);
+        let attention = self.attend(&Request { scores: true, ..*request }, &mut out, kernels)?;
+        Ok(self.mean_of(&attention, query_heads, kernels))
+    }
+
+    /// The same from what [`Self::attend`] gave for one query.
+    pub(super) fn mean_of(&self, attention: &[Attention], query_heads: usize, kernels: &'static Kernels) -> Vec<f32> {
         let (mut means, mut held) = (memory::zeros(self.batch() * self.seen()), Vec::new());
         let heads = (attention.len() / self.batch().max(1)).max(1);
         for (row, (mean, attention)) in means.chunks_mut(self.seen().max(1)).zip(attention.chunks(heads)).enumerate() {
             for (head, attention) in self.rows[row].iter().zip(attention) {
-                let mut received = memory::zeros(head.positions.len());
-                attention.add_to(kernels, &mut received);
-                head.positions.collect_into(0, received.len(), &mut held);
-                for (&position, share) in held.iter().zip(received) {
-                    mean[position as usize] += share / query_heads as f32;
+                let mut scores = memory::zeros(head.positions.len());
+                attention.add_to(kernels, &mut scores);
+                head.positions.collect_into(0, scores.len(), &mut held);
+                for (&position, score) in held.iter().zip(scores) {
+                    mean[position as usize] += score / query_heads as f32;
                 }
             }
         }
-        Ok(means)
+        means
     }
 
     fn run(
@@ -136,12 +130,12 @@ impl Layer {
     ) -> Partial {
         let head: &KvHead = &self.rows[task.row][task.head];
         let queries = Queries {
-            q: gather(request, task, group),
+            q: queries(request, task, head, group),
             range: task.queries.clone(),
             first_head: task.head * group,
             softmax: request.softmax,
             visible: Visibility::new(request.mask, task.row, self.seen(), request.query.shape()[2], &head.positions),
-            received: request.received,
+            scores: request.scores,
         };
         let (view, mut scratch) = (head.view(), Scratch::new(kernels));
         if request.query.shape()[2] == 1 {
@@ -184,8 +178,8 @@ impl Layer {
                 return refuse("attention mask", format!("{:?}", mask.shape()), expected);
             }
         }
-        if let Some(sinks) = request.sinks {
-            expect("sink logits", sinks.len(), query_heads)?;
+        if let Some(logits) = request.sink_logits {
+            expect("sink logits", logits.len(), query_heads)?;
         }
         let expected = [batch, queries, query_heads, shape.value_dim];
         if out.shape() != expected {
@@ -194,9 +188,71 @@ impl Layer {
         Ok(shape)
     }
 
+    /// Adds what takes weight beside tokens: learned sink logits, and what stands for tokens that left.
+    fn add_summaries(&self, request: &Request<'_>, merged: &mut [Merged], group: usize, kernels: &'static Kernels) {
+        let sinks = request.sink_logits.map(SinkLogits);
+        for found in merged {
+            let head = &self.rows[found.task.row][found.task.head];
+            let summaries = sinks.iter().map(|sinks| sinks as &dyn Summary).chain(head.summary.as_deref());
+            for summary in summaries {
+                let q = if summary.wants_queries() { queries(request, &found.task, head, group) } else { Vec::new() };
+                let queries = SummaryQueries {
+                    q: Mat::new(&q, q.len() / head.keys.tail.dim(), head.keys.tail.dim()),
+                    softmax: request.softmax,
+                    each: found.whole.rows() / group,
+                    first_head: found.task.head * group,
+                    kernels,
+                };
+                summary.add_to(&queries, &mut found.whole);
+            }
+        }
+    }
+
+    /// Writes what was found.
+    fn write_out(&self, merged: &[Merged], group: usize, value_dim: usize, out: &mut ViewMut<'_>) {
+        let (mut stored, mut row_out) = (vec![0.0; value_dim], vec![0.0; value_dim]);
+        for Merged { task, whole, .. } in merged {
+            let (head, queries) = (&self.rows[task.row][task.head], whole.rows() / group);
+            for i in 0..whole.rows() {
+                let to = [task.row, task.queries.start + i % queries, task.head * group + i / queries];
+                let Some(map) = head.pruned.value_map() else {
+                    whole.output(i, &mut row_out);
+                    out.write_row(to, &row_out);
+                    continue;
+                };
+                let stored = &mut stored[..map.dim(value_dim)];
+                whole.output(i, stored);
+                map.undo(stored, &mut row_out);
+                out.write_row(to, &row_out);
+            }
+        }
+    }
+
+    /// Refuses keys and values for other attention than ours where there is more to attend to than they say.
+    ///
+    /// # Errors
+    /// [`Error::Option`] then.
+    pub(super) fn check_materialised(&self) -> Result<()> {
+        let biased = |head: &KvHead| {
+            let parts = head.keys.parts();
+            parts.iter().any(|part| part.tokens > 0 && part.segment.bias(0, part.tokens).is_some())
+        };
+        if self.methods.compactor.is_some() && self.heads().any(|head| head.summary.is_some() || biased(head)) {
+            return Err(Error::Option {
+                name: "compact",
+                given: "a method that holds weighted slots or a state in place of tokens, while this layer is read by another \
+                        attention than kvpack's, which cannot know of them"
+                    .into(),
+                accepted: "attn_implementation='kvpack' from the first token on".into(),
+            });
+        }
+        Ok(())
+    }
+
     /// Writes all keys or values to `out` `[B, H, n, D]`, dequantised: each at its position, or where it is `compact` in the order
     /// of those that are held. The rest of `out` is left alone.
-    pub fn write(&self, side: Side, compact: bool, out: ViewMut<'_>, kernels: &'static Kernels) {
+    pub fn write(&self, which: Which, compact: bool, out: ViewMut<'_>, kernels: &'static Kernels) {
+        let [.., dim] = out.shape();
         let work = COPYING * out.shape().iter().product::<usize>();
         pool::map(work, self.heads().zip(out.split()).collect(), |(head, mut out)| {
             let (mut scratch, mut order) = (Scratch::new(kernels), 0..);
@@ -204,100 +260,18 @@ impl Layer {
                 let order = order.next().unwrap_or(0);
                 out.write_row([0, 0, if compact { order } else { position as usize }], row);
             };
-            match side {
-                Side::Keys => head.each_key(&mut scratch, write),
-                Side::Values => head.each_value(&mut scratch, write),
+            match which {
+                Which::Keys => head.each_key(dim, &mut scratch, write),
+                Which::Values => head.each_value(dim, &mut scratch, write),
             }
         });
     }
 }
 
-/// Every KV head of every sequence, of which `tokens` says how many are read; few heads are split further, so that all threads
-/// have the same share.
-fn tasks(tokens: &[usize], queries: usize, heads: usize, threads: usize) -> Vec<Task> {
-    let wanted = parts(tokens.len(), threads);
-    let cut = |n: usize, least: usize| {
-        let parts = wanted.min(n / least).max(1);
-        let len = n.div_ceil(parts).max(1);
-        (0..n.max(1)).step_by(len).map(move |start| start..(start + len).min(n))
-    };
-    let mut tasks = Vec::new();
-    for (i, &tokens) in tokens.iter().enumerate() {
-        let (row, head) = (i / heads, i % heads);
-        if queries < 2 * QUERIES_A_TASK {
-            tasks.extend(cut(tokens, TOKENS_A_TASK).map(|tokens| Task { row, head, tokens, queries: 0..queries }));
-        } else {
-            tasks.extend(cut(queries, QUERIES_A_TASK).map(|queries| Task { row, head, tokens: 0..tokens, queries }));
-        }
-    }
-    tasks
-}
-
-/// In how many parts to cut each of `n` equal pieces of work so that `threads` threads end at about the same time: the
-/// fewest with which none is idle for more than an eighth of it, and each has at least two, as some start late.
-fn parts(n: usize, threads: usize) -> usize {
-    if threads == 1 {
-        return 1;
-    }
-    let fits = |tasks: usize| tasks >= 2 * threads && tasks.next_multiple_of(threads) * 8 <= tasks * 9;
-    (1..2 * threads).find(|parts| fits(n * parts)).unwrap_or(2 * threads)
-}
-
-/// A task's queries as f32 `[G, queries, dim]`, scaled.
-fn gather(request: &Request<'_>, task: &Task, group: usize) -> Vec<f32> {
-    let d = request.query.shape()[3];
+/// A task's queries `[G, queries, dim]`, scaled, in the coordinates of its head.
+fn queries(request: &Request<'_>, task: &Task, head: &KvHead, group: usize) -> Vec<f32> {
     let heads = task.head * group..(task.head + 1) * group;
-    let mut q = memory::zeros(group * task.queries.len() * d);
-    let rows = heads.flat_map(|h| task.queries.clone().map(move |i| (h, i)));
-    for (row, (h, i)) in q.chunks_exact_mut(d).zip(rows) {
-        request.query.row(task.row, h, i).to_f32(row);
-    }
-    for x in &mut q {
-        *x *= request.softmax.scaling;
-    }
-    q
-}
-
-/// A head's queries, which task they began with, and what was found.
-type Merged = ((usize, usize, usize), Partial, Vec<Received>);
-
-/// Merges partials of the same queries, which follow each other, and adds the sinks.
-fn merged(
-    places: Vec<(usize, usize, usize)>,
-    partials: Vec<Partial>,
-    sinks: Option<&[f32]>,
-    group: usize,
-) -> Vec<Merged> {
-    let mut merged: Vec<Merged> = Vec::with_capacity(places.len());
-    for (place, mut partial) in places.into_iter().zip(partials) {
-        let received = std::mem::take(&mut partial.received);
-        match merged.last_mut() {
-            Some((last, all, parts)) if *last == place => {
-                all.merge(&partial);
-                parts.push(received);
-            }
-            _ => merged.push((place, partial, vec![received])),
-        }
-    }
-    for ((_, head, _), partial, _) in &mut merged {
-        let queries = partial.rows() / group;
-        for i in 0..partial.rows() {
-            if let Some(sinks) = sinks {
-                partial.add_sink(i, sinks[*head * group + i / queries]);
-            }
-        }
-    }
-    merged
-}
-
-/// Writes what was found.
-fn write_out(merged: &[Merged], group: usize, value_dim: usize, out: &mut ViewMut<'_>) {
-    let mut row_out = vec![0.0; value_dim];
-    for &((row, head, first), ref partial, _) in merged {
-        let queries = partial.rows() / group;
-        for i in 0..partial.rows() {
-            partial.output(i, &mut row_out);
-            out.write_row([row, first + i % queries, head * group + i / queries], &row_out);
-        }
-    }
+    let places: Vec<_> = heads.flat_map(|h| task.queries.clone().map(move |i| (h, i))).collect();
+    let q = gather(&request.query, task.row, places.into_iter(), request.softmax.scaling);
+    head.in_head(q, request.query.shape()[3])
 }

@@ -36,8 +36,8 @@ enum Row {
 impl Layer {
     /// What it is like now, before so many tokens come.
     pub(super) fn snapshot(&mut self, new: usize) -> Snapshot {
-        let few = new <= self.codec().window();
-        let eviction = self.eviction.clone();
+        let few = new <= self.codecs().window();
+        let eviction = self.methods.eviction.clone();
         let goes =
             |row: &Sequence| eviction.as_ref().is_some_and(|eviction| row.iter().any(|head| head.is_due(eviction)));
         let mut save = |row: &mut Arc<Sequence>| match Arc::get_mut(row) {

@@ -1,8 +1,10 @@
 //! How many tokens may stay.
 
-use super::refuse;
+#![forbid(unsafe_code)]
+
 use crate::amount::Amount;
-use crate::error::Result;
+use crate::error::{Result, refuse};
+use crate::options::Options;
 
 /// What a KV head may hold.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,7 +24,7 @@ pub struct Pyramid {
     pub layer: usize,
     /// Layers of the model.
     pub layers: usize,
-    /// Tokens that every layer has beside its share: the window that votes.
+    /// Tokens that every layer has beside its share: the observation window.
     pub window: usize,
 }
 
@@ -43,6 +45,11 @@ impl Budget {
 }
 
 impl Pyramid {
+    pub(super) fn from_options(options: &mut Options) -> Result<Self> {
+        let (beta, window) = (options.whole("beta")?, options.whole("window")?);
+        Ok(Self { beta, layer: options.whole("layer")?, layers: options.whole("layers")?, window })
+    }
+
     /// The layer's budget when the mean is `mean`: the mean itself where the prompt, or the mean, is too small for a pyramid.
     fn tokens(self, mean: usize, prompt: usize) -> usize {
         let Self { beta, layer, layers, window } = self;

@@ -6,22 +6,21 @@
 //! score[t] = |v_t| (epsilon + mean over the query heads of  softmax_t( m' . k_t + k_t^T S' k_t / 2 ))
 //! ```
 //!
-//! Queries are scaled. The paper's own code has `E[R_p] S E[R_p]^T`, which loses what turns fast; here the mean of the rotated
-//! covariance is exact. A pair of channels is a complex number `z`, which a rotation multiplies: of two pairs `E[z w*]` turns with
+//! Queries are scaled. The paper's own code has `E[R_p] S E[R_p]^T`, which loses what rotates fast; here the mean of the rotated
+//! covariance is exact. A pair of channels is a complex number `z`, which a rotation multiplies: of two pairs `E[z w*]` rotates with
 //! the difference of their angles, and `E[z w]` with the sum.
+
+#![forbid(unsafe_code)]
 
 use std::sync::Arc;
 
-use super::keys::{each_key, each_value};
-use super::{NewQueries, Place, refuse};
-use crate::attend::kernels::Kernels;
-use crate::attend::mat::{Mat, MatMut};
-use crate::attend::{CHUNK, Head, Rope, Scratch};
-use crate::error::Result;
+use super::moments::Moments;
+use super::{NewQueries, Observed, Place, Scorer, Wanted};
+use crate::attend::{CHUNK, Head, Scratch};
+use crate::error::{Result, refuse};
+use crate::linalg::{Mat, MatMut, Rope};
 use crate::memory;
-
-/// Queries that are added to the moments at once.
-const BLOCK: usize = 256;
+use crate::options::Options;
 
 /// The parameters.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,69 +37,46 @@ pub struct Expected {
     pub epsilon: f32,
 }
 
-/// What is known of the queries of a KV head's readers, before RoPE.
-#[derive(Clone, Debug, Default)]
-pub struct Moments {
-    queries: usize,
-    /// Sums `[readers, dim]`.
-    sums: Vec<f32>,
-    /// Sums of outer products `[readers, dim, dim]`.
-    products: Vec<f32>,
-}
-
-impl Moments {
-    /// Bytes allocated.
-    pub fn bytes(&self) -> usize {
-        (self.sums.capacity() + self.products.capacity()) * size_of::<f32>()
+impl Expected {
+    pub(super) fn from_options(options: &mut Options) -> Result<Self> {
+        let rope = Rope::of(&mut options.options("rotation")?.unwrap_or_default())?;
+        let (future, epsilon) = (options.whole("future")?, options.number("epsilon")?);
+        Ok(Self { rope, future, covariance: options.flag("covariance")?, values: options.flag("values")?, epsilon })
     }
 
-    /// Takes new queries into account, from position `first` on.
-    pub fn add(&mut self, new: &NewQueries<'_>, first: u32, expected: &Expected, kernels: &Kernels) {
-        let from = new.positions.partition_point(|&p| p < first);
-        let dim = new.q.len() / (new.positions.len() * new.readers).max(1);
-        memory::resize(&mut self.sums, new.readers * dim);
-        memory::resize(&mut self.products, if expected.covariance { new.readers * dim * dim } else { 0 });
-        self.queries += new.positions.len() - from;
-        for block in (from..new.positions.len()).step_by(BLOCK) {
-            let positions = &new.positions[block..new.positions.len().min(block + BLOCK)];
-            for reader in 0..new.readers {
-                let row = |t: usize| ((block + t) * new.readers + reader) * dim;
-                let mut rows: Vec<f32> =
-                    (0..positions.len()).flat_map(|t| &new.q[row(t)..row(t) + dim]).copied().collect();
-                for (q, &p) in rows.chunks_exact_mut(dim).zip(positions) {
-                    expected.rope.turn_back(p, q);
-                    self.sums[reader * dim..][..dim].iter_mut().zip(&*q).for_each(|(sum, q)| *sum += q);
-                }
-                if expected.covariance {
-                    let products = &mut self.products[reader * dim * dim..][..dim * dim];
-                    add_products(&rows, dim, products, kernels);
-                }
+    /// Mean and covariance of queries at the `future` positions from `next` on.
+    fn ahead(&self, next: usize, mean: &[f32], covariance: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let (pairs, dim) = (self.rope.pairs(), mean.len());
+        let rotation = |frequency: f64| mean_rotation(frequency, next, self.future);
+        let mut rotated = mean.to_vec();
+        for &(a, b, f) in &pairs {
+            (rotated[a], rotated[b]) = times(rotation(f), (mean[a], mean[b]));
+        }
+        let mut out = covariance.to_vec();
+        if out.is_empty() {
+            return (rotated, out);
+        }
+        let alone: Vec<usize> = (0..dim).filter(|c| pairs.iter().all(|(a, b, _)| a != c && b != c)).collect();
+        for &(a, b, f) in &pairs {
+            for &c in &alone {
+                let (x, y) = times(rotation(f), (covariance[a * dim + c], covariance[b * dim + c]));
+                (out[a * dim + c], out[b * dim + c]) = (x, y);
+                (out[c * dim + a], out[c * dim + b]) = (x, y);
+            }
+            for &(c, d, g) in &pairs {
+                let [ac, ad, bc, bd] = [(a, c), (a, d), (b, c), (b, d)].map(|(i, j)| covariance[i * dim + j]);
+                let (re, im) = times(rotation(f - g), (ac + bd, bc - ad));
+                let (re_sum, im_sum) = times(rotation(f + g), (ac - bd, bc + ad));
+                (out[a * dim + c], out[b * dim + d]) = halves(re, re_sum);
+                (out[b * dim + c], out[a * dim + d]) = halves(im_sum, im);
             }
         }
-    }
-
-    /// Mean and covariance of reader `reader`; the covariance is empty where it is not known.
-    fn of(&self, reader: usize, dim: usize) -> (Vec<f32>, Vec<f32>) {
-        let n = self.queries.max(1) as f32;
-        let mean: Vec<f32> = self.sums[reader * dim..][..dim].iter().map(|sum| sum / n).collect();
-        let products = self.products.get(reader * dim * dim..(reader + 1) * dim * dim).unwrap_or_default();
-        let covariance = products.iter().enumerate().map(|(i, sum)| sum / n - mean[i / dim] * mean[i % dim]).collect();
-        (mean, covariance)
+        (rotated, out)
     }
 }
 
-/// `products += rows^T rows` of rows of `dim` numbers.
-fn add_products(rows: &[f32], dim: usize, products: &mut [f32], kernels: &Kernels) {
-    let n = rows.len() / dim;
-    let mut turned = memory::zeros(rows.len());
-    for (t, row) in rows.chunks_exact(dim).enumerate() {
-        row.iter().enumerate().for_each(|(c, x)| turned[c * n + t] = *x);
-    }
-    (kernels.matmul)(Mat::new(&turned, dim, n), Mat::new(rows, n, dim), dim, MatMut::new(products, dim, dim));
-}
-
-impl Expected {
-    pub(super) fn check(&self) -> Result<()> {
+impl Scorer for Expected {
+    fn check(&self) -> Result<()> {
         if self.future == 0 {
             return refuse("future", 0, "whole numbers from 1");
         }
@@ -110,71 +86,80 @@ impl Expected {
         Ok(())
     }
 
-    /// The first `sinks` tokens take no part in the softmax: they stay anyway, and would take most of it.
-    pub(super) fn scores(
-        &self,
-        head: &Head<'_>,
-        place: Place,
-        sinks: usize,
-        moments: &Moments,
-        scratch: &mut Scratch,
-    ) -> Vec<f32> {
+    fn queries(&self) -> Wanted {
+        Wanted::All
+    }
+
+    fn fresh(&self) -> Box<dyn Observed> {
+        Box::new(Distribution { expected: self.clone(), moments: Moments::default() })
+    }
+}
+
+/// What is known of queries to come.
+#[derive(Clone)]
+struct Distribution {
+    expected: Expected,
+    moments: Moments,
+}
+
+impl Observed for Distribution {
+    /// Queries of decoding might be rolled back, and do not count.
+    fn observe(&mut self, _: &Head<'_>, queries: &NewQueries<'_>, place: Place, scratch: &mut Scratch) {
+        if queries.prompt {
+            let Expected { rope, covariance, .. } = &self.expected;
+            self.moments.add(queries, place.origin + place.sinks as u32, rope, *covariance, scratch.kernels);
+        }
+    }
+
+    /// The sinks take no part in the softmax: they stay anyway, and would take most of it.
+    fn scores(&self, head: &Head<'_>, place: Place, scratch: &mut Scratch) -> Vec<f32> {
+        let Self { expected, moments } = self;
         let (tokens, dim) = (head.positions.len(), head.key_dim);
         let mut scores = memory::zeros(tokens);
-        let first = head.positions.count_below(place.origin as usize + sinks).min(tokens);
-        let readers = moments.sums.len() / dim;
+        let first = head.positions.count_below(place.origin as usize + place.sinks).min(tokens);
+        let heads = moments.heads(dim);
         let next = head.positions.last().map_or(0, |last| last as usize + 1);
-        for reader in 0..readers {
-            let (mean, covariance) = moments.of(reader, dim);
-            let (mean, covariance) = self.ahead(next, &mean, &covariance);
+        for query_head in 0..heads {
+            let (mean, covariance) = moments.of(query_head, dim);
+            let (mean, covariance) = expected.ahead(next, &mean, &covariance);
             let logits = expected_logits(head, &mean, &covariance, scratch);
             let max = logits[first..].iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let sum: f32 = logits[first..].iter().map(|x| (x - max).exp()).sum();
             for (score, x) in scores[first..].iter_mut().zip(&logits[first..]) {
-                *score += (x - max).exp() / sum / readers as f32;
+                *score += (x - max).exp() / sum / heads as f32;
             }
         }
-        if self.values {
-            each_value(head, scratch, |t, value| {
-                scores[t] = (scores[t] + self.epsilon) * value.iter().map(|x| x * x).sum::<f32>().sqrt();
+        if expected.values {
+            head.each_value(scratch, |t, value| {
+                scores[t] = (scores[t] + expected.epsilon) * value.iter().map(|x| x * x).sum::<f32>().sqrt();
             });
         }
         scores
     }
 
-    /// Mean and covariance of queries at the `future` positions from `next` on.
-    fn ahead(&self, next: usize, mean: &[f32], covariance: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        let (pairs, dim) = (self.rope.pairs(), mean.len());
-        let turn = |frequency: f64| mean_turn(frequency, next, self.future);
-        let mut turned = mean.to_vec();
-        for &(a, b, f) in &pairs {
-            (turned[a], turned[b]) = times(turn(f), (mean[a], mean[b]));
+    fn truncate(&mut self, _: usize, tokens: usize) {
+        if tokens == 0 {
+            self.moments = Moments::default();
         }
-        let mut out = covariance.to_vec();
-        if out.is_empty() {
-            return (turned, out);
+    }
+
+    fn retain(&mut self, _: &[bool], decoding: bool) {
+        if !decoding {
+            self.moments = Moments::default();
         }
-        let alone: Vec<usize> = (0..dim).filter(|c| pairs.iter().all(|(a, b, _)| a != c && b != c)).collect();
-        for &(a, b, f) in &pairs {
-            for &c in &alone {
-                let (x, y) = times(turn(f), (covariance[a * dim + c], covariance[b * dim + c]));
-                (out[a * dim + c], out[b * dim + c]) = (x, y);
-                (out[c * dim + a], out[c * dim + b]) = (x, y);
-            }
-            for &(c, d, g) in &pairs {
-                let [ac, ad, bc, bd] = [(a, c), (a, d), (b, c), (b, d)].map(|(i, j)| covariance[i * dim + j]);
-                let (re, im) = times(turn(f - g), (ac + bd, bc - ad));
-                let (re_sum, im_sum) = times(turn(f + g), (ac - bd, bc + ad));
-                (out[a * dim + c], out[b * dim + d]) = halves(re, re_sum);
-                (out[b * dim + c], out[a * dim + d]) = halves(im_sum, im);
-            }
-        }
-        (turned, out)
+    }
+
+    fn bytes(&self) -> usize {
+        self.moments.bytes()
+    }
+
+    fn fork(&self) -> Box<dyn Observed> {
+        Box::new(self.clone())
     }
 }
 
 /// The mean of `e^(i frequency p)` over `n` positions from `first` on: a geometric series.
-fn mean_turn(frequency: f64, first: usize, n: usize) -> (f64, f64) {
+fn mean_rotation(frequency: f64, first: usize, n: usize) -> (f64, f64) {
     let half = frequency / 2.0;
     let ratio = if half.sin().abs() < 1e-9 { 1.0 } else { (half * n as f64).sin() / (half.sin() * n as f64) };
     let (sin, cos) = (frequency * first as f64 + half * (n - 1) as f64).sin_cos();
@@ -196,7 +181,7 @@ fn times((re, im): (f64, f64), (x, y): (f32, f32)) -> (f32, f32) {
 fn expected_logits(head: &Head<'_>, mean: &[f32], covariance: &[f32], scratch: &mut Scratch) -> Vec<f32> {
     let dim = mean.len();
     let mut keys = memory::with_capacity(head.positions.len() * dim);
-    each_key(head, scratch, |_, key| keys.extend_from_slice(key));
+    head.each_key(scratch, |_, key| keys.extend_from_slice(key));
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
     let mut logits = memory::collected(keys.chunks_exact(dim).map(|key| dot(mean, key)));
     if covariance.is_empty() {
@@ -220,9 +205,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn moments_ahead_are_those_of_queries_that_were_turned() {
+    fn moments_ahead_are_those_of_queries_that_were_rotated() {
         let (future, next, dim) = (37, 11, 6);
-        let rope = Rope::shared(&[(0, 2), (1, 3)], &[0.7, 0.05]); // channels 4 and 5 are not turned
+        let rope = Rope::shared(&[(0, 2), (1, 3)], &[0.7, 0.05]); // channels 4 and 5 are not rotated
         let expected = Expected { rope, future, covariance: true, values: false, epsilon: 0.0 };
         let number = |i: usize| ((i * 7919 + 13) % 101) as f32 / 50.0 - 1.0;
         let mean: Vec<f32> = (0..dim).map(number).collect();

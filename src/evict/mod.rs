@@ -2,41 +2,90 @@
 //!
 //! A method scores the tokens that a KV head holds, and the best ones stay, as many as the budget has room for. It decides
 //! on full precision where it can: when a prompt was read, before anything is packed; and while decoding, if it is to hold
-//! its budget there, in blocks, when the budget is exceeded by one. To add a method: one file, and a variant of [`Scorer`].
+//! its budget there, in blocks, when the budget is exceeded by one. To add a method: one file with a [`Scorer`] and what it
+//! remembers, and a row in [`make`].
 
 #![forbid(unsafe_code)]
 
 mod attention;
 mod budget;
 mod expected;
+mod history;
+mod keep;
 mod keys;
+mod moments;
 mod observed;
 mod pattern;
-mod select;
+mod queries;
 mod snapkv;
 
 pub use attention::Attention;
 pub use budget::{Budget, Pyramid};
-pub use expected::{Expected, Moments};
+pub use expected::Expected;
+pub use history::History;
+pub use keep::{Candidates, keep};
 pub use keys::Keys;
-pub use observed::{NewQueries, Observed, Queries};
+pub use observed::{NewQueries, Observed, Place, Slot, Wanted};
 pub use pattern::Pattern;
-pub use select::{Candidates, select};
+pub use queries::NewestQueries;
 pub use snapkv::{Pooling, SnapKv};
 
+use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::amount::Amount;
-use crate::attend::{Head, Rope, Scratch};
-use crate::error::{Error, Result};
+use crate::attend::Head;
+use crate::error::{Result, refuse};
+use crate::linalg::Rope;
 use crate::memory;
+use crate::options::Options;
+
+/// What a token is worth.
+pub trait Scorer: Debug + Send + Sync {
+    /// Checks the parameters.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::error::Error::Option) for the first that does not fit.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The queries that must be seen.
+    fn queries(&self) -> Wanted {
+        Wanted::None
+    }
+
+    /// Whether the attention scores of every step of decoding are wanted.
+    fn wants_attention(&self) -> bool {
+        false
+    }
+
+    /// Whether tokens may go although the budget has room for them.
+    fn has_gaps(&self) -> bool {
+        false
+    }
+
+    /// Whether all heads of a layer keep the same tokens, by their mean score.
+    fn is_shared(&self) -> bool {
+        false
+    }
+
+    /// What is known of a KV head's tokens before the first one.
+    fn fresh(&self) -> Box<dyn Observed>;
+
+    /// The scores of the tokens of all of a sequence's heads, on the caller's thread; `None`: heads are scored one by one, by what is
+    /// [observed](Observed::scores) of each.
+    fn score_together(&self, _heads: &[(Head<'_>, &dyn Observed, Place)]) -> Option<Result<Vec<Vec<f32>>>> {
+        None
+    }
+}
 
 /// Which tokens stay, and how many.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Eviction {
     /// What tokens are worth.
-    pub scorer: Scorer,
+    pub scorer: Arc<dyn Scorer>,
     /// How many stay a KV head.
     pub budget: Budget,
     /// Tokens at the beginning of a sequence that always stay.
@@ -49,39 +98,62 @@ pub struct Eviction {
     pub floor: Option<f32>,
     /// Tokens that always stay, counted from the first of the sequence.
     pub protect: Vec<Range<usize>>,
-    /// What keys are turned by so that no position is missing between the tokens that stay; without it they keep theirs.
+    /// What keys are rotated by so that no position is missing between the tokens that stay; without it they keep theirs.
     pub closing: Option<Arc<Rope>>,
 }
 
-/// What a token is worth.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Scorer {
-    /// Votes of the last queries (arXiv 2404.14469).
-    SnapKv(SnapKv),
-    /// Attention received so far, as much of it as is remembered.
-    Attention(Attention),
-    /// Attention that queries to come would give (arXiv 2510.00636).
-    Expected(Expected),
-    /// What keys alone tell.
-    Keys(Keys),
-    /// Where a token is.
-    Pattern(Pattern),
-}
+/// Makes a scorer from its options.
+type Maker = fn(&mut Options) -> Result<Arc<dyn Scorer>>;
 
-/// Where the tokens are that are scored.
-#[derive(Clone, Copy, Debug)]
-pub struct Place {
-    /// Number of the KV head in its layer.
-    pub head: usize,
-    /// Position of the first token of the sequence.
-    pub origin: u32,
+/// The methods by name.
+const METHODS: [(&str, Maker); 8] = [
+    ("snapkv", |options| Ok(Arc::new(SnapKv::from_options(options)?))),
+    ("attention", |options| Ok(Arc::new(Attention::from_options(options)?))),
+    ("expected", |options| Ok(Arc::new(Expected::from_options(options)?))),
+    ("keydiff", |_| Ok(Arc::new(Keys::KeyDiff))),
+    ("norm", |_| Ok(Arc::new(Keys::Norm))),
+    ("newest", |_| Ok(Arc::new(Pattern::Newest))),
+    ("dilated", |options| Ok(Arc::new(Pattern::Dilated { dilation: options.whole("dilation")? }))),
+    ("random", |options| Ok(Arc::new(Pattern::Random { seed: options.whole("seed")? }))),
+];
+
+/// The scorer of that name.
+///
+/// # Errors
+/// [`Error::Option`](crate::error::Error::Option) when there is none, or an option is not accepted.
+pub fn make(name: &str, options: &mut Options) -> Result<Arc<dyn Scorer>> {
+    match METHODS.iter().find(|(known, _)| *known == name) {
+        Some((_, make)) => make(options),
+        None => refuse("evict", name, METHODS.map(|(name, _)| name).join(", ")),
+    }
 }
 
 impl Eviction {
+    /// An eviction by `scorer`, with the options that all have.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::error::Error::Option) for the first that does not fit.
+    pub fn new(scorer: Arc<dyn Scorer>, options: &mut Options) -> Result<Self> {
+        let pyramid = options.options("pyramid")?.map(|own| own.all(Pyramid::from_options)).transpose()?;
+        let protect: Vec<(usize, usize)> = options.pairs("protect")?;
+        let closing = options.options("closing")?.map(|own| own.all(Rope::of)).transpose()?;
+        let eviction = Self {
+            scorer,
+            budget: Budget { amount: options.amount("budget")?, pyramid },
+            sinks: options.whole("sinks")?,
+            recent: options.amount("recent")?,
+            block: options.maybe_whole("block")?,
+            floor: options.maybe_number("floor")?,
+            protect: protect.into_iter().map(|(first, end)| first..end).collect(),
+            closing,
+        };
+        eviction.checked()
+    }
+
     /// Checks the parameters.
     ///
     /// # Errors
-    /// [`Error::Option`] for the first that does not fit.
+    /// [`Error::Option`](crate::error::Error::Option) for the first that does not fit.
     pub fn checked(self) -> Result<Self> {
         self.budget.check()?;
         self.recent.check("recent", true)?;
@@ -96,64 +168,23 @@ impl Eviction {
         if let Some(span) = self.protect.iter().find(|span| span.is_empty()) {
             return refuse("protect", format!("({}, {})", span.start, span.end), "spans (first, end) with first < end");
         }
-        match &self.scorer {
-            Scorer::SnapKv(snapkv) => snapkv.check()?,
-            Scorer::Attention(attention) => attention.check()?,
-            Scorer::Expected(expected) => expected.check()?,
-            Scorer::Keys(_) | Scorer::Pattern(_) => {}
-        }
+        self.scorer.check()?;
         Ok(self)
     }
 
     /// Whether queries decide something.
     pub fn wants_queries(&self) -> bool {
-        self.queries() != Queries::None
+        self.scorer.queries() != Wanted::None
     }
 
-    /// The queries that must be seen.
-    pub fn queries(&self) -> Queries {
-        match &self.scorer {
-            Scorer::SnapKv(snapkv) => Queries::Newest(snapkv.window),
-            Scorer::Attention(attention) => attention.queries(),
-            Scorer::Expected(_) => Queries::All,
-            Scorer::Keys(_) | Scorer::Pattern(_) => Queries::None,
-        }
-    }
-
-    /// Whether the attention of every step of decoding is wanted.
+    /// Whether the attention scores of every step of decoding are wanted.
     pub fn wants_attention(&self) -> bool {
-        self.block.is_some() && matches!(self.scorer, Scorer::Attention(_))
-    }
-
-    /// The weight that what was received before one more query has from then on.
-    pub fn memory(&self) -> f32 {
-        if let Scorer::Attention(attention) = &self.scorer { attention.alpha } else { 1.0 }
-    }
-
-    /// Whether tokens may go although the budget has room for them.
-    pub fn has_gaps(&self) -> bool {
-        matches!(self.scorer, Scorer::Pattern(Pattern::Dilated { .. }))
+        self.block.is_some() && self.scorer.wants_attention()
     }
 
     /// Whether the heads of a layer, or its layers, may hold different numbers of tokens.
     pub fn is_ragged(&self) -> bool {
-        self.floor.is_some() || self.has_gaps() || self.budget.pyramid.is_some()
-    }
-
-    /// Whether all heads of a layer keep the same tokens, by their mean score.
-    pub fn is_shared(&self) -> bool {
-        matches!(&self.scorer, Scorer::Attention(attention) if attention.shared)
-    }
-
-    /// What each token that `head` holds is worth.
-    pub fn scores(&self, head: &Head<'_>, place: Place, observed: &Observed, scratch: &mut Scratch) -> Vec<f32> {
-        match &self.scorer {
-            Scorer::SnapKv(snapkv) => snapkv.scores(head, observed, scratch),
-            Scorer::Attention(_) => observed.scores().to_vec(),
-            Scorer::Expected(expected) => expected.scores(head, place, self.sinks, &observed.moments, scratch),
-            Scorer::Keys(keys) => keys.scores(head, scratch),
-            Scorer::Pattern(pattern) => pattern.scores(head.positions, place),
-        }
+        self.floor.is_some() || self.scorer.has_gaps() || self.budget.pyramid.is_some()
     }
 
     /// How strongly the tokens of `head` are kept whatever their scores are, and how many may stay.
@@ -169,9 +200,4 @@ impl Eviction {
         };
         Candidates { fixed: memory::collected(positions.iter().map(fixed)), recent, budget, scores }
     }
-}
-
-/// Refuses an option.
-fn refuse<T>(name: &'static str, given: impl std::fmt::Display, accepted: impl Into<String>) -> Result<T> {
-    Err(Error::Option { name, given: given.to_string(), accepted: accepted.into() })
 }

@@ -1,7 +1,10 @@
 //! Where a token is, whatever it says.
 
-use super::Place;
-use crate::attend::Positions;
+#![forbid(unsafe_code)]
+
+use super::{Observed, Place, Scorer};
+use crate::attend::{Head, Scratch};
+use crate::linalg::random;
 use crate::memory;
 
 /// The parameters.
@@ -22,29 +25,37 @@ pub enum Pattern {
     },
 }
 
-impl Pattern {
-    pub(super) fn scores(self, positions: &Positions, place: Place) -> Vec<f32> {
-        let tokens = positions.runs().flat_map(|(start, n)| start..start + n).map(|p| (p - place.origin) as usize);
-        let score = |token: usize| match self {
+impl Scorer for Pattern {
+    fn has_gaps(&self) -> bool {
+        matches!(self, Self::Dilated { .. })
+    }
+
+    fn fresh(&self) -> Box<dyn Observed> {
+        Box::new(*self)
+    }
+}
+
+impl Observed for Pattern {
+    fn scores(&self, head: &Head<'_>, place: Place, _: &mut Scratch) -> Vec<f32> {
+        let tokens = head.positions.runs().flat_map(|(start, n)| start..start + n).map(|p| (p - place.origin) as usize);
+        let score = |token: usize| match *self {
             Self::Newest => token as f32,
             Self::Dilated { dilation } if dilation > 0 && (token + place.head).is_multiple_of(dilation) => token as f32,
             Self::Dilated { .. } => f32::NEG_INFINITY,
             Self::Random { seed } => lot(seed, place.head as u64, token as u64),
         };
-        let mut scores = memory::with_capacity(positions.len());
+        let mut scores = memory::with_capacity(head.positions.len());
         scores.extend(tokens.map(score));
         scores
     }
+
+    fn fork(&self) -> Box<dyn Observed> {
+        Box::new(*self)
+    }
 }
 
-/// A number from 0 to 1 that looks random (Steele, Lea and Flood's `SplitMix64`).
+/// A number from 0 to 1 that looks random.
 fn lot(seed: u64, head: u64, token: u64) -> f32 {
-    let mut x = seed ^ head << 40 ^ token;
-    for _ in 0..2 {
-        x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^= x >> 31;
-    }
+    let x = random(random(seed ^ head << 40 ^ token, 0), 0);
     (x >> 40) as f32 / (1u32 << 24) as f32
 }

@@ -1,19 +1,23 @@
-//! `SnapKV` (Li et al. 2024, arXiv 2404.14469): the last queries vote, and a token's neighbours are heard with it.
+//! `SnapKV` (Li et al. 2024, arXiv 2404.14469): attention scores from the last queries, pooled over neighbouring tokens.
 //!
 //! ```text
-//! vote[t] = mean over the readers' query heads of  sum_(q in window) softmax_t(q . k_t)
-//! score   = pooling of `kernel` neighbouring votes, stride 1
+//! a[t]    = mean over the KV head's query heads of  sum_(q in window) softmax_t(q . k_t)
+//! score   = pooling of `kernel` neighbours, stride 1
 //! ```
 
-use super::{Observed, refuse};
-use crate::attend::{Head, Scratch, Voters, add_votes, mat::Mat};
-use crate::error::Result;
-use crate::memory;
+#![forbid(unsafe_code)]
 
-/// How neighbouring votes become a score.
+use super::{NewQueries, NewestQueries, Observed, Place, Scorer, Wanted};
+use crate::attend::{Head, ScoringQueries, Scratch, add_scores};
+use crate::error::{Result, refuse};
+use crate::linalg::Mat;
+use crate::memory;
+use crate::options::Options;
+
+/// How attention scores of neighbours become one score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pooling {
-    /// Their mean; beyond the ends votes are 0.
+    /// Their mean; beyond the ends they are 0.
     Mean,
     /// The largest.
     Max,
@@ -22,7 +26,7 @@ pub enum Pooling {
 /// The parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SnapKv {
-    /// Queries that vote.
+    /// The newest queries, whose attention counts.
     pub window: usize,
     /// Neighbours that are pooled: an odd number.
     pub kernel: usize,
@@ -31,7 +35,28 @@ pub struct SnapKv {
 }
 
 impl SnapKv {
-    pub(super) fn check(self) -> Result<()> {
+    pub(super) fn from_options(options: &mut Options) -> Result<Self> {
+        let pooling = match options.text("pooling")?.as_str() {
+            "avg" => Pooling::Mean,
+            "max" => Pooling::Max,
+            name => return refuse("pooling", name, "avg, max"),
+        };
+        Ok(Self { window: options.whole("window")?, kernel: options.whole("kernel")?, pooling })
+    }
+
+    fn pool(self, scores: &[f32]) -> Vec<f32> {
+        let reach = self.kernel / 2;
+        let near = |t: usize| &scores[t.saturating_sub(reach)..scores.len().min(t + reach + 1)];
+        let pooled = |t: usize| match self.pooling {
+            Pooling::Mean => near(t).iter().sum::<f32>() / self.kernel as f32,
+            Pooling::Max => near(t).iter().copied().fold(f32::NEG_INFINITY, f32::max),
+        };
+        memory::collected((0..scores.len()).map(pooled))
+    }
+}
+
+impl Scorer for SnapKv {
+    fn check(&self) -> Result<()> {
         if self.window == 0 {
             return refuse("window", 0, "whole numbers from 1");
         }
@@ -41,33 +66,73 @@ impl SnapKv {
         Ok(())
     }
 
-    /// The window's own tokens get no votes: they stay as recent ones.
-    pub(super) fn scores(self, head: &Head<'_>, observed: &Observed, scratch: &mut Scratch) -> Vec<f32> {
-        let tokens = head.positions.len();
-        let prefix = tokens - observed.tokens().min(tokens);
-        let mut votes = memory::zeros(tokens);
-        let positions = observed.query_positions();
-        let voters = Voters {
-            q: Mat::new(observed.queries(), positions.len(), head.key_dim),
-            positions: &positions,
-            weights: &memory::filled(1.0 / observed.readers().max(1) as f32, positions.len()),
-            softcap: observed.softcap(),
-            sinks: None,
-        };
-        add_votes(head, &voters, &mut votes, scratch);
-        let mut scores = self.pool(&votes[..prefix]);
-        memory::resize(&mut scores, tokens);
-        scores
+    fn queries(&self) -> Wanted {
+        Wanted::Newest(self.window)
     }
 
-    fn pool(self, votes: &[f32]) -> Vec<f32> {
-        let reach = self.kernel / 2;
-        let near = |t: usize| &votes[t.saturating_sub(reach)..votes.len().min(t + reach + 1)];
-        let pooled = |t: usize| match self.pooling {
-            Pooling::Mean => near(t).iter().sum::<f32>() / self.kernel as f32,
-            Pooling::Max => near(t).iter().copied().fold(f32::NEG_INFINITY, f32::max),
+    fn fresh(&self) -> Box<dyn Observed> {
+        Box::new(Window { snapkv: *self, queries: NewestQueries::default() })
+    }
+}
+
+/// The observation window: the newest queries.
+#[derive(Clone)]
+struct Window {
+    snapkv: SnapKv,
+    queries: NewestQueries,
+}
+
+impl Observed for Window {
+    fn observe(&mut self, _: &Head<'_>, queries: &NewQueries<'_>, _: Place, _: &mut Scratch) {
+        self.queries.add(queries, self.snapkv.window);
+    }
+
+    /// The window's own tokens have no score: they stay as recent ones.
+    fn scores(&self, head: &Head<'_>, _: Place, scratch: &mut Scratch) -> Vec<f32> {
+        let tokens = head.positions.len();
+        let prefix = tokens - self.queries.tokens().min(tokens);
+        let (positions, heads) = (self.queries.positions(), self.queries.heads().max(1));
+        let queries = ScoringQueries {
+            q: Mat::new(self.queries.q(), positions.len(), head.key_dim),
+            positions: &positions,
+            weights: &memory::filled(1.0 / heads as f32, positions.len()),
+            softcap: self.queries.softcap(),
+            heads,
         };
-        memory::collected((0..votes.len()).map(pooled))
+        let mut scores = memory::zeros(tokens);
+        add_scores(head, None, &queries, &mut scores, scratch);
+        let mut pooled = self.snapkv.pool(&scores[..prefix]);
+        memory::resize(&mut pooled, tokens);
+        pooled
+    }
+
+    fn work(&self) -> usize {
+        self.queries.tokens() * self.queries.heads()
+    }
+
+    fn truncate(&mut self, end: usize, tokens: usize) {
+        if tokens == 0 {
+            self.queries = NewestQueries::default();
+        }
+        self.queries.truncate(end);
+    }
+
+    fn retain(&mut self, _: &[bool], decoding: bool) {
+        if !decoding {
+            self.queries = NewestQueries::default();
+        }
+    }
+
+    fn queries(&self) -> Option<&NewestQueries> {
+        Some(&self.queries)
+    }
+
+    fn bytes(&self) -> usize {
+        self.queries.bytes()
+    }
+
+    fn fork(&self) -> Box<dyn Observed> {
+        Box::new(self.clone())
     }
 }
 

@@ -1,94 +1,63 @@
 //! Exact: rows in the model's own dtype, in pages only so that they can be shared.
 
-use crate::attend::kernels::Ahead;
-use crate::attend::mat::{Mat, MatMut};
-use crate::attend::{KeySegment, Scratch, ValueSegment, Weights};
-use crate::memory;
-use crate::tensor::Rows;
+#![forbid(unsafe_code)]
+
+use super::{Codec, KeyPage, Method, Page, Plan, ValuePage};
+use crate::tensor::{Limit, Rows};
 
 /// Tokens of a page: small, so that the copy of an open tail that every beam makes is small.
 pub(super) const PAGE: usize = 64;
 
-/// f32 in a cache line.
-const LINE: usize = 16;
+/// Multiply-adds that take as long as copying a number.
+const COPYING: usize = 8;
 
-/// Whole pages are due.
-pub(super) fn due(n: usize) -> usize {
+/// The model's own dtype, lossless.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exact;
+
+impl Method for Exact {
+    fn sinks(&self) -> usize {
+        0
+    }
+
+    fn window(&self) -> usize {
+        PAGE
+    }
+
+    fn limit(&self) -> Limit {
+        Limit::of_numbers(f32::MAX)
+    }
+
+    fn work(&self) -> usize {
+        COPYING
+    }
+}
+
+fn due(n: usize) -> usize {
     n / PAGE * PAGE
 }
 
-pub(super) fn seal(rows: &Rows, n: usize) -> (Rows, usize) {
+fn seal<P: Page>(rows: &Rows, n: usize) -> (P, usize) {
     let n = n.min(PAGE);
-    (rows.copy(0..n), n)
+    (P::exact(rows.copy(0..n)), n)
 }
 
-/// Takes the first of some tokens of `other`, up to a whole page.
-pub(super) fn join(rows: &mut Rows, other: &Rows, tokens: &[usize]) -> usize {
-    let taken = &tokens[..tokens.len().min(PAGE.saturating_sub(rows.len()))];
-    if !taken.is_empty() {
-        *rows = Rows::joined(rows, &other.take(taken));
-    }
-    taken.len()
-}
-
-impl KeySegment for Rows {
-    fn unit(&self) -> usize {
-        1
+impl Codec<KeyPage> for Exact {
+    fn due(&self, n: usize) -> usize {
+        due(n)
     }
 
-    fn bytes(&self, first: usize, n: usize) -> &[u8] {
-        self.slice(first..first + n).bytes()
-    }
-
-    fn scores(
-        &self,
-        q: Mat<'_>,
-        first: usize,
-        n: usize,
-        out: MatMut<'_>,
-        scratch: &mut Scratch,
-        ahead: &mut Ahead<'_>,
-    ) {
-        (scratch.kernels.dot_rows)(q, self.slice(first..first + n), self.dim(), out, ahead);
-    }
-
-    fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, scratch: &mut Scratch) {
-        let d = self.dim();
-        memory::resize(&mut scratch.buffer, LINE * d);
-        // Rows of `out` lie far apart: each of its cache lines is written at once.
-        for t in (0..n).step_by(LINE) {
-            let m = LINE.min(n - t);
-            let rows = &mut scratch.buffer[..m * d];
-            self.slice(first + t..first + t + m).to_f32(rows);
-            for c in 0..d {
-                for (x, row) in out.row(c)[t..t + m].iter_mut().zip(rows.chunks_exact(d)) {
-                    *x = row[c];
-                }
-            }
-        }
+    fn seal(&self, _: &mut Plan, rows: &Rows, n: usize) -> (KeyPage, usize) {
+        seal(rows, n)
     }
 }
 
-impl ValueSegment for Rows {
-    fn bytes(&self, first: usize, n: usize) -> &[u8] {
-        self.slice(first..first + n).bytes()
+impl Codec<ValuePage> for Exact {
+    fn due(&self, n: usize) -> usize {
+        due(n)
     }
 
-    fn accumulate(
-        &self,
-        weights: Weights<'_>,
-        first: usize,
-        n: usize,
-        acc: MatMut<'_>,
-        scratch: &mut Scratch,
-        ahead: &mut Ahead<'_>,
-    ) {
-        (scratch.kernels.add_rows)(weights.of, self.slice(first..first + n), self.dim(), acc, ahead);
-    }
-
-    fn tile(&self, first: usize, n: usize, mut out: MatMut<'_>, _: &mut Scratch) {
-        for t in 0..n {
-            self.slice(first + t..first + t + 1).to_f32(&mut out.row(t)[..self.dim()]);
-        }
+    fn seal(&self, _: &mut Plan, rows: &Rows, n: usize) -> (ValuePage, usize) {
+        seal(rows, n)
     }
 }

@@ -7,14 +7,20 @@
 //! Block-GTQ use too. The queries are those of the text itself, as the cache sees them; without any all channels' errors
 //! weigh the same. Widths are chosen again each time the tokens have doubled.
 //!
-//! Grids and codes are KIVI's ([`super::kivi`]), in groups of `group` tokens. Channels of equal width lie together (a [`Band`]).
+//! Grids and codes are KIVI's ([`super::Kivi`]), in groups of `group` tokens. Channels of equal width lie together (a [`Band`]).
+
+#![forbid(unsafe_code)]
 
 use std::sync::Arc;
 
-use super::{Band, Gptq, Plan, check_groups, levels, refuse};
-use crate::attend::Basis;
-use crate::attend::codes::{LANES, block};
-use crate::error::Result;
+use super::grid::levels;
+use super::pages::{Band, ChannelKeys, Channels, KeyPage};
+use super::{Codec, Gptq, Method, Plan, Wants, check_groups, f16_limit, whole_windows};
+use crate::error::{Result, refuse};
+use crate::format::codes::{LANES, block};
+use crate::linalg::Map;
+use crate::options::Options;
+use crate::tensor::{Limit, Rows};
 
 /// The parameters of graded keys.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,7 +36,7 @@ pub struct Graded {
     /// Whether at least the newest `window` keys stay exact; else fewer than `window` do.
     pub full_window: bool,
     /// How roundings are made up for, if they are.
-    pub feedback: Option<Arc<Gptq>>,
+    pub compensation: Option<Arc<Gptq>>,
 }
 
 impl Graded {
@@ -43,11 +49,17 @@ impl Graded {
             return refuse("bits", bits, "1 to 8");
         }
         check_groups(group, window)?;
-        Ok(Self { bits, group, window, sinks, full_window: false, feedback: None })
+        Ok(Self { bits, group, window, sinks, full_window: false, compensation: None })
+    }
+
+    pub(super) fn from_options(options: &mut Options) -> Result<Self> {
+        let sizes = [options.whole("group")?, options.whole("window")?, options.whole("sinks")?];
+        let graded = Self::new(options.number("bits")?, sizes[0], sizes[1], sizes[2])?;
+        Ok(Self { full_window: options.flag("full_window")?, compensation: Gptq::of(options)?, ..graded })
     }
 
     /// The widths for `x` `[tokens, dim]`, chosen anew when it is time; the plan has their order.
-    pub(super) fn choose(&self, plan: &mut Plan, x: &[f32], dim: usize) -> Arc<[Band]> {
+    fn choose(&self, plan: &mut Plan, x: &[f32], dim: usize) -> Arc<[Band]> {
         if let Some(bands) = plan.bands.as_ref().filter(|_| plan.sealed < plan.renewal) {
             return Arc::clone(bands);
         }
@@ -55,8 +67,8 @@ impl Graded {
         let weights = plan.weights(dim);
         let costs: Vec<Cost> = weights.iter().enumerate().map(|(c, &weight)| self.cost(x, dim, c, weight)).collect();
         let (order, bands) = allot(&costs, self.bits);
-        if plan.basis.as_deref() != Some(&order) {
-            plan.basis = Some(order.into());
+        if plan.map.as_deref() != Some(&order) {
+            plan.map = Some(order.into());
         }
         let bands: Arc<[Band]> = bands.into();
         plan.bands = Some(Arc::clone(&bands));
@@ -79,6 +91,49 @@ impl Graded {
     }
 }
 
+impl Method for Graded {
+    fn sinks(&self) -> usize {
+        self.sinks
+    }
+
+    fn window(&self) -> usize {
+        self.window
+    }
+
+    fn limit(&self) -> Limit {
+        Limit::of_numbers(f16_limit())
+    }
+
+    fn compensation(&self) -> Option<&Arc<Gptq>> {
+        self.compensation.as_ref()
+    }
+}
+
+impl Codec<KeyPage> for Graded {
+    /// Keys of `dim` numbers are cut into whole blocks of codes.
+    fn check(&self, heads: Option<usize>, dim: usize) -> Result<()> {
+        if !dim.is_multiple_of(LANES) {
+            return refuse("quantize", format!("graded keys of {dim} numbers"), "head dims that are multiples of 8");
+        }
+        self.compensation().map_or(Ok(()), |gptq| gptq.check_dims(heads, dim))
+    }
+
+    fn wants(&self) -> Wants {
+        Wants { squares: true, moment: self.compensation().is_some_and(|gptq| gptq.wants_queries()) }
+    }
+
+    fn due(&self, n: usize) -> usize {
+        whole_windows(n, self.window, self.full_window)
+    }
+
+    fn seal(&self, plan: &mut Plan, rows: &Rows, _: usize) -> (KeyPage, usize) {
+        let x = rows.to_f32(0..self.window);
+        let bands = self.choose(plan, &x, rows.dim());
+        let form = Channels { group: self.group, bands, compensation: self.compensation(), factors: None };
+        ChannelKeys::seal(plan, form, x, rows.dim())
+    }
+}
+
 /// Expected loss of a channel at each of [`WIDTHS`].
 #[derive(Clone, Copy)]
 struct Cost {
@@ -88,17 +143,9 @@ struct Cost {
 /// Bits of a channel, most first.
 const WIDTHS: [u8; 5] = [8, 4, 3, 2, 0];
 
-/// Checks that keys of `dim` numbers can be cut into whole blocks of codes.
-pub(super) fn check_dim(dim: usize) -> Result<()> {
-    if dim.is_multiple_of(LANES) {
-        return Ok(());
-    }
-    refuse("quantize", format!("graded keys of {dim} numbers"), "head dims that are multiples of 8")
-}
-
 /// Orders channels by cost and cuts them into bands of whole blocks: of all ways with at most `bits` a channel the one that
 /// costs least.
-fn allot(costs: &[Cost], bits: f32) -> (Basis, Vec<Band>) {
+fn allot(costs: &[Cost], bits: f32) -> (Map, Vec<Band>) {
     let dim = costs.len();
     let mut order: Vec<u16> = (0..dim as u16).collect();
     order.sort_by(|&a, &b| {
@@ -120,7 +167,7 @@ fn allot(costs: &[Cost], bits: f32) -> (Basis, Vec<Band>) {
     let used: usize = best.1.iter().sum();
     let counts = best.1.into_iter().chain([dim - used]);
     let bands = WIDTHS.into_iter().zip(counts).map(|(bits, channels)| Band { bits, channels });
-    (Basis::Order(order.into()), bands.filter(|band| band.channels > 0).collect())
+    (Map::Order(order.into()), bands.filter(|band| band.channels > 0).collect())
 }
 
 /// Tries all counts of channels of width number `w` and below, after those in `counts`.
@@ -168,7 +215,7 @@ mod tests {
     #[test]
     fn channels_that_cost_more_get_more_bits() {
         let costs: Vec<Cost> = (0..64).map(|c| cost(if c % 16 == 3 { 20.0 } else { 1.0 })).collect();
-        let (Basis::Order(order), bands) = allot(&costs, 3.0) else { panic!("an order") };
+        let (Map::Order(order), bands) = allot(&costs, 3.0) else { panic!("an order") };
         let mut first = order[..4].to_vec();
         first.sort_unstable();
         assert_eq!(first, [3, 19, 35, 51]);

@@ -14,13 +14,23 @@
 //! The block size, the rotation, the normalisation and the grids are the paper's; that sinks and the newest tokens stay exact
 //! until a block is full is how all methods here do it, and the number of turns is ours.
 
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
 use half::f16;
 
-use super::{Kivi, refuse};
-use crate::error::Result;
+use super::grid::Asymmetric;
+use super::pages::{Band, ChannelKeys, Channels, KeyPage, TokenValues, ValuePage};
+use super::tokens::{Format, TokenCoding};
+use super::{Codec, Method, Plan, f16_limit, whole_windows};
+use crate::error::{Result, refuse};
+use crate::linalg::Map;
+use crate::options::Options;
+use crate::tensor::{Limit, Rows};
 
 /// Tokens of a block.
-pub(super) const BLOCK: usize = 128;
+const BLOCK: usize = 128;
 
 /// Turns of dividing: deviations are within some per cent of 1 after three.
 const TURNS: usize = 6;
@@ -41,33 +51,103 @@ const FINEST: f32 = 1.0 / 512.0;
 /// The parameters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Kvarn {
-    /// Bits of a code: 2, 3, 4 or 8.
-    pub bits: u8,
     /// Exact tokens at the beginning of a sequence.
     pub sinks: usize,
     /// Of the random signs.
     pub seed: u64,
     /// Whether at least the newest 128 tokens stay exact; else fewer do.
     pub full_window: bool,
-    /// The grids.
-    pub(super) grids: Kivi,
+    /// The grids of values.
+    grids: Arc<Normalised>,
 }
 
+/// Grids of a block's tokens whose channels have factors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Normalised(Asymmetric);
+
 impl Kvarn {
-    /// Checks the parameters.
+    /// Checks the parameters: bits of a code are 2, 3, 4 or 8.
     ///
     /// # Errors
     /// [`Error::Option`](crate::error::Error::Option) for the first that does not fit.
     pub fn new(bits: u8, sinks: usize, seed: u64) -> Result<Self> {
-        let Ok(grids) = Kivi::new(bits, BLOCK, BLOCK, sinks) else {
+        if !matches!(bits, 2 | 3 | 4 | 8) {
             return refuse("bits", bits, "2, 3, 4, 8");
-        };
-        Ok(Self { bits, sinks, seed, full_window: false, grids })
+        }
+        let grids = Arc::new(Normalised(Asymmetric { bits, group: 0 }));
+        Ok(Self { sinks, seed, full_window: false, grids })
+    }
+
+    pub(super) fn from_options(options: &mut Options) -> Result<Self> {
+        let kvarn = Self::new(options.whole("bits")?, options.whole("sinks")?, options.whole("seed")?)?;
+        Ok(Self { full_window: options.flag("full_window")?, ..kvarn })
+    }
+
+    fn map(&self, plan: &mut Plan, dim: usize) -> Arc<Map> {
+        plan.map(|| Map::hadamard(dim, self.seed))
+    }
+}
+
+impl Method for Kvarn {
+    fn sinks(&self) -> usize {
+        self.sinks
+    }
+
+    fn window(&self) -> usize {
+        BLOCK
+    }
+
+    /// The errors of 2 bits spread over all numbers of a block.
+    fn limit(&self) -> Limit {
+        Limit::of_numbers(f16_limit() / 4.0)
+    }
+}
+
+impl Codec<KeyPage> for Kvarn {
+    fn due(&self, n: usize) -> usize {
+        whole_windows(n, BLOCK, self.full_window)
+    }
+
+    fn seal(&self, plan: &mut Plan, rows: &Rows, _: usize) -> (KeyPage, usize) {
+        self.map(plan, rows.dim());
+        let bands = plan.bands(|| vec![Band { bits: self.grids.0.bits, channels: rows.dim() }]);
+        let factors = Some((|x, dim| deviations(x, dim).0) as fn(&[f32], usize) -> Vec<f16>);
+        let form = Channels { group: BLOCK, bands, compensation: None, factors };
+        ChannelKeys::seal(plan, form, rows.to_f32(0..BLOCK), rows.dim())
+    }
+}
+
+impl Codec<ValuePage> for Kvarn {
+    fn due(&self, n: usize) -> usize {
+        whole_windows(n, BLOCK, self.full_window)
+    }
+
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (ValuePage, usize) {
+        let format = Format::new(self.grids.clone(), Some(self.map(plan, rows.dim())), rows.dim());
+        TokenValues::seal(format, None, rows, n)
+    }
+}
+
+impl TokenCoding for Normalised {
+    fn bits(&self) -> u8 {
+        self.0.bits
+    }
+
+    fn group(&self) -> usize {
+        self.0.group
+    }
+
+    fn factors(&self, x: &[f32], dim: usize) -> Vec<f16> {
+        deviations(x, dim).1
+    }
+
+    fn encode(&self, x: &[f32], codes: &mut [u8]) -> (f16, f16) {
+        self.0.encode(x, codes)
     }
 }
 
 /// The deviations `t` of the rows and `c` of the columns of a block `[rows, dim]`, as they are stored.
-pub(super) fn deviations(block: &[f32], dim: usize) -> (Vec<f16>, Vec<f16>) {
+fn deviations(block: &[f32], dim: usize) -> (Vec<f16>, Vec<f16>) {
     let rows = block.len() / dim;
     let (mut t, mut c) = (vec![1.0f32; rows], vec![1.0f32; dim]);
     let mut normal = block.to_vec();

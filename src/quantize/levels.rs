@@ -1,6 +1,6 @@
 //! Levels that are not evenly spaced: tables of what codes stand for.
 
-use crate::attend::codes::Levels;
+use crate::format::codes::Levels;
 
 /// Levels in ascending order, as a table of bytes: code `i` stands for `first + span table_i / 255`.
 ///

@@ -1,108 +1,149 @@
 //! The `quantize` family: fewer bits a number.
 //!
-//! A codec has a method for keys and one for values. A method seals tokens into pages and says when: how many of the oldest
-//! unpacked tokens are due. A page holds the keys or the values of consecutive tokens of one KV head; it is shared behind an
-//! `Arc` and copied before a change. To add a method: one file, a variant of [`Method`], and if no page fits a page type.
+//! A codec of keys and one of values ([`Codec`]) seal tokens into pages and say when: how many of the oldest unsealed tokens are
+//! due. A page holds the keys or the values of consecutive tokens of one KV head; it is shared behind an `Arc` and copied before
+//! a change. To add a method: one file with a [`Method`] and its [`Codec`]s, a row in [`make`], and if no page fits a page type.
 
 #![forbid(unsafe_code)]
 
 mod block;
-mod channels;
+mod compensation;
 mod exact;
-mod feedback;
 mod graded;
+mod grid;
 mod kivi;
 mod kvarn;
 mod kvquant;
 mod levels;
-mod moved;
-mod outliers;
 mod pages;
 mod plan;
 mod rotated;
+#[cfg(test)]
+mod tests;
 mod tokens;
-mod unrotated;
 
 pub use block::Block;
-pub use channels::{Band, ChannelKeys};
-pub(crate) use feedback::SAMPLES;
-pub use feedback::{Factor, Gptq};
+pub(crate) use compensation::SAMPLES;
+pub use compensation::{Factor, Gptq};
+pub use exact::Exact;
 pub use graded::Graded;
 pub use kivi::Kivi;
 pub use kvarn::Kvarn;
-pub use kvquant::{KvQuant, StaticKeys};
-pub use moved::Moved;
-pub use pages::{KeyPage, Page, PageBytes, ValuePage};
+pub use kvquant::{KvQuant, KvQuantKeys, KvQuantValues, StaticKeys};
+pub use pages::{Band, ChannelKeys, KeyPage, Page, PageBytes, PreRopeKeys, Shifted, TokenKeys, TokenValues, ValuePage};
 pub use plan::Plan;
 pub(crate) use plan::SHORT;
 pub use rotated::{Rotated, Spacing};
-pub use tokens::{TokenKeys, TokenValues};
-pub use unrotated::UnrotatedKeys;
 
+use std::fmt::Debug;
 use std::sync::Arc;
 
-use half::f16;
-use half::slice::HalfBitsSliceExt;
+use crate::error::{Result, refuse};
+use crate::options::Options;
+use crate::tensor::{Limit, Rows};
 
-use crate::attend::CHUNK;
-use crate::attend::codes::LANES;
-use crate::error::{Error, Result};
-use crate::tensor::{Limit, Slice, f16_below};
+/// Multiply-adds that take as long as packing a number.
+const PACKING: usize = 64;
 
-/// How keys and values that have left the exact tail are stored.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Codec {
-    /// Keys.
-    pub keys: Method,
-    /// Values.
-    pub values: Method,
-}
+/// What a method says of itself, whether it stores keys or values.
+pub trait Method: Debug + Send + Sync {
+    /// Tokens at the beginning of a sequence that stay exact.
+    fn sinks(&self) -> usize;
 
-/// A way of storing keys, or values.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Method {
-    /// The model's own dtype, lossless.
-    Exact,
-    /// KIVI (arXiv 2402.02750): per channel, or per token.
-    Kivi(Kivi),
-    /// Blocks of 32 channels as llama.cpp's `q8_0` and `q4_0`.
-    Block(Block),
-    /// A random rotation and one scale a token (`TurboQuant`-MSE, arXiv 2504.19874, on a uniform grid).
-    Rotated(Rotated),
-    /// Per channel as KIVI's keys, with bits by what a channel's error costs. Keys only.
-    Graded(Graded),
-    /// `KVarN` (arXiv 2606.03458): blocks whose tokens and channels are normalised.
-    Kvarn(Kvarn),
-    /// KVQuant (arXiv 2401.18079): un-rotated keys, levels that are not evenly spaced, outliers apart.
-    KvQuant(Arc<KvQuant>),
-}
+    /// Tokens of one forward up to which packing may wait for the next one.
+    fn window(&self) -> usize;
 
-impl Codec {
-    /// Everything in the model's own dtype.
-    pub const EXACT: Self = Self { keys: Method::Exact, values: Method::Exact };
+    /// The largest numbers and vectors that can be stored.
+    fn limit(&self) -> Limit;
 
-    /// KIVI for keys and values.
-    pub fn kivi(kivi: Kivi) -> Self {
-        Self { keys: Method::Kivi(kivi.clone()), values: Method::Kivi(kivi) }
+    /// Multiply-adds that take as long as packing a number.
+    fn work(&self) -> usize {
+        PACKING
     }
 
+    /// How roundings are made up for, if they are.
+    fn compensation(&self) -> Option<&Arc<Gptq>> {
+        None
+    }
+
+    /// Bytes of what a calibration found.
+    fn table_bytes(&self) -> usize {
+        self.compensation().map_or(0, |gptq| gptq.bytes())
+    }
+
+    /// A number and bytes of what all layers share, if there is such.
+    fn shared_table(&self) -> Option<(usize, usize)> {
+        None
+    }
+}
+
+/// What a codec wants to know of the queries that meet its tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wants {
+    /// Their mean squares, channel by channel.
+    pub squares: bool,
+    /// The second moment of a prompt's.
+    pub moment: bool,
+}
+
+/// A way of storing keys (`P` is [`KeyPage`]), or values ([`ValuePage`]).
+pub trait Codec<P>: Method {
+    /// Checks that vectors of `dim` numbers, of `heads` KV heads if it is known how many there are, can be stored.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::error::Error::Option) when they cannot.
+    fn check(&self, heads: Option<usize>, dim: usize) -> Result<()> {
+        self.compensation().map_or(Ok(()), |gptq| gptq.check_dims(heads, dim))
+    }
+
+    /// What decides something of the queries.
+    fn wants(&self) -> Wants {
+        Wants { squares: false, moment: self.compensation().is_some_and(|gptq| gptq.wants_queries()) }
+    }
+
+    /// How many of `n` unsealed tokens are due to be sealed, oldest first.
+    fn due(&self, n: usize) -> usize;
+
+    /// Seals at least one and at most all of the `n` oldest of `rows`; returns the page and how many it took.
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (P, usize);
+}
+
+/// A codec of keys.
+pub type KeyCodec = dyn Codec<KeyPage>;
+
+/// A codec of values.
+pub type ValueCodec = dyn Codec<ValuePage>;
+
+/// How keys and values that have left the exact window are stored.
+#[derive(Clone, Debug)]
+pub struct Codecs {
+    /// Keys.
+    pub keys: Arc<KeyCodec>,
+    /// Values.
+    pub values: Arc<ValueCodec>,
+}
+
+impl Codecs {
     /// Keys by one method, values by another.
     ///
     /// # Errors
-    /// [`Error::Option`] when the method for values is one for keys only.
-    pub fn new(keys: Method, values: Method) -> Result<Self> {
-        if values.feedback().is_some_and(|gptq| gptq.wants_queries()) {
-            return refuse("feedback", "GPTQ without metrics", "GPTQ with metrics, for values");
-        }
-        if let Method::Graded(_) = values {
-            return refuse("values", "graded", "exact, kivi, block, rotated, kvarn, kvquant");
-        }
-        if let Method::KvQuant(kvquant) = &keys
-            && kvquant.keys.is_none()
-        {
-            return refuse("keys", "kvquant without the ranges of channels", "a calibration of KVQuant");
+    /// [`Error::Option`](crate::error::Error::Option) when the one for values wants to see queries.
+    pub fn new(keys: Arc<KeyCodec>, values: Arc<ValueCodec>) -> Result<Self> {
+        if values.wants() != Wants::default() {
+            return refuse("compensation", "GPTQ without metrics", "GPTQ with metrics, for values");
         }
         Ok(Self { keys, values })
+    }
+
+    /// Everything in the model's own dtype.
+    pub fn exact() -> Self {
+        Self::both(Exact)
+    }
+
+    /// Keys and values by the same method.
+    pub fn both(method: impl Codec<KeyPage> + Codec<ValuePage> + 'static) -> Self {
+        let method = Arc::new(method);
+        Self { keys: method.clone(), values: method }
     }
 
     /// Tokens of one forward up to which packing waits for the next forward, so that they can be cropped.
@@ -113,158 +154,80 @@ impl Codec {
         }
     }
 
-    /// Bytes of what a calibration found; and a number and bytes of the angles that all layers with the same rotary embedding
-    /// share.
+    /// Multiply-adds that take as long as packing a number.
+    pub fn work(&self) -> usize {
+        self.keys.work().max(self.values.work())
+    }
+
+    /// Bytes of what a calibration found; and a number and bytes of what all layers share.
     pub fn tables(&self) -> (usize, Option<(usize, usize)>) {
-        let metrics =
-            [&self.keys, &self.values].into_iter().filter_map(Method::feedback).map(|gptq| gptq.bytes()).sum();
-        let Method::KvQuant(kvquant) = &self.keys else { return (metrics, None) };
-        let angles = |keys: &StaticKeys| (Arc::as_ptr(&keys.rope) as usize, keys.rope.bytes());
-        (metrics + kvquant.keys.as_ref().map_or(0, |keys| keys.bytes()), kvquant.keys.as_deref().map(angles))
+        (self.keys.table_bytes() + self.values.table_bytes(), self.keys.shared_table())
     }
 
-    /// Checks that the parameters fit keys of `key_dim` numbers and values of `value_dim`, of `heads` KV heads if it is known
-    /// how many there are.
+    /// Checks that keys of `key_dim` numbers and values of `value_dim` can be stored, of `heads` KV heads if it is known how many
+    /// there are.
     ///
     /// # Errors
-    /// [`Error::Option`](crate::error::Error::Option) when they do not.
-    pub fn check_dims(&self, heads: Option<usize>, key_dim: usize, value_dim: usize) -> Result<()> {
-        if let Method::Kivi(kivi) = &self.values {
-            kivi.check_dims(value_dim)?;
-        }
-        if let Method::Graded(_) = self.keys {
-            graded::check_dim(key_dim)?;
-        }
-        if let Method::KvQuant(kvquant) = &self.keys {
-            kvquant.check_keys(heads, key_dim)?;
-        }
-        if let Method::KvQuant(_) = self.values {
-            kvquant::check_dim(value_dim)?;
-        }
-        for (method, dim) in [(&self.keys, key_dim), (&self.values, value_dim)] {
-            method.feedback().map_or(Ok(()), |gptq| gptq.check_dims(heads, dim))?;
-        }
-        Ok(())
+    /// [`Error::Option`](crate::error::Error::Option) when they cannot.
+    pub fn check(&self, heads: Option<usize>, key_dim: usize, value_dim: usize) -> Result<()> {
+        self.keys.check(heads, key_dim)?;
+        self.values.check(heads, value_dim)
     }
 }
 
-impl Method {
-    /// Tokens at the beginning of a sequence that stay exact.
-    pub fn sinks(&self) -> usize {
-        match self {
-            Self::Exact => 0,
-            Self::Kivi(Kivi { sinks, .. })
-            | Self::Block(Block { sinks, .. })
-            | Self::Rotated(Rotated { sinks, .. })
-            | Self::Kvarn(Kvarn { sinks, .. })
-            | Self::Graded(Graded { sinks, .. }) => *sinks,
-            Self::KvQuant(kvquant) => kvquant.sinks,
-        }
+/// What a name and options stand for: a codec of keys, of values, or of both.
+#[derive(Clone, Debug, Default)]
+pub struct Made {
+    /// Of keys.
+    pub keys: Option<Arc<KeyCodec>>,
+    /// Of values.
+    pub values: Option<Arc<ValueCodec>>,
+}
+
+impl Made {
+    fn both(method: impl Codec<KeyPage> + Codec<ValuePage> + 'static) -> Self {
+        let Codecs { keys, values } = Codecs::both(method);
+        Self { keys: Some(keys), values: Some(values) }
     }
 
-    fn window(&self) -> usize {
-        match self {
-            Self::Exact => exact::PAGE,
-            Self::Kivi(Kivi { window, .. })
-            | Self::Block(Block { window, .. })
-            | Self::Rotated(Rotated { window, .. })
-            | Self::Graded(Graded { window, .. }) => *window,
-            Self::Kvarn(_) => kvarn::BLOCK,
-            Self::KvQuant(kvquant) => kvquant.window,
-        }
+    fn keys(method: impl Codec<KeyPage> + 'static) -> Self {
+        Self { keys: Some(Arc::new(method)), values: None }
     }
 
-    /// The largest numbers and vectors that can be stored.
-    pub fn limit(&self) -> Limit {
-        let most = f16::MAX.to_f32();
-        match self {
-            Self::Exact => Limit::of_numbers(f32::MAX),
-            // Half of what float16 holds: what is put together from rotated numbers may be larger than what was taken apart.
-            Self::Rotated(rotated) => Limit { number: most / 2.0, norm: rotated.longest() },
-            // The errors of 2 bits spread over all numbers of a block.
-            Self::Kvarn(_) => Limit::of_numbers(most / 4.0),
-            Self::KvQuant(kvquant) => Limit::of_numbers(most / kvquant.reach()),
-            Self::Kivi(_) | Self::Block(_) | Self::Graded(_) => Limit::of_numbers(most),
-        }
-    }
-
-    /// Whether what queries are like decides something.
-    pub fn wants_queries(&self) -> bool {
-        self.wants_squares() || self.wants_moment()
-    }
-
-    /// Whether the mean squares of queries are wanted, channel by channel.
-    pub fn wants_squares(&self) -> bool {
-        matches!(self, Self::Graded(_))
-    }
-
-    /// Whether the second moment of a prompt's queries is wanted.
-    pub fn wants_moment(&self) -> bool {
-        self.feedback().is_some_and(|gptq| gptq.wants_queries())
-    }
-
-    /// How roundings are made up for, if they are.
-    pub fn feedback(&self) -> Option<&Arc<Gptq>> {
-        match self {
-            Self::Kivi(Kivi { feedback, .. })
-            | Self::Block(Block { feedback, .. })
-            | Self::Rotated(Rotated { feedback, .. })
-            | Self::Graded(Graded { feedback, .. }) => feedback.as_ref(),
-            Self::Exact | Self::Kvarn(_) | Self::KvQuant(_) => None,
-        }
-    }
-
-    /// The same method with at least the newest `window` tokens exact, where the published rule packs whole windows at once.
-    ///
-    /// # Errors
-    /// [`Error::Option`] when it is none of those with such a rule.
-    pub fn with_full_window(mut self) -> Result<Self> {
-        let (Self::Kivi(Kivi { full_window, .. })
-        | Self::Graded(Graded { full_window, .. })
-        | Self::Kvarn(Kvarn { full_window, .. })) = &mut self
-        else {
-            return refuse("full_window", "true", "false with this method; true with KIVI, Graded, KVarN");
-        };
-        *full_window = true;
-        Ok(self)
-    }
-
-    /// The same method with feedback.
-    ///
-    /// # Errors
-    /// [`Error::Option`] when it is none of those that can have it.
-    pub fn with_feedback(mut self, gptq: Gptq) -> Result<Self> {
-        let (Self::Kivi(Kivi { feedback, .. })
-        | Self::Block(Block { feedback, .. })
-        | Self::Rotated(Rotated { feedback, .. })
-        | Self::Graded(Graded { feedback, .. })) = &mut self
-        else {
-            return refuse("feedback", "GPTQ", "None with this method; GPTQ with KIVI, Q8, Q4, Rotated, Graded");
-        };
-        *feedback = Some(Arc::new(gptq));
-        Ok(self)
+    fn values(method: impl Codec<ValuePage> + 'static) -> Self {
+        Self { keys: None, values: Some(Arc::new(method)) }
     }
 }
 
-/// A scale, a half, at whose size halves are so coarse that codes go by the scale as it is stored.
-const SMALL: f32 = 1.0 / 65536.0;
+/// Makes the codecs of a method from its options.
+type Maker = fn(&mut Options) -> Result<Made>;
 
-/// The half next to `scale` with which codes up to `largest` stand for numbers that halves hold; below [`SMALL`] the next one
-/// away from 0, so that codes reach what they stand for.
-fn stored_scale(scale: f32, largest: f32) -> f16 {
-    let magnitude = scale.abs();
-    let mut stored = f16::from_f32(magnitude.min(f16::MAX.to_f32()));
-    if magnitude < SMALL && stored.to_f32() < magnitude {
-        stored = f16::from_bits(stored.to_bits() + 1);
+/// The methods by name.
+const METHODS: [(&str, Maker); 7] = [
+    ("exact", |_| Ok(Made::both(Exact))),
+    ("kivi", |options| Kivi::from_options(options).map(Made::both)),
+    ("block", |options| Block::from_options(options).map(Made::both)),
+    ("rotated", |options| Rotated::from_options(options).map(Made::both)),
+    ("graded", |options| Graded::from_options(options).map(Made::keys)),
+    ("kvarn", |options| Kvarn::from_options(options).map(Made::both)),
+    ("kvquant", kvquant::from_options),
+];
+
+/// The codecs of that name.
+///
+/// # Errors
+/// [`Error::Option`](crate::error::Error::Option) when there is none, or an option is not accepted.
+pub fn make(name: &str, options: &mut Options) -> Result<Made> {
+    match METHODS.iter().find(|(known, _)| *known == name) {
+        Some((_, make)) => make(options),
+        None => refuse("quantize", name, METHODS.map(|(name, _)| name).join(", ")),
     }
-    if stored.to_f32() * largest > f16::MAX.to_f32() {
-        stored = f16_below(f16::MAX.to_f32() / largest);
-    }
-    if scale < 0.0 { -stored } else { stored }
 }
 
 /// Checks a group of tokens that share a grid, and the window that is packed at a time.
 fn check_groups(group: usize, window: usize) -> Result<()> {
+    use crate::attend::CHUNK;
+    use crate::format::codes::LANES;
     if group == 0 || !group.is_multiple_of(LANES) || group > CHUNK {
         return refuse("group", group, "multiples of 8 from 8 to 256");
     }
@@ -280,105 +243,7 @@ fn whole_windows(n: usize, window: usize, full: bool) -> usize {
     n.saturating_sub(if full { window } else { 0 }) / window * window
 }
 
-/// Refuses an option.
-fn refuse<T>(name: &'static str, given: impl std::fmt::Display, accepted: impl Into<String>) -> Result<T> {
-    Err(Error::Option { name, given: given.to_string(), accepted: accepted.into() })
-}
-
-/// The code next to `x`, half to even, from 0 to `levels`.
-fn round(x: f32, levels: f32) -> u8 {
-    // Adding 1.5 * 2^23 leaves the number, rounded, in the lowest bits: no call, and it vectorises.
-    (x.clamp(0.0, levels) + 12_582_912.0).to_bits() as u8
-}
-
-/// The memory of words.
-fn bytes_of(words: &[u16]) -> &[u8] {
-    Slice::F16(words.reinterpret_cast()).bytes()
-}
-
-/// The largest code.
-fn levels(bits: u8) -> f32 {
-    f32::from(u8::MAX >> (8 - bits))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Numbers of magnitudes from those of denormals to the largest half.
-    fn magnitudes() -> impl Iterator<Item = f32> {
-        (-140..=15).map(|e| (e as f32).exp2() * 1.37).chain([1e-45, 6e-8, 65504.0])
-    }
-
-    fn wave(n: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * i) as f32 * 0.37).sin()).collect()
-    }
-
-    fn square(x: &[f32]) -> f64 {
-        x.iter().map(|x| f64::from(*x).powi(2)).sum()
-    }
-
-    /// That what is stored of `x` errs no more than zeros would.
-    fn no_worse_than_zeros(what: &str, x: &[f32], stored: &[f32]) {
-        assert!(stored.iter().all(|x| x.abs() <= f16::MAX.to_f32()), "{what}: {stored:?}");
-        let error: Vec<f32> = x.iter().zip(stored).map(|(x, stored)| x - stored).collect();
-        assert!(square(&error) <= square(x) * (1.0 + 1e-6), "{what} of {x:?}: {stored:?}");
-    }
-
-    #[test]
-    fn scales_of_any_size() {
-        for scale in magnitudes().chain([0.0]).flat_map(|m| [m, -m]) {
-            for largest in [8.0, 127.0] {
-                let stored = stored_scale(scale, largest).to_f32();
-                assert!(stored.abs() * largest <= f16::MAX.to_f32() && stored * scale >= 0.0);
-                assert!(scale.abs() >= SMALL || stored.abs() >= scale.abs(), "{scale}: {stored}");
-                assert!(scale.abs() < SMALL || scale.abs() * largest > 65e3 || (stored / scale - 1.0).abs() < 1e-2);
-            }
-        }
-    }
-
-    #[test]
-    fn groups_of_any_size() {
-        let mut codes = [0; 32];
-        for magnitude in magnitudes() {
-            let x: Vec<f32> = wave(32).iter().map(|x| (x * magnitude).clamp(-65504.0, 65504.0)).collect();
-            for bits in [2, 3, 4, 8] {
-                let (scale, zero) = Kivi::new(bits, 32, 32, 0).unwrap().encode(&x, &mut codes);
-                let stored: Vec<f32> = codes.iter().map(|&c| zero.to_f32() + scale.to_f32() * f32::from(c)).collect();
-                no_worse_than_zeros("kivi", &x, &stored);
-            }
-            for bits in [4, 8] {
-                let block = Block::new(bits, 0, 0).unwrap();
-                let scale = block.encode(&x, &mut codes);
-                let stored: Vec<f32> =
-                    codes.iter().map(|&c| scale.to_f32() * (f32::from(c) - block.origin())).collect();
-                no_worse_than_zeros("block", &x, &stored);
-            }
-        }
-    }
-
-    #[test]
-    fn rotated_numbers_of_any_size() {
-        let mut codes = [0; 32];
-        for (bits, spacing) in [2, 3, 4]
-            .into_iter()
-            .flat_map(|bits| [(bits, Spacing::Uniform), (bits, Spacing::LloydMax)])
-            .chain([(8, Spacing::Uniform)])
-        {
-            let rotated = Rotated::new(bits, spacing, 0, 0, 0, 0).unwrap();
-            for magnitude in magnitudes().filter(|&m| m < 2e3) {
-                let y: Vec<f32> = wave(32).iter().map(|y| y * magnitude).collect();
-                let scale = rotated.encode(&y, &mut codes).to_f32();
-                let stored: Vec<f32> = codes.iter().map(|&code| rotated.decode(code, scale)).collect();
-                no_worse_than_zeros("rotated", &y, &stored);
-            }
-            // As long as can be, with all of it in one number, in some, or in all.
-            for n in 1..=32 {
-                let length = rotated.longest() / (n as f32).sqrt();
-                let y: Vec<f32> = (0..32).map(|i| if i < n { length * 0.999 } else { 0.0 }).collect();
-                let scale = rotated.encode(&y, &mut codes);
-                assert!(scale < f16::MAX, "{bits} bits, {n} numbers of {length}");
-            }
-        }
-    }
+/// The largest number of which float16 holds the scale.
+fn f16_limit() -> f32 {
+    half::f16::MAX.to_f32()
 }

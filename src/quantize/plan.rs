@@ -1,15 +1,14 @@
-//! What a column's method has decided from the tokens and queries that it saw.
+//! What the method of a side has decided from the tokens and queries that it saw.
 
 use std::sync::Arc;
 
-use super::unrotated::HeadGrids;
-use super::{Band, Factor, Gptq, KvQuant, Method};
-use crate::attend::Basis;
-use crate::attend::kernels::Kernels;
-use crate::attend::mat::{Mat, MatMut};
+use super::pages::HeadGrids;
+use super::{Band, Factor, Gptq};
+use crate::kernels::Kernels;
+use crate::linalg::{Map, Mat, MatMut};
 use crate::memory;
 
-/// Tokens of a forward that may be taken back: what speculation appends.
+/// Tokens of a forward that may be rolled back: what speculation appends.
 pub(crate) const SHORT: usize = 16;
 
 /// The least weight of a channel, as a share of the mean.
@@ -21,28 +20,28 @@ pub struct Plan {
     /// The KV head's number.
     pub(super) head: usize,
     /// The coordinates in which pages are stored.
-    pub(super) basis: Option<Arc<Basis>>,
+    pub(super) map: Option<Arc<Map>>,
     /// Ranges of channels, in those coordinates, that have the same bits.
     pub(super) bands: Option<Arc<[Band]>>,
     /// Static grids of the head's channels.
     grids: Option<Arc<HeadGrids>>,
-    /// Tokens of the column before the page to come.
+    /// Tokens of the side before the page to come.
     pub(crate) first: usize,
     /// Sums of the squares of queries, one a channel; empty before the first.
     moments: Vec<f32>,
-    /// Those of each token of the last forward, if it was short: tokens that are taken back take theirs along.
+    /// Those of each token of the last forward, if it was short: tokens that are rolled back take theirs along.
     recent: Vec<f32>,
-    /// What feedback goes by.
-    fed: Fed,
+    /// What compensation goes by.
+    metric: Metric,
     /// Tokens sealed with any plan.
     pub(super) sealed: usize,
     /// Tokens after which bands are chosen again.
     pub(super) renewal: usize,
 }
 
-/// Feedback: from what, and what it came to.
+/// Compensation: from what, and what it came to.
 #[derive(Clone, Default)]
-struct Fed {
+struct Metric {
     /// The second moment of prompts' queries `[dim, dim]`, as long as more of them would tell more. Shared, as plans are copied
     /// at every forward.
     queries: Arc<Vec<f32>>,
@@ -64,7 +63,7 @@ impl Plan {
     }
 
     /// Takes the queries of a forward into account: `squares(token, sums)` adds the squares of the queries of `token`, of all
-    /// the column's readers, to `sums`.
+    /// the head's query heads, to `sums`.
     pub fn observe(&mut self, tokens: usize, dim: usize, mut squares: impl FnMut(usize, &mut [f32])) {
         memory::resize(&mut self.moments, dim);
         for recent in self.recent.chunks_exact(dim) {
@@ -81,12 +80,12 @@ impl Plan {
         }
     }
 
-    /// Takes queries of a prompt `[rows, dim]` into account for feedback.
+    /// Takes queries of a prompt `[rows, dim]` into account for compensation.
     pub fn observe_moment(&mut self, q: &[f32], dim: usize, kernels: &Kernels) {
         let rows = q.len() / dim;
-        let queries = Arc::make_mut(&mut self.fed.queries);
+        let queries = Arc::make_mut(&mut self.metric.queries);
         memory::resize(queries, dim * dim);
-        self.fed.rows += rows;
+        self.metric.rows += rows;
         let mut turned = memory::zeros(q.len());
         for (t, q) in q.chunks_exact(dim).enumerate() {
             (0..dim).for_each(|c| turned[c * rows + t] = q[c]);
@@ -97,34 +96,34 @@ impl Plan {
 
     /// Whether a prompt's queries are wanted.
     pub fn wants_moment(&self) -> bool {
-        self.fed.rows < ENOUGH
+        self.metric.rows < ENOUGH
     }
 
-    /// What feedback does: in the model's coordinates and `ordered` where the numbers may be rounded in any order, else in those
+    /// What compensation does: in the model's coordinates and `ordered` where the numbers may be rounded in any order, else in those
     /// of the pages. `None` where it gains too little, or no query was seen. It is decided again when the queries have doubled.
     pub(super) fn factor(&mut self, gptq: &Gptq, ordered: bool) -> Option<Arc<Factor>> {
-        let fed = &mut self.fed;
-        if fed.factor.is_none() || fed.rows >= fed.renewal {
-            let basis = self.basis.as_ref().filter(|_| !ordered);
-            let factor = gptq.factor(self.head, &fed.queries, basis, ordered);
-            fed.used = factor.as_ref().is_some_and(|factor| gptq.uses(factor));
-            fed.factor = factor.map(Arc::new);
-            fed.renewal = if fed.rows == 0 || fed.rows >= ENOUGH { usize::MAX } else { 2 * fed.rows };
-            if fed.rows >= ENOUGH {
-                fed.queries = Arc::default();
+        let metric = &mut self.metric;
+        if metric.factor.is_none() || metric.rows >= metric.renewal {
+            let map = self.map.as_ref().filter(|_| !ordered);
+            let factor = gptq.factor(self.head, &metric.queries, map, ordered);
+            metric.used = factor.as_ref().is_some_and(|factor| gptq.uses(factor));
+            metric.factor = factor.map(Arc::new);
+            metric.renewal = if metric.rows == 0 || metric.rows >= ENOUGH { usize::MAX } else { 2 * metric.rows };
+            if metric.rows >= ENOUGH {
+                metric.queries = Arc::default();
             }
         }
-        fed.factor.clone().filter(|_| fed.used)
+        metric.factor.clone().filter(|_| metric.used)
     }
 
-    /// What feedback does for tokens with a grid each, in the coordinates of the pages.
-    pub(crate) fn token_feedback(&mut self, method: &Method) -> Option<Arc<Factor>> {
-        self.factor(method.feedback()?, false)
+    /// What compensation does for tokens with a grid each, in the coordinates of the pages.
+    pub(crate) fn compensation(&mut self, gptq: Option<&Arc<Gptq>>) -> Option<Arc<Factor>> {
+        self.factor(gptq?, false)
     }
 
-    /// What feedback could gain at most, and whether it is used; `None` before that was decided, or where no query was seen.
+    /// What compensation could gain at most, and whether it is used; `None` before that was decided, or where no query was seen.
     pub fn gain(&self) -> Option<(f32, bool)> {
-        Some((self.fed.factor.as_ref()?.gain, self.fed.used))
+        Some((self.metric.factor.as_ref()?.gain, self.metric.used))
     }
 
     /// Whether some queries are known apart, so that [`Self::forget`] changes something.
@@ -158,8 +157,8 @@ impl Plan {
     }
 
     /// The stored coordinates: `make`s them at the first call.
-    pub(super) fn basis(&mut self, make: impl FnOnce() -> Basis) -> Arc<Basis> {
-        Arc::clone(self.basis.get_or_insert_with(|| Arc::new(make())))
+    pub(super) fn map(&mut self, make: impl FnOnce() -> Map) -> Arc<Map> {
+        Arc::clone(self.map.get_or_insert_with(|| Arc::new(make())))
     }
 
     /// The bands: `make`s them at the first call.
@@ -167,9 +166,9 @@ impl Plan {
         Arc::clone(self.bands.get_or_insert_with(|| make().into()))
     }
 
-    /// The grids of the head's channels: made at the first call.
-    pub(super) fn head_grids(&mut self, kvquant: &Arc<KvQuant>) -> Arc<HeadGrids> {
-        Arc::clone(self.grids.get_or_insert_with(|| Arc::new(HeadGrids::new(kvquant, self.head))))
+    /// The grids of the head's channels: `make`s them at the first call.
+    pub(super) fn head_grids(&mut self, make: impl FnOnce(usize) -> HeadGrids) -> Arc<HeadGrids> {
+        Arc::clone(self.grids.get_or_insert_with(|| Arc::new(make(self.head))))
     }
 
     /// Bytes allocated for the plan alone.
@@ -182,11 +181,11 @@ impl Plan {
         fn part<T: ?Sized>(part: &Arc<T>, bytes: impl Fn(&T) -> usize) -> (*const (), usize) {
             (Arc::as_ptr(part).cast(), bytes(part))
         }
-        let Fed { queries, factor, .. } = &self.fed;
+        let Metric { queries, factor, .. } = &self.metric;
         [
             Some(part(queries, |queries| queries.capacity() * size_of::<f32>())),
             factor.as_ref().map(|factor| part(factor, Factor::bytes)),
-            self.basis.as_ref().map(|basis| part(basis, Basis::bytes)),
+            self.map.as_ref().map(|map| part(map, Map::bytes)),
             self.grids.as_ref().map(|grids| part(grids, HeadGrids::bytes)),
             self.bands.as_ref().map(|bands| part(bands, size_of_val)),
         ]

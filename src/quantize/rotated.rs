@@ -15,22 +15,28 @@
 //! of `code` and `m` the middle of theirs. A uniform grid errs 1 % (2 bits) to 20 % (4 bits) more. The paper's second stage
 //! (QJL) is left out: what it adds to the variance harms attention more than the bias that it removes.
 
+#![forbid(unsafe_code)]
+
 use std::sync::Arc;
 
 use half::f16;
 
+use super::compensation::Compensated;
+use super::grid::{SMALL, levels, round, stored_scale};
 use super::levels::{TOP, Table, lloyd_max};
-use super::{Gptq, SMALL, levels, refuse, round, stored_scale};
-use crate::attend::codes::{Levels, MOST_OUTER};
-use crate::error::Result;
+use super::pages::{KeyPage, TokenKeys, TokenValues, ValuePage};
+use super::tokens::{Format, ScaledCoding, TokenCoding};
+use super::{Codec, Gptq, Method, Plan, f16_limit};
+use crate::error::{Result, refuse};
+use crate::format::Levels;
+use crate::format::codes::MOST_OUTER;
+use crate::linalg::Map;
+use crate::options::Options;
+use crate::tensor::{Limit, Rows};
 
 /// The parameters of rotated tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rotated {
-    /// Bits of a code: 2, 3, 4 or 8.
-    pub bits: u8,
-    /// Numbers that share a scale, after the rotation; 0: all.
-    pub group: usize,
     /// The newest tokens, which stay exact.
     pub window: usize,
     /// Exact tokens at the beginning of a sequence.
@@ -38,9 +44,19 @@ pub struct Rotated {
     /// Of the random signs.
     pub seed: u64,
     /// How roundings are made up for, if they are.
-    pub feedback: Option<Arc<Gptq>>,
+    pub compensation: Option<Arc<Gptq>>,
+    grids: Arc<Symmetric>,
+}
+
+/// Grids of numbers that are nearly normal.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Symmetric {
+    /// Bits of a code: 2, 3, 4 or 8.
+    bits: u8,
+    /// Numbers that share a scale, after the rotation; 0: all.
+    group: usize,
     /// Lloyd's and Max's levels; without them they are evenly spaced.
-    table: Option<Arc<Table>>,
+    table: Option<Table>,
 }
 
 /// How the levels of a grid lie.
@@ -52,12 +68,82 @@ pub enum Spacing {
     LloydMax,
 }
 
+impl Spacing {
+    fn of(name: &str) -> Result<Self> {
+        match name {
+            "uniform" => Ok(Self::Uniform),
+            "lloyd-max" => Ok(Self::LloydMax),
+            _ => refuse("levels", name, "uniform, lloyd-max"),
+        }
+    }
+}
+
 impl Rotated {
-    /// Checks the parameters.
+    /// Checks the parameters: bits of a code are 2, 3, 4 or 8, `group` numbers share a scale after the rotation, 0: all.
     ///
     /// # Errors
     /// [`Error::Option`](crate::error::Error::Option) for the first that does not fit.
     pub fn new(bits: u8, spacing: Spacing, group: usize, window: usize, sinks: usize, seed: u64) -> Result<Self> {
+        let grids = Arc::new(Symmetric::new(bits, spacing, group)?);
+        Ok(Self { window, sinks, seed, compensation: None, grids })
+    }
+
+    pub(super) fn from_options(options: &mut Options) -> Result<Self> {
+        let spacing = Spacing::of(&options.text("levels")?)?;
+        let sizes = [options.whole("group")?, options.whole("window")?, options.whole("sinks")?];
+        let seed = options.whole("seed")?;
+        let rotated = Self::new(options.whole("bits")?, spacing, sizes[0], sizes[1], sizes[2], seed)?;
+        Ok(Self { compensation: Gptq::of(options)?, ..rotated })
+    }
+
+    fn map(&self, plan: &mut Plan, dim: usize) -> Arc<Map> {
+        plan.map(|| Map::hadamard(dim, self.seed))
+    }
+}
+
+impl Method for Rotated {
+    fn sinks(&self) -> usize {
+        self.sinks
+    }
+
+    fn window(&self) -> usize {
+        self.window
+    }
+
+    /// Half of what float16 holds: what is put together from rotated numbers may be larger than what was taken apart.
+    fn limit(&self) -> Limit {
+        Limit { number: f16_limit() / 2.0, norm: self.grids.longest() }
+    }
+
+    fn compensation(&self) -> Option<&Arc<Gptq>> {
+        self.compensation.as_ref()
+    }
+}
+
+impl Codec<KeyPage> for Rotated {
+    fn due(&self, n: usize) -> usize {
+        n.saturating_sub(self.window)
+    }
+
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (KeyPage, usize) {
+        let map = self.map(plan, rows.dim());
+        TokenKeys::seal(self.grids.clone(), Some(map), plan.compensation(self.compensation()), rows, n)
+    }
+}
+
+impl Codec<ValuePage> for Rotated {
+    fn due(&self, n: usize) -> usize {
+        n.saturating_sub(self.window)
+    }
+
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (ValuePage, usize) {
+        let format = Format::new(self.grids.clone(), Some(self.map(plan, rows.dim())), rows.dim());
+        TokenValues::seal(format, plan.compensation(self.compensation()), rows, n)
+    }
+}
+
+impl Symmetric {
+    pub(super) fn new(bits: u8, spacing: Spacing, group: usize) -> Result<Self> {
         if !matches!(bits, 2 | 3 | 4 | 8) {
             return refuse("bits", bits, "2, 3, 4, 8");
         }
@@ -70,19 +156,14 @@ impl Rotated {
             Spacing::LloydMax => {
                 let half = lloyd_max(bits);
                 let levels: Vec<f32> = half.iter().rev().map(|l| -l).chain(half.iter().copied()).collect();
-                Some(Arc::new(Table::new(&levels)))
+                Some(Table::new(&levels))
             }
         };
-        Ok(Self { bits, group, window, sinks, seed, feedback: None, table })
-    }
-
-    /// What codes stand for, if not for themselves.
-    pub(super) fn levels(&self) -> Option<&Levels> {
-        self.table.as_deref().map(Table::levels)
+        Ok(Self { bits, group, table })
     }
 
     /// What stands for 0.
-    pub(super) fn origin(&self) -> f32 {
+    pub(super) fn middle(&self) -> f32 {
         if self.table.is_some() { TOP / 2.0 } else { levels(self.bits) / 2.0 }
     }
 
@@ -99,38 +180,21 @@ impl Rotated {
         }
     }
 
-    /// The codes of rotated numbers, and their scale.
-    pub(super) fn encode(&self, y: &[f32], codes: &mut [u8]) -> f16 {
-        let step = self.step(y);
-        for (code, &y) in codes.iter_mut().zip(y) {
-            *code = self.code(y / step);
-        }
-        self.scale(y, codes, step)
-    }
-
     /// The step with which numbers are coded; infinite where all are 0.
-    pub(super) fn step(&self, y: &[f32]) -> f32 {
+    fn step(&self, y: &[f32]) -> f32 {
         let square: f32 = y.iter().map(|y| y * y).sum();
         if square == 0.0 {
             return f32::INFINITY;
         }
         let rms = (square / y.len() as f32).sqrt();
         let largest = y.iter().fold(0.0f32, |largest, y| largest.max(y.abs()));
-        let [normal, whole] = [self.best_step() * rms, largest / self.origin()];
+        let [normal, whole] = [self.best_step() * rms, largest / self.middle()];
         let best = if self.error(y, whole) < self.error(y, normal) { whole } else { normal };
         if best < SMALL { stored_scale(best, 0.0).to_f32() } else { best }
     }
 
-    /// The longest vector whose scales float16 holds. With `step <= max(best_step, 1 / m) |y|`, a number is at most 2.2 times what
-    /// its code stands for, or the code is the last one, and the number `|y|` at most: so `scale <= 2.2 max(best_step, 1 / m) |y|`.
-    /// Lloyd's and Max's levels, whose scales are smaller, have the limit of evenly spaced ones that reach as far: they err as much.
-    pub(super) fn longest(&self) -> f32 {
-        let apart = self.origin() / (levels(self.bits) / 2.0);
-        f16::MAX.to_f32() / (2.2 * apart * self.best_step().max(1.0 / self.origin()))
-    }
-
     /// The scale that is stored with the codes of numbers, which were coded with `step`.
-    pub(super) fn scale(&self, y: &[f32], codes: &[u8], step: f32) -> f16 {
+    fn scale(&self, y: &[f32], codes: &[u8], step: f32) -> f16 {
         let square: f32 = y.iter().map(|y| y * y).sum();
         if step < SMALL {
             // The step is a half itself, and halves are coarse: nothing is better than what errs more than that.
@@ -138,7 +202,7 @@ impl Rotated {
             let better = y.iter().zip(codes).map(error).sum::<f32>() < square;
             return if better { f16::from_f32(step) } else { f16::ZERO };
         }
-        let entries = codes.iter().map(|&code| self.stands_for(code) - self.origin());
+        let entries = codes.iter().map(|&code| self.stands_for(code) - self.middle());
         let sums =
             |(product, length): (f32, f32), (y, entry): (&f32, f32)| (product + y * entry, length + entry * entry);
         let (product, length) = y.iter().zip(entries).fold((0.0, 0.0), sums);
@@ -152,11 +216,11 @@ impl Rotated {
 
     /// What a code stands for when numbers are coded with `step`.
     pub(super) fn decode(&self, code: u8, step: f32) -> f32 {
-        if step.is_finite() { step * (self.stands_for(code) - self.origin()) } else { 0.0 }
+        if step.is_finite() { step * (self.stands_for(code) - self.middle()) } else { 0.0 }
     }
 
     /// The code of a number in steps.
-    pub(super) fn code(&self, y: f32) -> u8 {
+    fn code(&self, y: f32) -> u8 {
         match &self.table {
             Some(table) => table.nearest(y + TOP / 2.0),
             None => round(y + levels(self.bits) / 2.0, levels(self.bits)),
@@ -164,11 +228,53 @@ impl Rotated {
     }
 
     fn stands_for(&self, code: u8) -> f32 {
-        f32::from(self.levels().map_or(code, |levels| levels.of(code)))
+        f32::from(self.table.as_ref().map_or(code, |table| table.levels().of(code)))
     }
 
     fn error(&self, y: &[f32], step: f32) -> f32 {
-        let (inverse, origin) = (1.0 / step, self.origin());
-        y.iter().map(|&y| (y - step * (self.stands_for(self.code(y * inverse)) - origin)).powi(2)).sum()
+        let (inverse, middle) = (1.0 / step, self.middle());
+        y.iter().map(|&y| (y - step * (self.stands_for(self.code(y * inverse)) - middle)).powi(2)).sum()
     }
 }
+
+impl TokenCoding for Symmetric {
+    fn bits(&self) -> u8 {
+        self.bits
+    }
+
+    fn levels(&self) -> Option<&Levels> {
+        self.table.as_ref().map(Table::levels)
+    }
+
+    fn group(&self) -> usize {
+        self.group
+    }
+
+    fn origin(&self) -> Option<f32> {
+        Some(self.middle())
+    }
+
+    /// The longest vector whose scales float16 holds. With `step <= max(best_step, 1 / m) |y|`, a number is at most 2.2 times what
+    /// its code stands for, or the code is the last one, and the number `|y|` at most: so `scale <= 2.2 max(best_step, 1 / m) |y|`.
+    /// Lloyd's and Max's levels, whose scales are smaller, have the limit of evenly spaced ones that reach as far: they err as much.
+    fn longest(&self) -> f32 {
+        let apart = self.middle() / (levels(self.bits) / 2.0);
+        f16::MAX.to_f32() / (2.2 * apart * self.best_step().max(1.0 / self.middle()))
+    }
+
+    fn encode(&self, y: &[f32], codes: &mut [u8]) -> (f16, f16) {
+        let step = self.step(y);
+        for (code, &y) in codes.iter_mut().zip(y) {
+            *code = self.code(y / step);
+        }
+        (self.scale(y, codes, step), f16::ZERO)
+    }
+
+    fn encode_compensated(&self, group: Compensated<'_>) -> (f16, f16) {
+        let step = self.step(group.numbers());
+        let (exact, codes) = group.encode(|x| self.code(x / step), |code| self.decode(code, step));
+        (self.scale(exact, codes, step), f16::ZERO)
+    }
+}
+
+impl ScaledCoding for Symmetric {}

@@ -154,12 +154,12 @@ unsafe impl GlobalAlloc for Slabs {
                 (old, same) if old == same => p,
                 (Place::Mapping(size), Place::Mapping(new)) => system::remap(p, size, new),
                 _ => {
-                    let moved = self.alloc(new);
-                    if !moved.is_null() {
-                        p.copy_to_nonoverlapping(moved, size.min(layout.size()));
+                    let shifted = self.alloc(new);
+                    if !shifted.is_null() {
+                        p.copy_to_nonoverlapping(shifted, size.min(layout.size()));
                         self.dealloc(p, layout);
                     }
-                    moved
+                    shifted
                 }
             }
         }

@@ -35,7 +35,7 @@ impl Held {
         unsafe {
             self.0 = Slabs.realloc(self.0, layout(self.1), size);
             let kept = std::slice::from_raw_parts(self.0, size.min(self.1));
-            assert!(kept.iter().all(|&x| x == self.2), "what was held is moved");
+            assert!(kept.iter().all(|&x| x == self.2), "what was held is shifted");
             self.0.write_bytes(self.2, size);
         }
         self.1 = size;

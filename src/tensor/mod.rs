@@ -106,6 +106,13 @@ impl<'a> Slice<'a> {
         unsafe { std::slice::from_raw_parts(start, len) }
     }
 
+    /// The numbers as f32.
+    pub fn numbers(self) -> Vec<f32> {
+        let mut out = vec![0.0; self.len()];
+        self.to_f32(&mut out);
+        out
+    }
+
     /// Converts all numbers to f32 into `out`, which must have the same length.
     pub fn to_f32(self, out: &mut [f32]) {
         match self {

@@ -135,16 +135,13 @@ impl Rows {
         }
     }
 
-    /// Appends a row less `center`, rounded to this matrix's dtype.
-    pub fn extend_less(&mut self, row: Slice<'_>, center: &[f32]) {
-        let mut less = vec![0.0; self.dim];
-        row.to_f32(&mut less);
-        less.iter_mut().zip(center).for_each(|(x, center)| *x -= center);
+    /// Appends a row, rounded to this matrix's dtype.
+    pub fn push(&mut self, row: &[f32]) {
         self.reserve(1);
         match &mut self.data {
-            Buffer::F32(x) => x.extend(less),
-            Buffer::F16(x) => x.extend(less.into_iter().map(f16::from_f32)),
-            Buffer::Bf16(x) => x.extend(less.into_iter().map(bf16::from_f32)),
+            Buffer::F32(x) => x.extend_from_slice(row),
+            Buffer::F16(x) => x.extend(row.iter().copied().map(f16::from_f32)),
+            Buffer::Bf16(x) => x.extend(row.iter().copied().map(bf16::from_f32)),
         }
     }
 

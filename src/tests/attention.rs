@@ -1,11 +1,12 @@
 //! A layer's attention against softmax(q k / sqrt(d)) v in f64 over the keys and values that it says it holds.
 
-use kvpack::attend::kernels::{Kernels, available};
 use kvpack::attend::{Mask, MaskData, Softmax};
-use kvpack::cache::{Layer, New, Request, Side};
-use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated, Spacing};
+use kvpack::cache::{Layer, New, Request, Which};
+use kvpack::kernels::{Kernels, available};
+use kvpack::quantize::{Block, Codecs, Graded, Kivi, Rotated, Spacing};
 use kvpack::tensor::{Slice, View, ViewMut};
 use ndarray::ArrayView4;
+use std::sync::Arc;
 
 use super::kvquant::kvquant;
 use super::threads;
@@ -24,7 +25,7 @@ fn numbers(n: usize, seed: u64) -> Vec<f32> {
 
 /// Sizes of one case.
 struct Case {
-    codec: Codec,
+    codec: Codecs,
     batch: usize,
     heads: usize,
     group: usize,
@@ -40,7 +41,7 @@ fn append(layer: &mut Layer, case: &Case, n: usize, valid: Option<&[bool]>, seed
     let k = View::of_slice(Slice::F32(&k), [case.batch, case.heads, n, case.key_dim]);
     let v = View::of_slice(Slice::F32(&v), [case.batch, case.heads, n, case.value_dim]);
     layer.check(&k, &v).unwrap();
-    layer.append(&New { k: &k, v: &v, valid, readers: None, settle: false }).unwrap();
+    layer.append(&New { k: &k, v: &v, valid, queries: None, flush: false }).unwrap();
 }
 
 /// All keys and values, at their positions.
@@ -48,8 +49,8 @@ fn dense(layer: &Layer, case: &Case, kernels: &'static Kernels) -> (Vec<f32>, Ve
     let shape = |d| [case.batch, case.heads, layer.seen(), d];
     let mut k = vec![0.0f32; shape(case.key_dim).iter().product()];
     let mut v = vec![0.0f32; shape(case.value_dim).iter().product()];
-    layer.write(Side::Keys, false, ViewMut::of_slice(&mut k, shape(case.key_dim)), kernels);
-    layer.write(Side::Values, false, ViewMut::of_slice(&mut v, shape(case.value_dim)), kernels);
+    layer.write(Which::Keys, false, ViewMut::of_slice(&mut k, shape(case.key_dim)), kernels);
+    layer.write(Which::Values, false, ViewMut::of_slice(&mut v, shape(case.value_dim)), kernels);
     (k, v)
 }
 
@@ -60,7 +61,7 @@ fn reference(
     q: &[f32],
     [queries, seen]: [usize; 2],
     softmax: Softmax,
-    sinks: Option<&[f32]>,
+    sink_logits: Option<&[f32]>,
     visible: &dyn Fn(usize, usize, usize) -> bool,
 ) -> Vec<f64> {
     let query_heads = case.heads * case.group;
@@ -81,7 +82,7 @@ fn reference(
                     .collect();
                 let max = logits.iter().map(|x| x.1).fold(f64::NEG_INFINITY, f64::max);
                 let mut sum: f64 = logits.iter().map(|x| (x.1 - max).exp()).sum();
-                sum += sinks.map_or(0.0, |s| (f64::from(s[head]) - max).exp());
+                sum += sink_logits.map_or(0.0, |s| (f64::from(s[head]) - max).exp());
                 for (p, s) in logits.drain(..) {
                     let w = (s - max).exp() / sum;
                     for c in 0..case.value_dim {
@@ -103,37 +104,38 @@ fn attend<'a>(
     queries: usize,
     mask: Option<Mask<'a>>,
     softmax: Softmax,
-    sinks: Option<&'a [f32]>,
+    sink_logits: Option<&'a [f32]>,
     kernels: &'static Kernels,
 ) -> Vec<f32> {
     let query_heads = case.heads * case.group;
     let query = View::of_slice(Slice::F32(q), [case.batch, query_heads, queries, case.key_dim]);
     let shape = [case.batch, queries, query_heads, case.value_dim];
     let mut out = vec![f32::NAN; shape.iter().product()];
-    let request = Request { query, mask, softmax, sinks, received: false };
+    let request = Request { query, mask, softmax, sink_logits, scores: false };
     layer.attend(&request, &mut ViewMut::of_slice(&mut out, shape), kernels).unwrap();
     out
 }
 
-fn assert_close(codec: &Codec, got: &[f32], want: &[f64], what: &str) {
+fn assert_close(codec: &Codecs, got: &[f32], want: &[f64], what: &str) {
     // Packed codes are read with queries and weights that are rounded to integers.
-    let bound = if *codec == Codec::EXACT { 2e-5 } else { 1e-4 };
+    let bound = if format!("{:?}", codec.keys) == "Exact" { 2e-5 } else { 1e-4 };
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
         assert!((f64::from(*g) - w).abs() < bound * w.abs().max(1.0), "{what}: out[{i}] is {g}, not {w}");
     }
 }
 
 fn cases() -> Vec<Case> {
-    let kivi = |bits, group, window, sinks| Codec::kivi(Kivi::new(bits, group, window, sinks).unwrap());
-    let both = |method: Method| Codec { keys: method.clone(), values: method };
-    let block = |bits| both(Method::Block(Block::new(bits, 0, 0).unwrap()));
-    let rotated = |bits, group| both(Method::Rotated(Rotated::new(bits, Spacing::Uniform, group, 16, 4, 7).unwrap()));
-    let graded = |bits, group, window| Codec {
-        keys: Method::Graded(Graded::new(bits, group, window, 4).unwrap()),
-        values: Method::Rotated(Rotated::new(2, Spacing::Uniform, 0, 100, 4, 7).unwrap()),
+    let kivi = |bits, group, window, sinks| Codecs::both(Kivi::new(bits, group, window, sinks).unwrap());
+    let block = |bits| Codecs::both(Block::new(bits, 0, 0).unwrap());
+    let rotated = |bits, group| Codecs::both(Rotated::new(bits, Spacing::Uniform, group, 16, 4, 7).unwrap());
+    let graded = |bits, group, window| {
+        Codecs::new(
+            Arc::new(Graded::new(bits, group, window, 4).unwrap()),
+            Arc::new(Rotated::new(2, Spacing::Uniform, 0, 100, 4, 7).unwrap()),
+        )
+        .unwrap()
     };
-    let lloyd_max =
-        |bits, group| both(Method::Rotated(Rotated::new(bits, Spacing::LloydMax, group, 16, 4, 7).unwrap()));
+    let lloyd_max = |bits, group| Codecs::both(Rotated::new(bits, Spacing::LloydMax, group, 16, 4, 7).unwrap());
     let case = |codec, batch, heads, group, key_dim, value_dim, forwards: &[usize]| Case {
         codec,
         batch,
@@ -159,10 +161,10 @@ fn cases() -> Vec<Case> {
         case(graded(3.0, 128, 128), 1, 2, 3, 64, 64, &[300, 1, 1, 5, 1, 130, 1]),
         case(graded(2.25, 32, 64), 2, 1, 2, 40, 72, &[131, 1, 90, 1]),
         case(graded(5.0, 16, 32), 1, 1, 5, 128, 128, &[700, 1]),
-        case(Codec::EXACT, 1, 1, 1, 8, 8, &[1]),
-        case(Codec::EXACT, 2, 3, 3, 64, 64, &[131, 1, 1, 70, 1]),
-        case(Codec::EXACT, 1, 2, 5, 40, 72, &[300, 1]),
-        case(Codec::EXACT, 1, 1, 2, 7, 5, &[67, 3]),
+        case(Codecs::exact(), 1, 1, 1, 8, 8, &[1]),
+        case(Codecs::exact(), 2, 3, 3, 64, 64, &[131, 1, 1, 70, 1]),
+        case(Codecs::exact(), 1, 2, 5, 40, 72, &[300, 1]),
+        case(Codecs::exact(), 1, 1, 2, 7, 5, &[67, 3]),
         case(kivi(4, 32, 128, 4), 2, 3, 3, 64, 64, &[301, 1, 1, 1]),
         case(kivi(2, 32, 128, 4), 1, 2, 4, 128, 128, &[1, 420, 5, 1]),
         case(kivi(8, 8, 8, 0), 1, 1, 8, 40, 72, &[9, 9, 9, 1, 1, 1]),
@@ -192,28 +194,28 @@ fn assert_attends_to_what_is_held(number: usize, case: &Case) {
         for (softcap, with_sinks) in [(None, false), (Some(3.0), false), (None, true)] {
             let softmax = Softmax { scaling: (case.key_dim as f32).powf(-0.5), softcap };
             let sinks = numbers(case.heads * case.group, 5);
-            let sinks = with_sinks.then_some(&sinks[..]);
-            let want = reference(case, &dense, &q, [n, seen], softmax, sinks, &causal);
+            let sink_logits = with_sinks.then_some(&sinks[..]);
+            let want = reference(case, &dense, &q, [n, seen], softmax, sink_logits, &causal);
             for kernels in available() {
-                let got = attend(&layer, case, &q, n, None, softmax, sinks, kernels);
+                let got = attend(&layer, case, &q, n, None, softmax, sink_logits, kernels);
                 assert_close(&case.codec, &got, &want, &format!("case {number}, step {step}, {}", kernels.name));
             }
         }
-        layer.settle();
+        layer.flush().unwrap();
     }
 }
 
 /// Enough work that threads are woken, one KV head among them so that its tokens are split.
 #[test]
 fn threads_agree() {
-    let kivi = Codec::kivi(Kivi::new(4, 32, 128, 4).unwrap());
+    let kivi = Codecs::both(Kivi::new(4, 32, 128, 4).unwrap());
     for (codec, heads, tokens, queries) in
-        [(kivi.clone(), 1, 60_000, 1), (Codec::EXACT, 3, 20_000, 1), (kivi, 1, 3_000, 50)]
+        [(kivi.clone(), 1, 60_000, 1), (Codecs::exact(), 3, 20_000, 1), (kivi, 1, 3_000, 50)]
     {
         let case = Case { codec, batch: 1, heads, group: 3, key_dim: 64, value_dim: 64, forwards: vec![] };
         let mut layer = Layer::new(case.codec.clone());
         append(&mut layer, &case, tokens, None, 1);
-        layer.settle();
+        layer.flush().unwrap();
         let q = numbers(heads * 3 * queries * 64, 2);
         let mask = vec![1u8; queries * tokens];
         let shown = Mask(MaskData::Bool(ArrayView4::from_shape([1, 1, queries, tokens], &mask[..]).unwrap()));
@@ -232,7 +234,7 @@ fn threads_agree() {
 fn masks_decide_and_pads_are_not_stored() {
     let kernels = available()[0];
     let case = Case {
-        codec: Codec::kivi(Kivi::new(4, 8, 16, 2).unwrap()),
+        codec: Codecs::both(Kivi::new(4, 8, 16, 2).unwrap()),
         batch: 2,
         heads: 2,
         group: 2,
@@ -245,7 +247,7 @@ fn masks_decide_and_pads_are_not_stored() {
     valid[..7].fill(false);
     let mut layer = Layer::new(case.codec.clone());
     append(&mut layer, &case, n, Some(&valid), 3);
-    layer.settle();
+    layer.flush().unwrap();
     assert_eq!(layer.head(0, 0).unwrap().positions().runs().collect::<Vec<_>>(), [(7, 43)]);
     assert_eq!(layer.head(1, 1).unwrap().positions().len(), 50);
     let softmax = Softmax { scaling: 0.25, softcap: None };

@@ -2,9 +2,10 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::sync::Arc;
 
 use kvpack::cache::{Layer, New};
-use kvpack::quantize::{Block, Codec, Graded, Kivi, Method, Rotated, Spacing};
+use kvpack::quantize::{Block, Codecs, Graded, Kivi, Rotated, Spacing};
 use kvpack::tensor::{Slice, View};
 
 use super::{kvquant, threads};
@@ -47,22 +48,22 @@ fn numbers(n: usize) -> Vec<f32> {
 
 fn append(layer: &mut Layer, [batch, heads, n, d]: [usize; 4], x: &[f32]) {
     let view = View::of_slice(Slice::F32(&x[..batch * heads * n * d]), [batch, heads, n, d]);
-    layer.append(&New { k: &view, v: &view, valid: None, readers: None, settle: true }).unwrap();
+    layer.append(&New { k: &view, v: &view, valid: None, queries: None, flush: true }).unwrap();
 }
 
-fn codecs() -> Vec<Codec> {
-    let kivi = |bits| Codec::kivi(Kivi::new(bits, 32, 128, 4).unwrap());
-    let block = Method::Block(Block::new(4, 0, 0).unwrap());
-    let rotated = Method::Rotated(Rotated::new(2, Spacing::LloydMax, 0, 128, 4, 0).unwrap());
-    let graded = Method::Graded(Graded::new(2.5, 128, 128, 4).unwrap());
+fn codecs() -> Vec<Codecs> {
+    let kivi = |bits| Codecs::both(Kivi::new(bits, 32, 128, 4).unwrap());
+    let block = Block::new(4, 0, 0).unwrap();
+    let rotated = Rotated::new(2, Spacing::LloydMax, 0, 128, 4, 0).unwrap();
+    let graded = Graded::new(2.5, 128, 128, 4).unwrap();
     vec![
-        Codec::EXACT,
+        Codecs::exact(),
         kivi(8),
         kivi(4),
         kivi(3),
         kivi(2),
-        Codec { keys: block.clone(), values: block },
-        Codec { keys: graded, values: rotated },
+        Codecs::both(block),
+        Codecs::new(Arc::new(graded), Arc::new(rotated)).unwrap(),
     ]
 }
 
@@ -118,7 +119,7 @@ fn memory_with_calibrated_tables() {
 #[test]
 fn a_long_decode_grows_as_its_tokens_do() {
     let _alone = threads(1);
-    let kivi = Codec::kivi(Kivi::new(4, 32, 128, 4).unwrap());
+    let kivi = Codecs::both(Kivi::new(4, 32, 128, 4).unwrap());
     let x = numbers(3 * 64);
     let mut layer = Layer::new(kivi);
     let mut at = Vec::new();

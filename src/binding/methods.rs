@@ -1,0 +1,158 @@
+//! The Python classes around methods: each is made by name, with its options.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use super::errors::to_python;
+use super::options::options;
+use super::scorer::PythonScorer;
+use crate::error::{Result, refuse};
+use crate::kernels;
+use crate::{cache, compact, evict, prune, quantize, select};
+
+/// Checks, and maps the error.
+fn made<T>(py: Python<'_>, made: Result<T>) -> PyResult<T> {
+    made.map_err(|error| to_python(py, &error))
+}
+
+/// A checked way of storing keys, or values, or both.
+#[pyclass(frozen, module = "kvpack._kvpack")]
+pub(super) struct Codec(quantize::Made, String);
+
+#[pymethods]
+impl Codec {
+    /// The codec of that name, with its options.
+    #[new]
+    #[pyo3(signature = (name, **given))]
+    fn new(py: Python<'_>, name: &str, given: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        let codec = options(given)?.all(|options| quantize::make(name, options));
+        Ok(Self(made(py, codec)?, name.into()))
+    }
+}
+
+/// A checked way of choosing the tokens that stay.
+#[pyclass(frozen, module = "kvpack._kvpack")]
+pub(super) struct Eviction(Arc<evict::Eviction>);
+
+#[pymethods]
+impl Eviction {
+    /// An eviction whose scorer has that name, with its options and those that all evictions have.
+    #[new]
+    #[pyo3(signature = (scorer, **given))]
+    fn new(py: Python<'_>, scorer: &str, given: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        let eviction = options(given)?.all(|options| {
+            let scorer = evict::make(scorer, options)?;
+            evict::Eviction::new(scorer, options)
+        });
+        Ok(Self(Arc::new(made(py, eviction)?)))
+    }
+
+    /// An eviction whose scores are computed by `function(keys, values, queries, positions)` for the KV heads of a sequence: float32
+    /// `[H, n, Dk]` and `[H, n, Dv]`, scaled queries of the `queries` newest tokens `[tokens, Hq, Dk]`, or `None`, and int64 `[H, n]`;
+    /// it returns float32 `[H, n]`. With the options that all evictions have.
+    #[staticmethod]
+    #[pyo3(signature = (function, queries, **given))]
+    fn scored(
+        py: Python<'_>,
+        function: Py<PyAny>,
+        queries: usize,
+        given: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Self> {
+        let scorer = Arc::new(PythonScorer::new(function, queries));
+        let eviction = options(given)?.all(|options| evict::Eviction::new(scorer, options));
+        Ok(Self(Arc::new(made(py, eviction)?)))
+    }
+}
+
+/// A checked way of choosing what a step of decoding reads.
+#[pyclass(frozen, module = "kvpack._kvpack")]
+pub(super) struct Selector(Arc<dyn select::Selector>);
+
+#[pymethods]
+impl Selector {
+    /// The selector of that name, with its options.
+    #[new]
+    #[pyo3(signature = (name, **given))]
+    fn new(py: Python<'_>, name: &str, given: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        Ok(Self(made(py, options(given)?.all(|options| select::make(name, options)))?))
+    }
+}
+
+/// A checked way of keeping something of tokens that leave.
+#[pyclass(frozen, module = "kvpack._kvpack")]
+pub(super) struct Compactor(Arc<dyn compact::Compactor>);
+
+#[pymethods]
+impl Compactor {
+    /// The compactor of that name, with its options.
+    #[new]
+    #[pyo3(signature = (name, **given))]
+    fn new(py: Python<'_>, name: &str, given: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        Ok(Self(made(py, options(given)?.all(|options| compact::make(name, options)))?))
+    }
+}
+
+/// A checked way of holding less of some heads.
+#[pyclass(frozen, module = "kvpack._kvpack")]
+pub(super) struct Prune(Arc<dyn prune::Prune>);
+
+#[pymethods]
+impl Prune {
+    /// The method of that name, with its options.
+    #[new]
+    #[pyo3(signature = (name, **given))]
+    fn new(py: Python<'_>, name: &str, given: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        Ok(Self(made(py, options(given)?.all(|options| prune::make(name, options)))?))
+    }
+}
+
+/// How one attention layer stores its tokens; holds none.
+#[pyclass(frozen, module = "kvpack._kvpack")]
+pub(super) struct Layer(pub(super) cache::Layer);
+
+#[pymethods]
+impl Layer {
+    /// Keys and values are stored so, an eviction chooses tokens that stay, a compactor keeps something of those that leave, a selector
+    /// chooses what a step of decoding reads, and `prune` what is held of each head. With `selects` and without a selector it is read
+    /// whole, among layers that are not; with `center` keys are held less the mean of the first ones.
+    #[new]
+    #[pyo3(signature = (keys, values, *, evict=None, compact=None, select=None, prune=None, selects=false, center=false))]
+    #[allow(clippy::too_many_arguments)] // by name, one a family
+    fn new(
+        py: Python<'_>,
+        keys: &Codec,
+        values: &Codec,
+        evict: Option<&Eviction>,
+        compact: Option<&Compactor>,
+        select: Option<&Selector>,
+        prune: Option<&Prune>,
+        selects: bool,
+        center: bool,
+    ) -> PyResult<Self> {
+        let codecs = made(py, codecs(keys, values).and_then(|codecs| kernels::chosen().map(|_| codecs)))?;
+        let layer = cache::Layer::new(cache::Methods {
+            codecs,
+            eviction: evict.map(|evict| Arc::clone(&evict.0)),
+            compactor: compact.map(|compact| Arc::clone(&compact.0)),
+            selector: select.map(|select| Arc::clone(&select.0)),
+            prune: prune.map(|prune| Arc::clone(&prune.0)),
+        });
+        let layer = layer.with_centers(center);
+        Ok(Self(if selects { layer.among_selected() } else { layer }))
+    }
+
+    /// Raises `OptionError` when the methods do not fit keys and values of such head dims.
+    fn check_dims(&self, py: Python<'_>, key_dim: usize, value_dim: usize) -> PyResult<()> {
+        made(py, self.0.codecs().check(None, key_dim, value_dim))
+    }
+}
+
+fn codecs(Codec(keys, name_of_keys): &Codec, Codec(values, name_of_values): &Codec) -> Result<quantize::Codecs> {
+    match (&keys.keys, &values.values) {
+        (Some(keys), Some(values)) => quantize::Codecs::new(Arc::clone(keys), Arc::clone(values)),
+        (None, _) => refuse("keys", name_of_keys, "a codec of keys"),
+        (_, None) => refuse("values", name_of_values, "a codec of values"),
+    }
+}

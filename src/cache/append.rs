@@ -1,0 +1,186 @@
+//! New tokens: what comes with a forward goes to the exact tails, and methods are told of it.
+
+use std::sync::Arc;
+
+use super::head::KvHead;
+use super::layer::{COPYING, Layer, expect};
+use super::observe::At;
+use crate::attend::Softmax;
+use crate::error::{Error, Result};
+use crate::pool;
+use crate::prune::Pruned;
+use crate::quantize::Codecs;
+use crate::tensor::{Slice, View};
+
+/// Tokens of a long prompt that are copied and packed at a time.
+const STEP: usize = 256;
+
+/// Tokens to append.
+#[derive(Clone, Copy)]
+pub struct New<'a> {
+    /// Keys `[B, H, n, Dk]`.
+    pub k: &'a View<'a>,
+    /// Values `[B, H, n, Dv]`.
+    pub v: &'a View<'a>,
+    /// Which are not pads `[B, n]`; pads are not stored. Without it none is one.
+    pub valid: Option<&'a [bool]>,
+    /// What attends to them, for methods that want to know it.
+    pub queries: Option<LayerQueries<'a>>,
+    /// Whether what is due is flushed too, as [`Layer::flush`] does.
+    pub flush: bool,
+}
+
+/// The queries that come with new tokens.
+#[derive(Clone, Copy)]
+pub struct LayerQueries<'a> {
+    /// `[B, Hq, n, Dk]`, rotated.
+    pub query: &'a View<'a>,
+    /// Scaling and cap of the logits.
+    pub softmax: Softmax,
+    /// Learned logits, one a query head, that take weight and add nothing.
+    pub sink_logits: Option<&'a [f32]>,
+}
+
+impl Layer {
+    /// Appends tokens that were [checked](Self::check).
+    ///
+    /// # Errors
+    /// As `check`, apart from the numbers' magnitude, which is not looked at again; [`Error::Shape`] when the queries'
+    /// shape does not fit; [`Error::Option`] when an eviction wants to see queries and there are none.
+    pub fn append(&mut self, new: &New<'_>) -> Result<()> {
+        let New { k, v, valid, queries, flush } = *new;
+        let shape = self.shape_of(k, v)?;
+        self.check_seen(queries)?;
+        let query = queries.map(|queries| queries.query).filter(|_| self.wants_queries());
+        if let Some(query) = query {
+            let [batch, heads, n, dim] = query.shape();
+            expect("query: batch size", batch, k.shape()[0])?;
+            expect("query: tokens", n, k.shape()[2])?;
+            expect("query: head dim", dim, shape.key_dim)?;
+            expect("query: heads beyond a multiple of the KV heads", heads % shape.heads, 0)?;
+        }
+        let [batch, heads, n, _] = k.shape();
+        if let Some(valid) = valid {
+            expect("valid: length", valid.len(), batch * n)?;
+        }
+        let row_valid = |b: usize| valid.map(|valid| &valid[b * n..(b + 1) * n]);
+        // Rows of an expanded prompt (beams, returned sequences) arrive as copies: hold them once.
+        let source: Vec<usize> = (0..batch)
+            .map(|b| {
+                let same = |a: usize| row_valid(a) == row_valid(b) && k.same_rows(a, b) && v.same_rows(a, b);
+                if self.seen == 0 && b > 0 && same(b - 1) { b - 1 } else { b }
+            })
+            .collect();
+        if self.shape.is_none() {
+            self.shape = Some(shape);
+            let empty = |h| KvHead::new(h, shape, &self.methods);
+            self.rows = (0..batch).map(|_| Arc::new((0..heads).map(empty).collect())).collect();
+        }
+        let (seen, centers, methods) = (self.seen, self.centers(), Arc::clone(&self.methods));
+        // With an eviction nothing is packed before it was chosen.
+        let codecs = (flush && methods.eviction.is_none()).then_some(&methods.codecs);
+        let wants = methods.codecs.keys.wants();
+        let mut work = Vec::with_capacity(batch * heads);
+        for (b, row) in self.rows.iter_mut().enumerate().filter(|&(b, _)| source[b] == b) {
+            work.extend(Arc::make_mut(row).iter_mut().enumerate().map(|(h, head)| (b, h, head)));
+        }
+        let numbers = batch * heads * n * (shape.key_dim + shape.value_dim);
+        pool::map(numbers * codecs.map_or(COPYING, Codecs::work), work, |(b, h, head)| {
+            let place = At { row: b, head: h, heads, valid: row_valid(b), seen };
+            if let Some(query) = query.filter(|_| wants.squares) {
+                head.observe_squares(query, &place);
+            }
+            if let Some(query) = query.filter(|_| wants.moment) {
+                head.observe_moment(query, &place);
+            }
+            head.append(k, v, &place, codecs, centers);
+            if let Some(eviction) = &methods.eviction {
+                head.witness(eviction, new, &place);
+            }
+        });
+        for (b, &source) in source.iter().enumerate() {
+            if source != b {
+                self.rows[b] = Arc::clone(&self.rows[source]);
+            }
+        }
+        self.seen += n;
+        if flush && self.eviction().is_some() {
+            return self.flush();
+        }
+        self.index();
+        Ok(())
+    }
+
+    fn check_seen(&self, queries: Option<LayerQueries<'_>>) -> Result<()> {
+        match self.eviction() {
+            Some(eviction) if eviction.wants_queries() && queries.is_none() => Err(Error::Option {
+                name: "evict",
+                given: "a method that scores tokens by the queries that attend to them".into(),
+                accepted: "KeyDiff, L2Norm, StreamingLLM, Longformer, Random, which look at keys or positions alone; or, where \
+                           the model's kind supports it, attn_implementation='kvpack': this layer's attention is not kvpack's"
+                    .into(),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl KvHead {
+    /// Appends tokens. With codecs it packs what is due as it goes, so that a long prompt is never copied whole.
+    fn append(&mut self, k: &View<'_>, v: &View<'_>, at: &At<'_>, codecs: Option<&Codecs>, centers: bool) {
+        if self.pruned == Pruned::Gone {
+            return;
+        }
+        let n = k.shape()[2];
+        if centers && self.positions.is_empty() {
+            self.center = Some(mean(k, at));
+        }
+        let step = if codecs.is_some() { STEP } else { n };
+        for start in (0..n).step_by(step) {
+            let tokens = (start..n.min(start + step)).filter(|&t| at.holds(t));
+            let kept = tokens.clone().count();
+            self.keys.tail.reserve(kept);
+            self.values.tail.reserve(kept);
+            for t in tokens {
+                let (key, value) = (k.row(at.row, at.head, t), v.row(at.row, at.head, t));
+                if self.center.is_some() || self.pruned.key_map().is_some() {
+                    self.push_key(key);
+                } else {
+                    self.keys.tail.extend(key);
+                }
+                match self.pruned.value_map() {
+                    Some(map) => self.values.tail.push(&map.apply_rows(&value.numbers(), value.len())),
+                    None => self.values.tail.extend(value),
+                }
+                self.positions.push(at.seen + t, 1);
+            }
+            if let Some(codecs) = codecs {
+                self.seal(codecs);
+            }
+        }
+    }
+
+    /// Appends a key that is not held as it is.
+    fn push_key(&mut self, key: Slice<'_>) {
+        let mut key = key.numbers();
+        if let Some(center) = &self.center {
+            key.iter_mut().zip(&**center).for_each(|(x, center)| *x -= center);
+        }
+        match self.pruned.key_map() {
+            Some(map) => self.keys.tail.push(&map.apply_rows(&key, key.len())),
+            None => self.keys.tail.push(&key),
+        }
+    }
+}
+
+/// The mean of the keys that are no pads.
+fn mean(k: &View<'_>, at: &At<'_>) -> Arc<[f32]> {
+    let [_, _, n, dim] = k.shape();
+    let (mut sum, mut key, mut tokens) = (vec![0.0f64; dim], vec![0.0; dim], 0);
+    for t in (0..n).filter(|&t| at.holds(t)) {
+        k.row(at.row, at.head, t).to_f32(&mut key);
+        sum.iter_mut().zip(&key).for_each(|(sum, &x)| *sum += f64::from(x));
+        tokens += 1;
+    }
+    sum.into_iter().map(|sum| (sum / f64::from(tokens.max(1))) as f32).collect()
+}

@@ -1,0 +1,87 @@
+//! A page of values.
+
+use super::{Page, PageBytes, TokenValues, rows};
+use crate::attend::ValueSegment;
+use crate::quantize::{Factor, ValueCodec};
+use crate::tensor::Rows;
+
+/// Sealed values.
+#[derive(Clone)]
+pub enum ValuePage {
+    /// In the model's dtype.
+    Exact(Rows),
+    /// A grid a token and group of channels.
+    Tokens(TokenValues),
+}
+
+impl Page for ValuePage {
+    type Segment = dyn ValueSegment;
+    type Codec = ValueCodec;
+
+    fn segment(&self) -> &Self::Segment {
+        match self {
+            Self::Exact(rows) => rows,
+            Self::Tokens(page) => page,
+        }
+    }
+
+    fn tail(rows: &Rows) -> &Self::Segment {
+        rows
+    }
+
+    fn exact(rows: Rows) -> Self {
+        Self::Exact(rows)
+    }
+
+    fn as_exact(&self) -> Option<&Rows> {
+        if let Self::Exact(rows) = self { Some(rows) } else { None }
+    }
+
+    fn room(&self) -> usize {
+        match self {
+            Self::Exact(_) => 0,
+            Self::Tokens(page) => page.room(),
+        }
+    }
+
+    fn extend(&mut self, rows: &Rows, n: usize, compensation: Option<&Factor>) {
+        match self {
+            Self::Exact(_) => assert_eq!(n, 0, "exact pages are sealed whole"),
+            Self::Tokens(page) => page.extend(rows, n, compensation),
+        }
+    }
+
+    fn tokens(&self) -> usize {
+        match self {
+            Self::Exact(rows) => rows.len(),
+            Self::Tokens(page) => page.tokens(),
+        }
+    }
+
+    fn bytes(&self) -> PageBytes {
+        match self {
+            Self::Exact(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
+            Self::Tokens(page) => page.bytes(),
+        }
+    }
+
+    fn granularity(&self) -> usize {
+        // A part of a block keeps the factors of its channels.
+        1
+    }
+
+    fn part(&self, tokens: &[usize]) -> Self {
+        match self {
+            Self::Exact(rows) => Self::Exact(rows.take(tokens)),
+            Self::Tokens(page) => Self::Tokens(page.part(tokens)),
+        }
+    }
+
+    fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
+        match (self, other) {
+            (Self::Exact(rows), Self::Exact(other)) => rows::join(rows, other, tokens),
+            (Self::Tokens(page), Self::Tokens(other)) => page.join(other, tokens),
+            _ => 0,
+        }
+    }
+}
