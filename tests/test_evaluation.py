@@ -27,8 +27,8 @@ from kvpack.evaluation.pictures import pareto, pareto_front
 from kvpack.evaluation.settings import weights
 from kvpack.evaluation.store import Store, read
 from kvpack.methods import EVICT
-from kvpack.methods.calibrated import identity as calibration_identity
-from kvpack.methods.calibrated import write as write_calibration
+from kvpack.methods.quantize.calibrated import identity as calibration_identity
+from kvpack.methods.quantize.calibrated import write as write_calibration
 from support import tiny_config, tiny_model
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache

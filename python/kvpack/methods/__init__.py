@@ -1,61 +1,34 @@
-"""The methods, one dataclass each with the paper's defaults, and a registry by name."""
+"""The methods, one dataclass each with the paper's defaults, in one folder a family; and a registry by name.
 
-from .calibrated import Calibrated
-from .evict import (
-    A2SF,
-    H2O,
-    TOVA,
-    AdaKV,
-    Evict,
-    ExpectedAttention,
-    KeyDiff,
-    L2Norm,
-    Longformer,
-    PyramidKV,
-    Random,
-    SnapKV,
-    StreamingLLM,
-)
-from .feedback import GPTQ
-from .kvquant import KVQuant, KVQuantTables
-from .presets import PRESETS
-from .quantize import KIVI, Q4, Q8, Apart, Exact, Graded, KVarN, Layers, Quantize, Rotated, Site
-from .registry import EVICT, QUANTIZE, SELECT
-from .select import Quest, Select
+base.py is what all of them have in common, registry.py where they are found by name, spec.py how they are written as
+text, presets.py codecs by size.
+"""
 
-__all__ = [
-    "A2SF",
-    "EVICT",
-    "GPTQ",
-    "H2O",
-    "KIVI",
-    "PRESETS",
-    "Q4",
-    "Q8",
-    "QUANTIZE",
-    "SELECT",
-    "TOVA",
-    "AdaKV",
-    "Apart",
-    "Calibrated",
-    "Evict",
-    "Exact",
-    "ExpectedAttention",
-    "Graded",
-    "KVQuant",
-    "KVQuantTables",
-    "KVarN",
-    "KeyDiff",
-    "L2Norm",
-    "Layers",
-    "Longformer",
-    "PyramidKV",
-    "Quantize",
-    "Quest",
-    "Random",
-    "Rotated",
-    "Select",
-    "Site",
-    "SnapKV",
-    "StreamingLLM",
-]
+# ruff: noqa: F403  # a family says what it has, and all above follows
+from typing import TYPE_CHECKING
+
+# The families first: presets are made of their methods.
+# isort: off
+from .base import Method as Method, Site as Site
+from .registry import EVICT as EVICT, FAMILIES as FAMILIES, QUANTIZE as QUANTIZE, SELECT as SELECT, register as register
+from .quantize import *
+from .quantize.kvquant import KVQuantTables as KVQuantTables
+from .evict import *
+from .select import *
+from .compact import *
+from .prune import *
+from .share import *
+from .presets import PRESETS as PRESETS
+
+# isort: on
+
+if not TYPE_CHECKING:  # type checkers see the imports
+    from . import compact, evict, prune, quantize, select, share
+
+    _families = (quantize, evict, select, compact, prune, share)
+    __all__ = sorted(
+        [
+            *(name for family in _families for name in family.__all__),
+            *("EVICT", "FAMILIES", "PRESETS", "QUANTIZE", "SELECT", "KVQuantTables", "Method", "Site", "register"),
+        ]
+    )

@@ -19,16 +19,15 @@ from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 from ..errors import KvpackError, OptionError
-from .calibrated import Calibrated
-from .evict import AdaKV
-from .feedback import GPTQ
+from .evict.adakv import AdaKV
 from .presets import PRESETS
-from .quantize import Apart, Layers
-from .registry import EVICT, QUANTIZE, SELECT
+from .quantize.compose import Apart, Layers
+from .quantize.gptq import GPTQ
+from .registry import FAMILIES, QUANTIZE
 
-FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE, "evict": EVICT, "select": SELECT}
-"""The registry: the methods of each family by name. A family is also the name of PackedCache's argument."""
-_PATH = re.compile(rf"\b{Calibrated.name}\s*:\s*path\s*=\s*(?![\s'\"])")
+CALIBRATED = "calibrated"
+"""The name of the codec from a file, whose path may stand without quotes."""
+_PATH = re.compile(rf"\b{CALIBRATED}\s*:\s*path\s*=\s*(?![\s'\"])")
 _BEFORE_BRACKETS = re.compile(r"[^('\"]*[^=\s('\"]\s*\(")
 _WORD = re.compile(r"[A-Za-z_][\w.~/-]*")
 
@@ -114,7 +113,7 @@ def accepted_quantize(value: Any) -> str:
 
 def _constructor(method: Any) -> str:
     """The call that makes a method, as it is written after `import kvpack`."""
-    if isinstance(method, Calibrated):
+    if method.name == CALIBRATED:
         return f"kvpack.load_calibration({method.path!r})"
     return re.sub(r"\b([A-Z]\w*)\(", r"kvpack.\1(", repr(method))
 
@@ -122,7 +121,7 @@ def _constructor(method: Any) -> str:
 def _parse_part(text: str) -> tuple[str, Any]:
     """Return the family and the method that one part of a text stands for."""
     if path := _PATH.match(text.strip()):
-        return "quantize", make(Calibrated, Calibrated.name, {"path": text.strip()[path.end() :]})
+        return "quantize", make(QUANTIZE[CALIBRATED], CALIBRATED, {"path": text.strip()[path.end() :]})
     if len(split(text, "@")) > 1:
         return "quantize", _parse_layers(text)
     if len(split(text, "/")) > 1:

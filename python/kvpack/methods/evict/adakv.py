@@ -7,11 +7,13 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..quantize import Site
+from ..base import Site
+from ..registry import register
 from .attention import TOVA
 from .base import Evict
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class AdaKV(Evict):
     """The heads of a layer share one budget (Feng et al. 2024, arXiv 2407.11550): `AdaKV(SnapKV(budget=0.25))`.

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..quantize import Site
-from .base import Amount, Evict, amount
+from ..base import Amount, Site, amount
+from ..registry import register
+from .base import Evict
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class _Attention(Evict):
         return _kvpack.Eviction.attention(common, self._alpha(), self.shared)
 
 
+@register
 @dataclass(frozen=True)
 class H2O(_Attention):
     """Heavy hitters: what received the most attention of all queries so far (Zhang et al. 2023, arXiv 2306.14048).
@@ -47,6 +49,7 @@ class H2O(_Attention):
     standard: ClassVar[tuple[str, ...]] = ("h2o:budget=0.5", "h2o:budget=0.25", "h2o:budget=0.1")
 
 
+@register
 @dataclass(frozen=True)
 class A2SF(_Attention):
     """Accumulated attention that is forgotten again (Jo and Shin 2024, arXiv 2407.20485).
@@ -77,6 +80,7 @@ class A2SF(_Attention):
         return float(self.alpha)
 
 
+@register
 @dataclass(frozen=True)
 class TOVA(_Attention):
     """What the last query does not look at goes (Oren et al. 2024, arXiv 2401.06104).

@@ -8,10 +8,12 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..quantize import Site, check_whole
-from .base import Amount, Evict
+from ..base import Amount, Site, check_whole
+from ..registry import register
+from .base import Evict
 
 
+@register
 @dataclass(frozen=True)
 class SnapKV(Evict):
     """What the last queries of the prompt look at stays (Li et al. 2024, arXiv 2404.14469).
@@ -50,6 +52,7 @@ class SnapKV(Evict):
         return _kvpack.Eviction.snapkv(common, self.window, self.kernel, self.pooling)
 
 
+@register
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
     """SnapKV with budgets that fall from the first layer to the last (Cai et al. 2024, arXiv 2406.02069).

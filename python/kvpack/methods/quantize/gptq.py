@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import _kvpack
-from ..errors import ModelNeededError, OptionError
+from ... import _kvpack
+from ...errors import ModelNeededError, OptionError
+from ..base import Site, check_switch
 
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "out_lin", "attention_output")
 
@@ -59,9 +60,7 @@ class GPTQ:
             x = getattr(self, name)
             if isinstance(x, bool) or not isinstance(x, int | float) or not low <= x < 1e6:
                 raise OptionError(f"{name}={x!r} is not accepted; accepted: numbers from {low}, below 1e6")
-        for name in ("act_order", "keys", "values"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name}={getattr(self, name)!r} is not accepted; accepted: True, False")
+        check_switch(self, "act_order", "keys", "values")
         if self.key_metrics is not None:
             object.__setattr__(self, "key_metrics", tuple(map(_checked_metric, _layers_of(self.key_metrics))))
 
@@ -87,7 +86,7 @@ class GPTQ:
     def _options(self) -> tuple[Any, ...]:
         return (self.damping, self.threshold, self.act_order, self.keys, self.values, self.key_metrics is None)
 
-    def for_keys(self, method: _kvpack.Method, site: Any) -> _kvpack.Method:
+    def for_keys(self, method: _kvpack.Method, site: Site | None) -> _kvpack.Method:
         """A method of keys, with feedback in the metric of the prompt's queries, or in that which was given.
 
         Raises:
@@ -106,7 +105,7 @@ class GPTQ:
             )
         return self._with(method, self.key_metrics[site.layer])
 
-    def for_values(self, method: _kvpack.Method, site: Any) -> _kvpack.Method:
+    def for_values(self, method: _kvpack.Method, site: Site | None) -> _kvpack.Method:
         """A method of values, with feedback in the metric of the layer's output projection.
 
         Raises:
@@ -169,7 +168,7 @@ def checked(feedback: Any) -> GPTQ | None:
     return feedback
 
 
-def output_metrics(site: Any) -> Tensor:
+def output_metrics(site: Site) -> Tensor:
     """`sum_h W_o,h^T W_o,h` `[KV heads, Dv, Dv]` over the query heads of each KV head of a layer, float32.
 
     Raises:

@@ -16,11 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import _kvpack
-from ..errors import ModelMismatchError, OptionError
-from ..identity import fingerprint
+from ... import _kvpack
+from ...errors import ModelMismatchError, OptionError
+from ...identity import fingerprint
+from ..base import Site
+from ..registry import register
+from ..spec import CALIBRATED, parse_spec
+from .base import Quantize
 from .kvquant import KVQuant, KVQuantTables
-from .quantize import Quantize, Site
 
 FORMAT = 1
 """The version of the file's format."""
@@ -79,6 +82,7 @@ def identity(model: Any) -> Header:
     return {"config": fingerprint(model.config.get_text_config(decoder=True)), "weights": weights_hash(model)}
 
 
+@register
 @dataclass(frozen=True, eq=False)
 class Calibrated(Quantize):
     """A codec from a file that `kvpack.calibrate` wrote: each layer has what was chosen, or measured, for it.
@@ -91,7 +95,7 @@ class Calibrated(Quantize):
         sha256: a hash of what it held when it was read.
     """
 
-    name: ClassVar[str] = "calibrated"
+    name: ClassVar[str] = CALIBRATED
     standard: ClassVar[tuple[str, ...]] = ()
 
     path: str
@@ -177,8 +181,6 @@ def _codecs(header: Header, tensors: Mapping[str, Tensor]) -> dict[int, Quantize
         tables = {int(layer): _tables(tensors, layer) for layer in header["layers"]}
         codec = KVQuant(**header["options"], tables=tables)
         return dict.fromkeys(tables, codec)
-    from .spec import parse_spec  # it knows this class
-
     return {int(layer): parse_spec(text).options["quantize"] for layer, text in header["layers"].items()}
 
 
