@@ -14,6 +14,7 @@ import pytest
 import torch
 from kvpack import _kvpack
 from kvpack.layer import PackedLayer
+from kvpack.methods import Property
 from support import CODECS, codec_id, random_kv, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -214,7 +215,9 @@ def test_memory_is_that_of_before(codec: Any) -> None:
         with pytest.raises(kvpack.ShapeError), replaced_mask(model, bad):
             model(ids[:, t : t + 1], past_key_values=cache)
         after = state(cache)
-        if not codec.needs_neighbours:  # the table of angles is shared by all caches, and grows for good
+        if (
+            Property.CONSECUTIVE_POSITIONS not in codec.needs
+        ):  # the table of angles is shared by all caches, and grows for good
             assert after[1] == before[1]
         assert (after[0], *after[2:]) == (before[0], *before[2:])
         model(ids[:, t : t + 1], past_key_values=cache)
@@ -319,7 +322,7 @@ LOOKS: dict[str, Callable[[kvpack.PackedCache], Any]] = {
 @pytest.mark.parametrize("evict", [None, kvpack.H2O(budget=60, block=4)], ids=["all", "h2o"])
 @pytest.mark.parametrize("codec", CODECS, ids=codec_id)
 def test_who_looks_meanwhile_changes_nothing(codec: Any, evict: Any, soak: bool) -> None:
-    if evict is not None and codec.needs_neighbours:
+    if evict is not None and Property.CONSECUTIVE_POSITIONS in codec.needs:
         pytest.skip("no eviction with this codec")
     model = tiny_model()
     ids = torch.randint(3, 128, (1, 150))

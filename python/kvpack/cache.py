@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from . import _kvpack, checks, models
+from . import models
 from ._tensors import RECORDING_EXISTS, crop_of, rows_at
 from .errors import CropError, ModelMismatchError, OptionError, ShapeError
+from .identity import head_dim
 from .layer import PackedLayer
-from .methods import Evict, Quantize, Select, Site
+from .methods import Evict, Exact, Methods, Quantize, Select, Site
+from .methods.combination import model_party
 from .transaction import TransactionalCache
 
 
@@ -52,9 +54,8 @@ class PackedCache(TransactionalCache):
         """
         models.check(model_or_config)
         config = models.decoder_config(model_or_config)
-        self.quantize = checks.checked_codec(quantize)
-        self.evict = checks.checked_eviction(evict, self.quantize, config)
-        self.select = checks.checked_select(select)
+        self.methods = Methods(Exact() if quantize is None else quantize, evict, select)
+        self.methods.check_with(model_party(config))
         self.config = config
         # transformers decides the structure (sliding, linear, layers that share keys and values ...);
         # exactly the plain full-attention layers are replaced.
@@ -69,21 +70,13 @@ class PackedCache(TransactionalCache):
         sites = {
             i: Site(i, len(layers), config, model) for i, layer in enumerate(layers) if type(layer) is DynamicLayer
         }
-        stored = {i: self.quantize.make_layer(site, evict, select) for i, site in sites.items()}
-        if (head_dim := checks.head_dim(config)) is not None:
-            for layer in stored.values():
-                layer.check_dims(head_dim, head_dim)
         taking_part = [i for i, layer in enumerate(layers) if type(layer).__name__ != "DummyLayer"] or [0]
         self._first, last = taking_part[0], taking_part[-1]
         self._begun = None
-        self.store = _kvpack.Cache(
-            [stored.get(i) for i in range(len(layers))],
-            [shared] * len(layers),
-            last,
-            isinstance(layers[last], CacheLayerMixin),
-        )
+        last_is_read = isinstance(layers[last], CacheLayerMixin)
+        self.store = self.methods.make_cache(sites, shared, len(layers), last, last_is_read, head_dim(config))
         for i, site in sites.items():
-            layers[i] = PackedLayer(self.store, i, (evict, select, self.quantize), site)
+            layers[i] = PackedLayer(self.store, i, self.methods, site)
         super().__init__(layers=layers)
         # What LazyLLM left out, where it filled this cache.
         self.lazy = None

@@ -18,7 +18,7 @@ from ._threads import threads
 from .beside import tensor_bytes
 from .errors import ShapeError
 from .memory import Memory, feedback, measured, readable_bytes
-from .methods import Evict, Quantize, Select
+from .methods import Evict, Methods, Quantize, Select
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -183,11 +183,24 @@ class CacheInspection(Cache):
     """What the layers of a cache hold: those of `store`, and those beside it."""
 
     store: _kvpack.Cache
-    evict: Evict | None
-    quantize: Quantize
-    select: Select | None
+    methods: Methods
     lazy: Lazy | None
     config: Any
+
+    @property
+    def evict(self) -> Evict | None:
+        """Which tokens stay; None: all."""
+        return self.methods.evict
+
+    @property
+    def quantize(self) -> Quantize:
+        """How tokens are stored."""
+        return self.methods.quantize
+
+    @property
+    def select(self) -> Select | None:
+        """Which tokens a step of decoding reads; None: all."""
+        return self.methods.select
 
     def _shown(self, i: int) -> Any:
         """Layer `i` as it was before the forward that is under way."""
@@ -291,6 +304,5 @@ class CacheInspection(Cache):
         for layer in self.layers:
             kinds[type(layer).__name__] = kinds.get(type(layer).__name__, 0) + 1
         layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-        methods = ", ".join(repr(method) for method in (self.evict, self.select, self.quantize) if method is not None)
         tokens = "" if (seen := self._tokens()) is None else f"{seen} tokens, "
-        return f"PackedCache({methods}, {tokens}{readable_bytes(self.memory().total)}, layers: {layers})"
+        return f"PackedCache({self.methods.words()}, {tokens}{readable_bytes(self.memory().total)}, layers: {layers})"

@@ -14,12 +14,25 @@ from ._lazy import Lazy, at, mask, scores, split, wanted
 from .cache import PackedCache
 from .errors import OptionError, ShapeError
 from .layer import PackedLayer
+from .methods import Property
+from .methods.combination import Party
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Values of `config.model_type` whose modules have the names and arguments that are relied on."""
 
 # Depths, as shares of the layers, and which share of the tokens goes on from there.
 _SCHEDULE = ((1 / 4, 0.6), (1 / 2, 0.2))
+
+
+_PARTY = Party(
+    "LazyLLM",
+    "LazyLLM",
+    needs={Property.ALL_TOKENS: "it knows where in a layer each token is"},
+    breaks={
+        Property.CONSECUTIVE_POSITIONS: "a layer has tokens in the order in which they were computed",
+        Property.EQUAL_LAYERS: "deeper layers have fewer tokens",
+    },
+)
 
 
 class LazyLLM:
@@ -121,11 +134,7 @@ class LazyLLM:
         others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, PackedLayer)}
         if others:
             raise OptionError(f"past_key_values: given one with layers of type {others}, expected full attention only")
-        if cache.evict is not None or cache.quantize.needs_neighbours:
-            raise OptionError(
-                f"past_key_values: given {cache!r}, expected one that evicts no tokens and holds keys as they are "
-                "attended to: with LazyLLM layers have different tokens"
-            )
+        cache.methods.check_with(_PARTY)
         if cache.store.records():
             raise OptionError(
                 "LazyLLM: given a cache that may be rolled back (assisted decoding), expected plain steps"

@@ -1,7 +1,7 @@
 """The methods, one dataclass each with the paper's defaults, in one folder a family; and a registry by name.
 
 base.py is what all of them have in common, registry.py where they are found by name, spec.py how they are written as
-text, presets.py codecs by size.
+text, presets.py codecs by size; combination.py is the methods of one cache together.
 """
 
 # ruff: noqa: F403  # a family says what it has, and all above follows
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 # The families first: presets are made of their methods.
 # isort: off
-from .base import Method as Method, Site as Site
+from .base import Method as Method, Property as Property, Site as Site
 from .registry import EVICT as EVICT, FAMILIES as FAMILIES, QUANTIZE as QUANTIZE, SELECT as SELECT, register as register
 from .quantize import *
 from .quantize.kvquant import KVQuantTables as KVQuantTables
@@ -19,6 +19,7 @@ from .compact import *
 from .prune import *
 from .share import *
 from .presets import PRESETS as PRESETS
+from .combination import Methods as Methods
 
 # isort: on
 
@@ -29,6 +30,18 @@ if not TYPE_CHECKING:  # type checkers see the imports
     __all__ = sorted(
         [
             *(name for family in _families for name in family.__all__),
-            *("EVICT", "FAMILIES", "PRESETS", "QUANTIZE", "SELECT", "KVQuantTables", "Method", "Site", "register"),
+            *(
+                "EVICT",
+                "FAMILIES",
+                "PRESETS",
+                "QUANTIZE",
+                "SELECT",
+                "KVQuantTables",
+                "Method",
+                "Methods",
+                "Property",
+                "Site",
+                "register",
+            ),
         ]
     )

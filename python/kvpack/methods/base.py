@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar, TypeAlias
 
 from ..errors import OptionError
@@ -30,20 +31,48 @@ class Site:
     model: Any = None
 
 
+class Property(Enum):
+    """What a cache has without any method, and what methods may need of each other and of the model, or break."""
+
+    RAW_KEYS = "keys as they are attended to"
+    CONSECUTIVE_POSITIONS = "consecutive positions"
+    ALL_TOKENS = "all tokens"
+    EQUAL_HEADS = "as many tokens in each head"
+    EQUAL_LAYERS = "as many tokens in each layer"
+    QUERIES_SEEN = "queries that the cache sees"
+    PLAIN_LOGITS = "plain logits (no cap, no sink logits)"
+
+
+Reasons: TypeAlias = Mapping[Property, str]
+"""Properties, and of each why it is needed, or broken: in words, for an error."""
+
+
 class Method(ABC):
     """A method of any family: a frozen dataclass whose fields are the paper's parameters.
 
     Attributes:
         family: which of `FAMILIES` it is of; also the name of `PackedCache`'s argument.
+        without: what None stands for, in place of a method of the family.
         name: in the registry, and in methods written as text (`kivi:bits=2`).
         standard: settings, as text, at which it is measured beside others.
         renamed: names that fields had in the version before, by which they are still accepted, with a warning.
     """
 
     family: ClassVar[str]
+    without: ClassVar[str]
     name: ClassVar[str]
     standard: ClassVar[Sequence[str]]
     renamed: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def needs(self) -> Reasons:
+        """What it needs of the methods that it is combined with, and of the model."""
+        return {}
+
+    @property
+    def breaks(self) -> Reasons:
+        """What other methods cannot count on beside it."""
+        return {}
 
 
 def check_whole(method: object, **least: int) -> None:

@@ -15,3 +15,4 @@ class Compact(Method):
     """
 
     family: ClassVar[str] = "compact"
+    without: ClassVar[str] = "None to keep tokens as they are"

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..base import Amount, Site, amount
+from ..base import Amount, Property, Reasons, Site, amount
 from ..registry import register
 from .base import Evict
 
@@ -24,6 +24,11 @@ class _Attention(Evict):
     def _check(self) -> None:
         amount("recent", self.recent, "a whole number of tokens, or a share of the budget from 0 to 1.0")
 
+    @property
+    def needs(self) -> Reasons:
+        """The attention of all queries so far."""
+        return {Property.QUERIES_SEEN: "tokens are scored by the attention that they get"}
+
     def _alpha(self) -> float:
         return 1.0
 
@@ -38,7 +43,7 @@ class _Attention(Evict):
 class H2O(_Attention):
     """Heavy hitters: what received the most attention of all queries so far (Zhang et al. 2023, arXiv 2306.14048).
 
-    Attention is summed over the query heads that read a KV head. It costs as much again as a prompt's own attention.
+    Attention is summed over the query heads of a KV head. It costs as much again as a prompt's own attention.
 
     Attributes:
         budget: tokens that stay a KV head, or a share of the prompt; or one for each layer. The paper has 0.2.
@@ -54,7 +59,7 @@ class H2O(_Attention):
 class A2SF(_Attention):
     """Accumulated attention that is forgotten again (Jo and Shin 2024, arXiv 2407.20485).
 
-    `A <- alpha A + S` with the attention `S` of each query, summed over the query heads that read a KV head: first
+    `A <- alpha A + S` with the attention `S` of each query, summed over the query heads of a KV head: first
     tokens gain nothing from having been seen by more queries. Of a prompt only queries whose weight is above 1e-6 are
     looked at.
 

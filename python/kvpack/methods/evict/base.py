@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 from ... import _kvpack
 from ...errors import ModelNeededError, OptionError
 from ...rotation import Rotation, rotations_of
-from ..base import Amount, Method, Site, amount, check_switch, check_whole
+from ..base import Amount, Method, Property, Reasons, Site, amount, check_switch, check_whole
 
 Common: TypeAlias = tuple[Any, ...]
 
@@ -35,6 +35,7 @@ class Evict(Method):
     """
 
     family: ClassVar[str] = "evict"
+    without: ClassVar[str] = "None to keep all tokens"
 
     sinks: int = 0
     protect: tuple[tuple[int, int], ...] = ()
@@ -52,9 +53,12 @@ class Evict(Method):
         """Raises OptionError for the first field of a method's own that is not accepted."""
 
     @property
-    def reads_keys(self) -> bool:
-        """Whether keys count otherwise than by attention."""
-        return False
+    def breaks(self) -> Reasons:
+        """Tokens go, from in between."""
+        return {
+            Property.ALL_TOKENS: "it lets tokens go",
+            Property.CONSECUTIVE_POSITIONS: "it lets tokens go from in between",
+        }
 
     @abstractmethod
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:

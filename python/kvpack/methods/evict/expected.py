@@ -9,7 +9,7 @@ from typing import ClassVar
 from ... import _kvpack
 from ...errors import OptionError
 from ...rotation import Rotation
-from ..base import Amount, Site, check_switch, check_whole
+from ..base import Amount, Property, Reasons, Site, check_switch, check_whole
 from ..registry import register
 from .base import Evict
 
@@ -51,9 +51,12 @@ class ExpectedAttention(Evict):
             raise OptionError(f"epsilon={self.epsilon!r} is not accepted; accepted: 0 and positive numbers")
 
     @property
-    def reads_keys(self) -> bool:
-        """As in `Evict`."""
-        return True
+    def needs(self) -> Reasons:
+        """Keys are scored by queries that are drawn from those of prompts."""
+        return {
+            Property.RAW_KEYS: "it looks at keys",
+            Property.QUERIES_SEEN: "tokens are scored by the queries of prompts",
+        }
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ... import _kvpack
-from ..base import Amount, Site, amount, check_whole
+from ..base import Amount, Property, Reasons, Site, amount, check_whole
 from ..registry import register
 from .base import Evict
 
@@ -31,9 +31,9 @@ class KeyDiff(Evict):
     recent: Amount = 0
 
     @property
-    def reads_keys(self) -> bool:
-        """As in `Evict`."""
-        return True
+    def needs(self) -> Reasons:
+        """Keys are compared with each other."""
+        return {Property.RAW_KEYS: "it looks at keys"}
 
     def _check(self) -> None:
         amount("recent", self.recent, "a whole number of tokens, or a share of the budget from 0 to 1.0")
@@ -80,9 +80,9 @@ class Random(KeyDiff):
     seed: int = 0
 
     @property
-    def reads_keys(self) -> bool:
-        """As in `Evict`."""
-        return False
+    def needs(self) -> Reasons:
+        """Lots need nothing."""
+        return {}
 
     def _check(self) -> None:
         super()._check()

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..base import Amount, Site, check_switch, check_whole
+from ..base import Amount, Property, Reasons, Site, check_switch, check_whole
 from ..registry import register
 from .base import Evict
 
@@ -40,9 +40,9 @@ class StreamingLLM(Evict):
         check_switch(self, "rerotate")
 
     @property
-    def reads_keys(self) -> bool:
-        """As in `Evict`."""
-        return self.rerotate
+    def needs(self) -> Reasons:
+        """Keys that can be turned, with `rerotate`."""
+        return {Property.RAW_KEYS: "with rerotate=True it looks at keys as they were turned"} if self.rerotate else {}
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""

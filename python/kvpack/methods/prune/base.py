@@ -14,3 +14,4 @@ class Prune(Method):
     """
 
     family: ClassVar[str] = "prune"
+    without: ClassVar[str] = "None to keep all channels"

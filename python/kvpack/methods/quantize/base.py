@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ... import _kvpack
 from ..base import Method, Site
 from .gptq import GPTQ
-
-if TYPE_CHECKING:
-    from ..evict import Evict
-    from ..select import Select
 
 
 class Quantize(Method):
     """A codec: how tokens that have left the exact tail are stored, in fewer bits a number."""
 
     family: ClassVar[str] = "quantize"
+    without: ClassVar[str] = "None for Exact()"
 
     @abstractmethod
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
@@ -27,27 +24,9 @@ class Quantize(Method):
     def values_method(self, site: Site | None = None) -> _kvpack.Method:
         """How values are stored in a layer; without a site what is the same in all layers."""
 
-    @property
-    def needs_neighbours(self) -> bool:
-        """Whether keys are held in runs of consecutive positions, so that none of them can go."""
-        return False
-
     def centers(self, site: Site | None = None) -> bool:
         """Whether a layer's keys are held less their mean."""
         return False
-
-    def make_layer(
-        self, site: Site | None = None, evict: Evict | None = None, select: Select | None = None
-    ) -> _kvpack.Layer:
-        """How a layer stores its tokens, which of them stay, and which a step of decoding reads."""
-        return _kvpack.Layer(
-            self.keys_method(site),
-            self.values_method(site),
-            None if evict is None else evict.make(site),
-            None if select is None else select.make(site),
-            select is not None,
-            self.centers(site),
-        )
 
 
 class Compensated(Quantize):

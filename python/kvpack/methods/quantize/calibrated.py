@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ... import _kvpack
 from ...errors import ModelMismatchError, OptionError
 from ...identity import fingerprint
 from ..base import Site
 from ..registry import register
 from ..spec import CALIBRATED, parse_spec
 from .base import Quantize
+from .compose import ByLayer
 from .kvquant import KVQuant, KVQuantTables
 
 FORMAT = 1
@@ -84,7 +84,7 @@ def identity(model: Any) -> Header:
 
 @register
 @dataclass(frozen=True, eq=False)
-class Calibrated(Quantize):
+class Calibrated(ByLayer):
     """A codec from a file that `kvpack.calibrate` wrote: each layer has what was chosen, or measured, for it.
 
     It fits the model that it was made on alone. A cache that is made for a model compares the configuration and the
@@ -114,10 +114,10 @@ class Calibrated(Quantize):
             raise OptionError(f"path: {self.path!r} is a damaged calibration: {error}") from None
         object.__setattr__(self, "_known", None)
 
-    @property
-    def needs_neighbours(self) -> bool:
-        """As any of the layers' codecs."""
-        return any(codec.needs_neighbours for codec in self._layers.values())  # type: ignore[attr-defined]
+    def codecs(self) -> Iterable[Quantize]:
+        """Those of the file."""
+        found: Mapping[int, Quantize] = self._layers  # type: ignore[attr-defined]
+        return found.values()
 
     def codec(self, site: Site | None) -> Quantize:
         """The codec of a layer.
@@ -145,14 +145,6 @@ class Calibrated(Quantize):
         if "equal" in found:
             lines.append(f"the same bits in all layers ({found['equal']}): KL {found['equal_kl']:.3e}")
         return "\n".join(lines)
-
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
-        """That of the layer."""
-        return self.codec(site).keys_method(site)
-
-    def values_method(self, site: Site | None = None) -> _kvpack.Method:
-        """That of the layer."""
-        return self.codec(site).values_method(site)
 
     def _check(self, site: Site) -> None:
         """Raises ModelMismatchError when the site is in another model; each model is looked at once."""

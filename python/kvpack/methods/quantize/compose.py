@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..base import Site
+from ..base import Reasons, Site
 from .base import Quantize
 
 
@@ -36,9 +37,14 @@ class Apart(Quantize):
                 raise OptionError(f"{side}={given!r} is not accepted; accepted: methods such as kvpack.KIVI(bits=4)")
 
     @property
-    def needs_neighbours(self) -> bool:
+    def needs(self) -> Reasons:
+        """As the codec of keys: all that is needed so far is of keys."""
+        return self.keys.needs
+
+    @property
+    def breaks(self) -> Reasons:
         """As the codec of keys."""
-        return self.keys.needs_neighbours
+        return self.keys.breaks
 
     def centers(self, site: Site | None = None) -> bool:
         """As the codec of keys."""
@@ -53,8 +59,43 @@ class Apart(Quantize):
         return self.values.values_method(site)
 
 
+class ByLayer(Quantize):
+    """A codec that is another codec in each layer."""
+
+    @abstractmethod
+    def codecs(self) -> Iterable[Quantize]:
+        """All codecs of all layers."""
+
+    @abstractmethod
+    def codec(self, site: Site | None) -> Quantize:
+        """The codec of a layer; OptionError when there is none."""
+
+    @property
+    def needs(self) -> Reasons:
+        """What any of the codecs needs."""
+        return {of: why for codec in self.codecs() for of, why in codec.needs.items()}
+
+    @property
+    def breaks(self) -> Reasons:
+        """What any of the codecs breaks."""
+        return {of: why for codec in self.codecs() for of, why in codec.breaks.items()}
+
+    def centers(self, site: Site | None = None) -> bool:
+        """As the layer's codec; without a site as any."""
+        codecs = self.codecs() if site is None else (self.codec(site),)
+        return any(codec.centers(site) for codec in codecs)
+
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+        """That of the layer."""
+        return self.codec(site).keys_method(site)
+
+    def values_method(self, site: Site | None = None) -> _kvpack.Method:
+        """That of the layer."""
+        return self.codec(site).values_method(site)
+
+
 @dataclass(frozen=True)
-class Layers(Quantize):
+class Layers(ByLayer):
     """Some layers by another codec than the rest: `Layers(KIVI(bits=2), {0: Q8(), -1: Q8()})`.
 
     The first and the last layers of many models need more bits than the others. As text it is written with `@`:
@@ -81,10 +122,9 @@ class Layers(Quantize):
             if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool)):
                 raise OptionError(f"others: {layer!r} is not accepted; accepted: whole numbers of layers")
 
-    @property
-    def needs_neighbours(self) -> bool:
-        """As any of the codecs."""
-        return any(codec.needs_neighbours for codec in (self.default, *self.others.values()))
+    def codecs(self) -> Iterable[Quantize]:
+        """That of most layers, then the others."""
+        return (self.default, *self.others.values())
 
     def codec(self, site: Site | None) -> Quantize:
         """The codec of a layer.
@@ -102,16 +142,3 @@ class Layers(Quantize):
         if len(by_number) < len(self.others):
             raise OptionError(f"others: {list(self.others)} name a layer twice in a model of {site.layers} layers")
         return by_number.get(site.layer, self.default)
-
-    def centers(self, site: Site | None = None) -> bool:
-        """As the layer's codec; without a site as any."""
-        codecs = (self.default, *self.others.values()) if site is None else (self.codec(site),)
-        return any(codec.centers(site) for codec in codecs)
-
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
-        """That of the layer."""
-        return self.codec(site).keys_method(site)
-
-    def values_method(self, site: Site | None = None) -> _kvpack.Method:
-        """That of the layer."""
-        return self.codec(site).values_method(site)

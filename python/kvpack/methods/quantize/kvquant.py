@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..base import Site, check_bits, check_switch, check_whole
+from ..base import Property, Reasons, Site, check_bits, check_switch, check_whole
 from ..registry import register
 from .base import Quantize
 
@@ -85,9 +85,16 @@ class KVQuant(Quantize):
         check_switch(self, "norm")
 
     @property
-    def needs_neighbours(self) -> bool:
+    def needs(self) -> Reasons:
         """Pages of keys have one position and count from it."""
-        return True
+        return {
+            Property.CONSECUTIVE_POSITIONS: "its keys before RoPE are held in runs, and turned from the first one on"
+        }
+
+    @property
+    def breaks(self) -> Reasons:
+        """Keys are turned when they are read."""
+        return {Property.RAW_KEYS: "it holds keys before RoPE"}
 
     def _of(self, site: Site | None) -> KVQuantTables:
         if site is None or site.layer not in self.tables:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..base import Site, check_bits, check_switch, check_whole
+from ..base import Property, Reasons, Site, check_bits, check_switch, check_whole
 from ..registry import register
 from .base import Compensated
 from .gptq import GPTQ, checked
@@ -65,6 +65,18 @@ class Rotated(Compensated):
         if self.levels not in ("uniform", "lloyd-max"):
             raise OptionError(f"levels={self.levels!r} is not accepted; accepted: 'uniform', 'lloyd-max'")
         self._method()
+
+    @property
+    def needs(self) -> Reasons:
+        """With `center` that all logits of a query may move by the same number."""
+        if not self.center:
+            return {}
+        return {Property.PLAIN_LOGITS: "with center=True all logits of a query are moved by the same number"}
+
+    @property
+    def breaks(self) -> Reasons:
+        """With `center` keys are not what they were."""
+        return {Property.RAW_KEYS: "with center=True keys are held less their mean"} if self.center else {}
 
     def centers(self, site: Site | None = None) -> bool:
         """Whether a layer's keys are held less their mean."""

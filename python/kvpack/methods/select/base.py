@@ -12,6 +12,7 @@ class Select(Method):
     """A method that reads less: it deletes nothing, and saves time and no memory."""
 
     family: ClassVar[str] = "select"
+    without: ClassVar[str] = "None to read all tokens"
 
     @abstractmethod
     def make(self, site: Site | None = None) -> tuple[Amount, int] | None:

@@ -14,3 +14,4 @@ class Share(Method):
     """
 
     family: ClassVar[str] = "share"
+    without: ClassVar[str] = "None to have each layer hold its own"
