@@ -54,20 +54,20 @@ CODECS = [
     kvpack.Rotated(bits=4, window=32, center=True),
     Tabled(bits=3, outliers=0.02, window=16),
     kvpack.Graded(key_bits=2.5, value_bits=2),
-    kvpack.Apart(kvpack.KIVI(bits=4, group=64), kvpack.Rotated(bits=8)),
-    kvpack.KIVI(bits=3, window=64, feedback=kvpack.GPTQ(threshold=0.0)),
+    kvpack.KeyValue(kvpack.KIVI(bits=4, group=64), kvpack.Rotated(bits=8)),
+    kvpack.KIVI(bits=3, window=64, compensation=kvpack.GPTQ(threshold=0.0)),
     kvpack.KVarN(bits=3),
-    kvpack.Rotated(bits=4, window=16, feedback=kvpack.GPTQ(threshold=0.0)),
-    kvpack.Graded(key_bits=3, value_bits=2, feedback=kvpack.GPTQ(threshold=0.0)),
+    kvpack.Rotated(bits=4, window=16, compensation=kvpack.GPTQ(threshold=0.0)),
+    kvpack.Graded(key_bits=3, value_bits=2, compensation=kvpack.GPTQ(threshold=0.0)),
 ]
 
 
 def codec_id(codec: Any) -> str:
     """The codec's name and numbers: `kivi2`, `graded2.5-2`."""
-    if isinstance(codec, kvpack.Apart):
+    if isinstance(codec, kvpack.KeyValue):
         return f"{codec_id(codec.keys)}/{codec_id(codec.values)}"
-    if getattr(codec, "feedback", None):
-        return f"gptq-{codec_id(dataclasses.replace(codec, feedback=None))}"
+    if getattr(codec, "compensation", None):
+        return f"gptq-{codec_id(dataclasses.replace(codec, compensation=None))}"
     if getattr(codec, "center", False):
         return f"centred-{codec_id(dataclasses.replace(codec, center=False))}"
     if getattr(codec, "levels", "uniform") != "uniform":
@@ -80,7 +80,7 @@ def stored_bits(codec: Any, head_dim: int) -> float:
     """Bits of a number that is packed, with its scales: the mean of keys and values."""
     if isinstance(codec, kvpack.Exact):
         return 32
-    if isinstance(codec, kvpack.Apart):
+    if isinstance(codec, kvpack.KeyValue):
         return (side_bits(codec.keys, head_dim) + side_bits(codec.values, head_dim)) / 2
     if isinstance(codec, kvpack.KVQuant):
         return codec.bits + 24 * max(round(codec.outliers * head_dim), 1) / head_dim + 16 / head_dim

@@ -14,19 +14,19 @@ from support import CODECS, Tabled, codec_id, tiny_config, tiny_model
 
 PRE_ROPE = (
     Tabled(bits=3),
-    kvpack.Apart(Tabled(bits=3), kvpack.Q8()),
-    kvpack.Layers(kvpack.Q8(), {0: Tabled(bits=3)}),
+    kvpack.KeyValue(Tabled(bits=3), kvpack.Q8()),
+    kvpack.PerLayer(kvpack.Q8(), {0: Tabled(bits=3)}),
 )
 CENTRED = (
     kvpack.Rotated(center=True),
-    kvpack.Apart(kvpack.Rotated(center=True), kvpack.Q4()),
-    kvpack.Layers(kvpack.Q8(), {-1: kvpack.Rotated(center=True)}),
+    kvpack.KeyValue(kvpack.Rotated(center=True), kvpack.Q4()),
+    kvpack.PerLayer(kvpack.Q8(), {-1: kvpack.Rotated(center=True)}),
 )
 OTHERS = (
     kvpack.Exact(),
     kvpack.KIVI(),
     kvpack.Graded(),
-    kvpack.Apart(kvpack.Q8(), Tabled(bits=3)),
+    kvpack.KeyValue(kvpack.Q8(), Tabled(bits=3)),
     kvpack.presets["tiny"],
 )
 LOOKS_AT_KEYS = (

@@ -738,10 +738,10 @@ def test_asking_for_memory_in_between_changes_nothing() -> None:
 def test_keys_before_rope_lose_no_token() -> None:
     """KVQuant's pages hold consecutive positions, alone, for keys only, or in one layer."""
     codec = Tabled(bits=3)
-    for quantize in (codec, kvpack.Apart(codec, kvpack.Q8()), kvpack.Layers(kvpack.Q8(), {0: codec})):
+    for quantize in (codec, kvpack.KeyValue(codec, kvpack.Q8()), kvpack.PerLayer(kvpack.Q8(), {0: codec})):
         with pytest.raises(kvpack.OptionError, match=r"not accepted with .*consecutive positions"):
             kvpack.PackedCache(tiny_config(), evict=kvpack.KeyDiff(), quantize=quantize)
-    kvpack.PackedCache(tiny_config(), evict=kvpack.KeyDiff(), quantize=kvpack.Apart(kvpack.Q8(), codec))
+    kvpack.PackedCache(tiny_config(), evict=kvpack.KeyDiff(), quantize=kvpack.KeyValue(kvpack.Q8(), codec))
 
 
 def test_methods_as_text() -> None:

@@ -336,7 +336,7 @@ def test_the_bits_that_are_named_are_the_bits_that_are_held(codec: object, dim: 
         (lambda: kvpack.Graded(key_bits=0.5), "key_bits=0.5"),
         (lambda: kvpack.Graded(key_bits="2"), "key_bits='2'"),
         (lambda: kvpack.Graded(window=100), "window=100"),
-        (lambda: kvpack.Apart(kvpack.KIVI(), "q8"), "values='q8'"),
+        (lambda: kvpack.KeyValue(kvpack.KIVI(), "q8"), "values='q8'"),
         (lambda: kvpack.PackedCache(tiny_config(head_dim=20), quantize=kvpack.Graded()), "multiples of 8"),
     ],
 )
@@ -395,12 +395,12 @@ def test_keys_are_not_centred_where_attention_would_change(options: dict[str, An
 
 
 def test_evictions_that_look_at_keys_do_not_see_centred_ones() -> None:
-    codec = kvpack.Apart(kvpack.Rotated(center=True), kvpack.Q4())
+    codec = kvpack.KeyValue(kvpack.Rotated(center=True), kvpack.Q4())
     for evict in (kvpack.KeyDiff(), kvpack.L2Norm(), kvpack.AdaKV(kvpack.KeyDiff())):
         with pytest.raises(kvpack.OptionError, match="held less their mean"):
             kvpack.PackedCache(tiny_config(), evict=evict, quantize=codec)
     kvpack.PackedCache(tiny_config(), evict=kvpack.SnapKV(), quantize=codec)
-    layers = kvpack.Layers(kvpack.Q8(), {0: kvpack.Rotated(center=True)})
+    layers = kvpack.PerLayer(kvpack.Q8(), {0: kvpack.Rotated(center=True)})
     assert [layers.centers(kvpack.methods.Site(i, 2, None)) for i in range(2)] == [True, False]
     with pytest.raises(kvpack.OptionError, match="center=1 is not accepted"):
         kvpack.Rotated(center=1)

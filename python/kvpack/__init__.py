@@ -29,31 +29,22 @@ from .methods.compact import *
 from .methods.evict import *
 from .methods.prune import *
 from .methods.quantize import *
+from .methods.renamed import renamed_class
 from .methods.select import *
 from .methods.share import *
 
-if not TYPE_CHECKING:  # type checkers see the imports
+if not TYPE_CHECKING:  # type checkers see the imports, and no old names
     from . import errors
     from .methods import compact, evict, prune, quantize, select, share
 
     _parts = (errors, quantize, evict, select, compact, prune, share)
-    __all__ = sorted(
-        [
-            *(name for part in _parts for name in part.__all__),
-            *(
-                "Attachment",
-                "Evaluation",
-                "LazyLLM",
-                "Memory",
-                "PackedCache",
-                "attach",
-                "calibrate",
-                "evaluate",
-                "info",
-            ),
-            *("load_calibration", "plot", "presets"),
-        ]
-    )
+    _own = "Attachment Evaluation LazyLLM Memory PackedCache attach calibrate evaluate info load_calibration plot"
+    __all__ = sorted([*_own.split(), "presets", *(name for part in _parts for name in part.__all__)])
+
+    def __getattr__(name: str) -> Any:
+        return renamed_class(globals(), name)
+
+
 __version__ = _kvpack.__version__
 presets = PRESETS
 

@@ -17,7 +17,7 @@ from ._tensors import DTYPES, describe
 from ._threads import threads
 from .beside import tensor_bytes
 from .errors import ShapeError
-from .memory import Memory, feedback, measured, readable_bytes
+from .memory import Memory, compensation, measured, readable_bytes
 from .methods import Evict, Methods, Quantize, Select
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -164,13 +164,13 @@ class LayerInspection:
         )
         return keys, values
 
-    def feedback_gains(
+    def compensation_gains(
         self, row: int = 0, head: int = 0
     ) -> tuple[tuple[float, bool] | None, tuple[float, bool] | None]:
-        """What GPTQ's feedback could gain at most for keys, and for values, of a KV head, and whether it is used there.
+        """What compensation could gain at most for keys, and for values, of a KV head, and whether it is used there.
 
         The gain is the arithmetic over the geometric mean of the eigenvalues of the damped metric: by so much the
-        expected square of an error can fall. None where there is no feedback, or no query was seen.
+        expected square of an error can fall. None where there is no compensation, or no query was seen.
         """
         return self.store.feedback_gains(self.index, row, head)
 
@@ -284,6 +284,7 @@ class CacheInspection(Cache):
 
     def info(self) -> dict[str, Any]:
         """What really runs: version, instruction set, threads, codec, layers, and attention calls by path."""
+        gains = [layer.compensation_gains(0, head) for layer in self._packed for head in range(layer.kv_heads)]
         counts = [self.store.counts(layer.index) for layer in self._packed]
         return {
             "version": _kvpack.__version__,
@@ -295,7 +296,7 @@ class CacheInspection(Cache):
             "attention": self.config._attn_implementation,
             "layers": [type(layer).__name__ for layer in self.layers],
             "tokens": self._tokens(),
-            **feedback([layer.feedback_gains(0, head) for layer in self._packed for head in range(layer.kv_heads)]),
+            **compensation(gains),
             **{path: sum(count[i] for count in counts) for i, path in enumerate(("prefill", "fused", "materialised"))},
         }
 

@@ -75,7 +75,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         )
 
     def commit(
-        self, version: int, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None, sinks: Any
+        self, version: int, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None, sink_logits: Any
     ) -> None:
         """Ends a prefill on an empty layer, after the attention of `query` over the model's own tensors.
 
@@ -89,7 +89,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
             version,
             describe(query),
             None if valid is None else describe(valid),
-            (scaling, softcap, None if sinks is None else sinks.detach().float().tolist()),
+            (scaling, softcap, None if sink_logits is None else sink_logits.detach().float().tolist()),
             torch.get_num_threads(),
         )
 
@@ -100,7 +100,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         valid: Tensor | None,
         scaling: float,
         softcap: float | None,
-        sinks: Tensor | None,
+        sink_logits: Tensor | None,
         values: LazyKV | None = None,
     ) -> Tensor:
         """Attention of the newest positions' queries over all that is held.
@@ -111,7 +111,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
             valid: `[B, q]`, which of the newest tokens are not pads.
             scaling: factor of the logits.
             softcap: `c` of `c tanh(logit / c)`.
-            sinks: learned logits, one a query head, that take weight and add nothing.
+            sink_logits: learned logits, one a query head, that take weight and add nothing.
             values: the handle that `update` returned; without it what is held now.
 
         Returns:
@@ -128,7 +128,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
             describe(out),
             None if mask is None else describe(mask),
             None if valid is None else describe(valid),
-            (scaling, softcap, None if sinks is None else sinks.detach().float().tolist()),
+            (scaling, softcap, None if sink_logits is None else sink_logits.detach().float().tolist()),
             torch.get_num_threads(),
         )
         return out

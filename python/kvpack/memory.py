@@ -70,10 +70,10 @@ def measured(
     return Memory(parts, layers)
 
 
-def feedback(heads: Sequence[Sequence[tuple[float, bool] | None]]) -> dict[str, str]:
-    """Where feedback is used, for `info`: heads that have it, of all with a metric, and what it could gain."""
+def compensation(heads: Sequence[Sequence[tuple[float, bool] | None]]) -> dict[str, str]:
+    """Where compensation is used, for `info`: heads that have it, of all with a metric, and what it could gain."""
     told = {}
-    for side, name in enumerate(("feedback of keys", "feedback of values")):
+    for side, name in enumerate(("compensation of keys", "compensation of values")):
         gains = [gain for head in heads if (gain := head[side]) is not None]
         if gains:
             ratios = sorted(ratio for ratio, _ in gains)

@@ -5,7 +5,7 @@ text, presets.py codecs by size; combination.py is the methods of one cache toge
 """
 
 # ruff: noqa: F403  # a family says what it has, and all above follows
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # The families first: presets are made of their methods.
 # isort: off
@@ -20,10 +20,11 @@ from .prune import *
 from .share import *
 from .presets import PRESETS as PRESETS
 from .combination import Methods as Methods
+from .renamed import renamed_class
 
 # isort: on
 
-if not TYPE_CHECKING:  # type checkers see the imports
+if not TYPE_CHECKING:  # type checkers see the imports, and no old names
     from . import compact, evict, prune, quantize, select, share
 
     _families = (quantize, evict, select, compact, prune, share)
@@ -45,3 +46,6 @@ if not TYPE_CHECKING:  # type checkers see the imports
             ),
         ]
     )
+
+    def __getattr__(name: str) -> Any:
+        return renamed_class(globals(), name)

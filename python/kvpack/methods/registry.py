@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from ..errors import OptionError
 from .base import Method
+from .renamed import accept_old_names
 
 if TYPE_CHECKING:
     from .evict import Evict
@@ -37,5 +38,7 @@ def register(method: _M) -> _M:
     """
     if method.name in chain.from_iterable(FAMILIES.values()):
         raise OptionError(f"name: {method.name!r} is not accepted for {method.__name__}: another method has it")
+    if method.renamed:
+        accept_old_names(method)
     FAMILIES[method.family][method.name] = method
     return method

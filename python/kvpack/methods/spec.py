@@ -21,9 +21,10 @@ from typing import Any
 from ..errors import KvpackError, OptionError
 from .evict.adakv import AdaKV
 from .presets import PRESETS
-from .quantize.compose import Apart, Layers
+from .quantize.compose import KeyValue, PerLayer
 from .quantize.gptq import GPTQ
 from .registry import FAMILIES, QUANTIZE
+from .renamed import renamed_options
 
 CALIBRATED = "calibrated"
 """The name of the codec from a file, whose path may stand without quotes."""
@@ -67,9 +68,9 @@ def spell(method: Any) -> str:
     Raises:
         OptionError: there is no text for it.
     """
-    if isinstance(method, Apart):
+    if isinstance(method, KeyValue):
         return f"{spell(method.keys)}/{spell(method.values)}"
-    if isinstance(method, Layers):
+    if isinstance(method, PerLayer):
         return "@".join([spell(method.default), *(f"{layer}={spell(codec)}" for layer, codec in method.others.items())])
     own = [field for field in fields(method) if field.init]
     if isinstance(method, AdaKV):
@@ -131,7 +132,7 @@ def _parse_part(text: str) -> tuple[str, Any]:
                 f"method {text!r} is not accepted; a slash stands between a codec of keys and one of values"
             )
         (_, keys), (_, values) = sides
-        return "quantize", Apart(keys, values)
+        return "quantize", KeyValue(keys, values)
     if _BEFORE_BRACKETS.match(text):
         return "evict", _parse_adakv(text)
     name, parameters = split_parameters(text)
@@ -158,7 +159,7 @@ def _parse_adakv(text: str) -> AdaKV:
     return adakv
 
 
-def _parse_layers(text: str) -> Layers:
+def _parse_layers(text: str) -> PerLayer:
     """Return what `default@layer=codec@...` stands for."""
     default, *others = split(text, "@")
     codecs: dict[int, Any] = {}
@@ -173,7 +174,7 @@ def _parse_layers(text: str) -> Layers:
                 f"method {text!r} is not accepted; after each @ stands the number of a layer, = and a codec"
             )
         codecs[number] = _codec(codec)
-    return Layers(_codec(default), codecs)
+    return PerLayer(_codec(default), codecs)
 
 
 def _codec(text: str) -> Any:
@@ -245,6 +246,7 @@ def make(method: type, name: str, parameters: Mapping[str, Any]) -> Any:
         OptionError: it has no such parameter, or does not accept a value.
     """
     accepted = [field.name for field in fields(method)]
+    parameters = renamed_options(method, parameters)
     for parameter in parameters:
         if parameter not in accepted:
             what = ", ".join(accepted) if accepted else "none, it has no parameters"

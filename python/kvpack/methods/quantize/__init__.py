@@ -11,7 +11,7 @@ from .kvarn import KVarN
 from .graded import Graded
 from .kvquant import KVQuant
 from .calibrated import Calibrated
-from .compose import Apart, Layers
+from .compose import KeyValue, PerLayer
 from .gptq import GPTQ
 
 # isort: on
@@ -21,13 +21,13 @@ __all__ = [
     "KIVI",
     "Q4",
     "Q8",
-    "Apart",
     "Calibrated",
     "Exact",
     "Graded",
     "KVQuant",
     "KVarN",
-    "Layers",
+    "KeyValue",
+    "PerLayer",
     "Quantize",
     "Rotated",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 from ... import _kvpack
@@ -30,18 +31,20 @@ class Quantize(Method):
 
 
 class Compensated(Quantize):
-    """A codec whose keys and values are stored alike, with feedback or without."""
+    """A codec whose keys and values are stored alike, with compensation or without."""
 
-    feedback: GPTQ | None
+    renamed: ClassVar[Mapping[str, str]] = {"feedback": "compensation"}
+
+    compensation: GPTQ | None
 
     @abstractmethod
     def _method(self) -> _kvpack.Method:
-        """How both are stored, without feedback."""
+        """How both are stored, without compensation."""
 
     def keys_method(self, site: Site | None = None) -> _kvpack.Method:
-        """How keys are stored, with the feedback of their queries."""
-        return self._method() if self.feedback is None else self.feedback.for_keys(self._method(), site)
+        """How keys are stored, with the compensation of their queries."""
+        return self._method() if self.compensation is None else self.compensation.for_keys(self._method(), site)
 
     def values_method(self, site: Site | None = None) -> _kvpack.Method:
-        """How values are stored, with the feedback of the layer's output projection."""
-        return self._method() if self.feedback is None else self.feedback.for_values(self._method(), site)
+        """How values are stored, with the compensation of the layer's output projection."""
+        return self._method() if self.compensation is None else self.compensation.for_values(self._method(), site)

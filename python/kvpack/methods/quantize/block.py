@@ -18,11 +18,11 @@ class _Block(Compensated):
 
     window: int = 0
     sinks: int = 0
-    feedback: GPTQ | None = None
+    compensation: GPTQ | None = None
 
     def __post_init__(self) -> None:
         check_whole(self, window=0, sinks=0)
-        object.__setattr__(self, "feedback", checked(self.feedback))
+        object.__setattr__(self, "compensation", checked(self.compensation))
 
     def _method(self) -> _kvpack.Method:
         return _kvpack.Method.block(self.bits, self.window, self.sinks)
@@ -38,7 +38,7 @@ class Q8(_Block):
     Attributes:
         window: newest tokens that stay exact.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
-        feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
+        compensation: `GPTQ(...)`, if roundings are to make up for each other (as text `compensation=gptq`); None: not.
     """
 
     name: ClassVar[str] = "q8"
@@ -56,7 +56,7 @@ class Q4(_Block):
     Attributes:
         window: newest tokens that stay exact.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
-        feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
+        compensation: `GPTQ(...)`, if roundings are to make up for each other (as text `compensation=gptq`); None: not.
     """
 
     name: ClassVar[str] = "q4"

@@ -14,8 +14,8 @@ from .base import Quantize
 
 
 @dataclass(frozen=True)
-class Apart(Quantize):
-    """Keys by one method, values by another: `Apart(KIVI(bits=4), Rotated(bits=2))`.
+class KeyValue(Quantize):
+    """Keys by one method, values by another: `KeyValue(KIVI(bits=4), Rotated(bits=2))`.
 
     As text it is written with a slash: `kivi:bits=4/rotated:bits=2`.
 
@@ -24,7 +24,7 @@ class Apart(Quantize):
         values: the codec as whose values values are stored.
     """
 
-    name: ClassVar[str] = "apart"
+    name: ClassVar[str] = "key_value"
     standard: ClassVar[tuple[str, ...]] = ()
 
     keys: Quantize
@@ -95,8 +95,8 @@ class ByLayer(Quantize):
 
 
 @dataclass(frozen=True)
-class Layers(ByLayer):
-    """Some layers by another codec than the rest: `Layers(KIVI(bits=2), {0: Q8(), -1: Q8()})`.
+class PerLayer(ByLayer):
+    """Some layers by another codec than the rest: `PerLayer(KIVI(bits=2), {0: Q8(), -1: Q8()})`.
 
     The first and the last layers of many models need more bits than the others. As text it is written with `@`:
     `kivi:bits=2@0=q8@-1=q8`.
@@ -106,7 +106,7 @@ class Layers(ByLayer):
         others: codecs by the number of the layer; negative numbers count from the last one.
     """
 
-    name: ClassVar[str] = "layers"
+    name: ClassVar[str] = "per_layer"
     standard: ClassVar[tuple[str, ...]] = ()
 
     default: Quantize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ from ... import _kvpack
 from ...errors import OptionError
 from ..base import Site, check_bits, check_switch, check_whole
 from ..registry import register
-from .base import Quantize
+from .base import Compensated, Quantize
 from .gptq import GPTQ, checked
 
 
@@ -34,7 +35,7 @@ class Graded(Quantize):
             full: fewer of the newest stay exact, at times none.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
         seed: of the values' random signs.
-        feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
+        compensation: `GPTQ(...)`, if roundings are to make up for each other (as text `compensation=gptq`); None: not.
         full_window: whether a block of keys waits until `window` newer ones are held, too: `window` to `2 window - 1`
             of the newest stay exact.
     """
@@ -50,17 +51,19 @@ class Graded(Quantize):
         "graded:key_bits=2:value_bits=2",
     )
 
+    renamed: ClassVar[Mapping[str, str]] = Compensated.renamed
+
     key_bits: float = 3.0
     value_bits: int = 3
     group: int = 128
     window: int = 128
     sinks: int = 4
     seed: int = 0
-    feedback: GPTQ | None = None
+    compensation: GPTQ | None = None
     full_window: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "feedback", checked(self.feedback))
+        object.__setattr__(self, "compensation", checked(self.compensation))
         check_switch(self, "full_window")
         if not isinstance(self.key_bits, int | float) or isinstance(self.key_bits, bool):
             raise OptionError(f"key_bits={self.key_bits!r} is not accepted; accepted: 1 to 8")
@@ -74,9 +77,9 @@ class Graded(Quantize):
         """Per channel, with graded bits."""
         method = _kvpack.Method.graded(self.key_bits, self.group, self.window, self.sinks)
         method = method.with_full_window() if self.full_window else method
-        return method if self.feedback is None else self.feedback.for_keys(method, site)
+        return method if self.compensation is None else self.compensation.for_keys(method, site)
 
     def values_method(self, site: Site | None = None) -> _kvpack.Method:
         """Rotated."""
         method = _kvpack.Method.rotated(self.value_bits, "uniform", 0, self.window, self.sinks, self.seed)
-        return method if self.feedback is None else self.feedback.for_values(method, site)
+        return method if self.compensation is None else self.compensation.for_values(method, site)

@@ -31,7 +31,7 @@ class KIVI(Compensated):
             most 256 and at most the head dim. The last group of a value may be shorter.
         window: the paper's residual length, in tokens; a multiple of `group`.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads. The paper has none (0).
-        feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
+        compensation: `GPTQ(...)`, if roundings are to make up for each other (as text `compensation=gptq`); None: not.
         full_window: whether a block of keys waits until `window` newer ones are held, too: `window` to `2 window - 1`
             of the newest stay exact. The paper's rule is False.
     """
@@ -40,10 +40,10 @@ class KIVI(Compensated):
     standard: ClassVar[tuple[str, ...]] = (
         "kivi:bits=8",
         "kivi:bits=8:group=64",
-        "kivi:bits=8:group=64:feedback=gptq",
+        "kivi:bits=8:group=64:compensation=gptq",
         "kivi:bits=4",
         "kivi:bits=3",
-        "kivi:bits=3:feedback=gptq",
+        "kivi:bits=3:compensation=gptq",
         "kivi:bits=2",
     )
 
@@ -51,14 +51,14 @@ class KIVI(Compensated):
     group: int = 32
     window: int = 128
     sinks: int = 4
-    feedback: GPTQ | None = None
+    compensation: GPTQ | None = None
     full_window: bool = False
 
     def __post_init__(self) -> None:
         check_whole(self, bits=1, group=1, window=1, sinks=0)
         check_bits(self, "bits", (2, 3, 4, 8))
         check_switch(self, "full_window")
-        object.__setattr__(self, "feedback", checked(self.feedback))
+        object.__setattr__(self, "compensation", checked(self.compensation))
         self._method()  # Rust knows the rest of the rules
 
     def _method(self) -> _kvpack.Method:

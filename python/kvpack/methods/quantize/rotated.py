@@ -32,7 +32,7 @@ class Rotated(Compensated):
         window: newest tokens that stay exact.
         sinks: tokens at the beginning of each sequence that stay exact, not counting pads.
         seed: of the random signs.
-        feedback: `GPTQ(...)`, if roundings are to make up for each other (`feedback=gptq` as text); None: they are not.
+        compensation: `GPTQ(...)`, if roundings are to make up for each other (as text `compensation=gptq`); None: not.
         center: whether keys are held less the mean key of the first prompt, one a KV head. Attention does not change
             when all keys move by the same vector, and what is left is smaller, and rounded better. Not for models with
             learned sinks or capped logits, nor with evictions that look at keys.
@@ -41,7 +41,7 @@ class Rotated(Compensated):
     name: ClassVar[str] = "rotated"
     standard: ClassVar[tuple[str, ...]] = (
         "rotated:bits=4",
-        "rotated:bits=4:feedback=gptq",
+        "rotated:bits=4:compensation=gptq",
         "rotated:bits=4:center=True",
         "rotated:bits=3",
         "rotated:bits=3:levels=lloyd-max",
@@ -54,11 +54,11 @@ class Rotated(Compensated):
     window: int = 128
     sinks: int = 4
     seed: int = 0
-    feedback: GPTQ | None = None
+    compensation: GPTQ | None = None
     center: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "feedback", checked(self.feedback))
+        object.__setattr__(self, "compensation", checked(self.compensation))
         check_switch(self, "center")
         check_whole(self, bits=1, group=0, window=0, sinks=0, seed=0)
         check_bits(self, "bits", (2, 3, 4, 8))
