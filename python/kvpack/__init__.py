@@ -19,10 +19,10 @@ from .attach import attach as attach
 from .cache import PackedCache as PackedCache
 from .calibration import calibrate as calibrate
 from .calibration import load_calibration as load_calibration
+from .companions import *
 from .errors import *
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
-from .lazy import LazyLLM as LazyLLM
 from .memory import Memory as Memory
 from .methods import PRESETS
 from .methods.compact import *
@@ -34,11 +34,11 @@ from .methods.select import *
 from .methods.share import *
 
 if not TYPE_CHECKING:  # type checkers see the imports, and no old names
-    from . import errors
+    from . import companions, errors
     from .methods import compact, evict, prune, quantize, select, share
 
-    _parts = (errors, quantize, evict, select, compact, prune, share)
-    _own = "Attachment Evaluation LazyLLM Memory PackedCache attach calibrate evaluate info load_calibration plot"
+    _parts = (companions, errors, quantize, evict, select, compact, prune, share)
+    _own = "Attachment Evaluation Memory PackedCache attach calibrate evaluate info load_calibration plot"
     __all__ = sorted([*_own.split(), "presets", *(name for part in _parts for name in part.__all__)])
 
     def __getattr__(name: str) -> Any:

@@ -12,10 +12,10 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from . import _kvpack
-from ._lazy import Lazy
 from ._tensors import DTYPES, describe
 from ._threads import threads
 from .beside import tensor_bytes
+from .companion import Companion
 from .errors import ShapeError
 from .memory import Memory, compensation, measured, readable_bytes
 from .methods import Evict, Methods, Quantize, Select
@@ -184,7 +184,7 @@ class CacheInspection(Cache):
 
     store: _kvpack.Cache
     methods: Methods
-    lazy: Lazy | None
+    companions: list[Companion]  # replaced, never changed: who looks may be in another thread
     config: Any
 
     @property
@@ -250,7 +250,7 @@ class CacheInspection(Cache):
             packed = isinstance(layer, LayerInspection)
             pending.append([x for owner in self.store.owners(i) for x in owner] if packed else [])
             others.append(0 if packed else tensor_bytes(self._shown(i)))
-        return measured(held, pending, others, 0 if self.lazy is None else self.lazy.bytes())
+        return measured(held, pending, others, [companion.bytes() for companion in self.companions])
 
     def lossy_share(self, new: int = 0) -> float:
         """Share of the keys' and values' numbers in packed layers that are not exactly what the model made, or gone.
@@ -268,11 +268,10 @@ class CacheInspection(Cache):
         Raises:
             ShapeError: there is no such layer, head or sequence, or the layer is none of kvpack's.
         """
-        positions = self.store.positions(layer if layer >= 0 else len(self.layers), row, head)
-        if self.lazy is not None:
-            return sorted(self.lazy.held[layer][row, positions].tolist())
-        held: list[int] = positions.tolist()
-        return held
+        positions: list[int] = self.store.positions(layer if layer >= 0 else len(self.layers), row, head).tolist()
+        for companion in self.companions:
+            positions = companion.positions(layer, row, positions)
+        return positions
 
     @property
     def _packed(self) -> Iterator[LayerInspection]:

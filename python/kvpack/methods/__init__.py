@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 # The families first: presets are made of their methods.
 # isort: off
 from .base import Method as Method, Property as Property, Site as Site
-from .registry import EVICT as EVICT, FAMILIES as FAMILIES, QUANTIZE as QUANTIZE, SELECT as SELECT, register as register
+from .registry import COMPANIONS as COMPANIONS, FAMILIES as FAMILIES, register as register
+from .registry import EVICT as EVICT, QUANTIZE as QUANTIZE, SELECT as SELECT
 from .quantize import *
 from .quantize.kvquant import KVQuantTables as KVQuantTables
 from .evict import *
@@ -28,24 +29,8 @@ if not TYPE_CHECKING:  # type checkers see the imports, and no old names
     from . import compact, evict, prune, quantize, select, share
 
     _families = (quantize, evict, select, compact, prune, share)
-    __all__ = sorted(
-        [
-            *(name for family in _families for name in family.__all__),
-            *(
-                "EVICT",
-                "FAMILIES",
-                "PRESETS",
-                "QUANTIZE",
-                "SELECT",
-                "KVQuantTables",
-                "Method",
-                "Methods",
-                "Property",
-                "Site",
-                "register",
-            ),
-        ]
-    )
+    _own = "COMPANIONS EVICT FAMILIES KVQuantTables Method Methods PRESETS Property QUANTIZE SELECT Site register"
+    __all__ = sorted([*_own.split(), *(name for family in _families for name in family.__all__)])
 
     def __getattr__(name: str) -> Any:
         return renamed_class(globals(), name)

@@ -44,6 +44,12 @@ class Party:
     breaks: Reasons
     family: str | None = None
 
+    @classmethod
+    def of(cls, method: Method, given: str | None = None, family: str | None = None) -> Party:
+        """A method, or a companion."""
+        name = type(method).__name__
+        return cls(name, given or name, method.needs, method.breaks, family)
+
 
 def model_party(config: Any) -> Party:
     """What a model needs and breaks, as far as the configuration of its decoder tells."""
@@ -118,10 +124,7 @@ class Methods:
 
     def parties(self) -> list[Party]:
         """Each method, for `check_together`."""
-        return [
-            Party(type(method).__name__, f"{family}={method!r}", method.needs, method.breaks, family)
-            for family, method in self.given().items()
-        ]
+        return [Party.of(method, f"{family}={method!r}", family) for family, method in self.given().items()]
 
     def check_with(self, other: Party) -> None:
         """Raises OptionError when a method does not go with `other`: a model, or what runs beside the cache."""

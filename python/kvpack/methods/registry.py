@@ -30,15 +30,20 @@ EVICT = cast("dict[str, type[Evict]]", FAMILIES["evict"])
 SELECT = cast("dict[str, type[Select]]", FAMILIES["select"])
 
 
+COMPANIONS: dict[str, type[Method]] = {}
+"""What runs beside a cache, by name; the family of these is "companion"."""
+
+
 def register(method: _M) -> _M:
     """Enter a method into the registry of its family, by its name.
 
     Raises:
         OptionError: another method has that name.
     """
-    if method.name in chain.from_iterable(FAMILIES.values()):
+    if method.name in chain(COMPANIONS, *FAMILIES.values()):
         raise OptionError(f"name: {method.name!r} is not accepted for {method.__name__}: another method has it")
     if method.renamed:
         accept_old_names(method)
-    FAMILIES[method.family][method.name] = method
+    methods = COMPANIONS if method.family == "companion" else FAMILIES[method.family]
+    methods[method.name] = method
     return method
