@@ -135,6 +135,17 @@ def tiny_model(config: Any = None, attention: str = "kvpack", seed: int = 0) -> 
     return model
 
 
+def small_model(seed: int = 0, **more: Any) -> PreTrainedModel:
+    """A random model with the test model's vocabulary, whose predictions are not all alike."""
+    config = tiny_config(vocab_size=49_152, initializer_range=0.2, max_position_embeddings=4096, **more)
+    return tiny_model(config, seed=seed)
+
+
+def ids_of(batch: int, tokens: int) -> torch.Tensor:
+    """Random tokens for a tiny model, none of them special."""
+    return torch.randint(3, 128, (batch, tokens))
+
+
 class FakeAttention(torch.nn.Module):
     """The attributes of a model's attention module that attention functions read."""
 

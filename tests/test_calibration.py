@@ -17,15 +17,10 @@ from kvpack.calibration.losses import measure_losses, range_of_bits
 from kvpack.methods.quantize.calibrated import read, write
 from kvpack.methods.spec import parse_spec
 from safetensors.torch import save_file
-from support import forward, random_kv, tiny_config, tiny_model
+from support import forward, random_kv, small_model, tiny_config
 
 WORDS = "The harbour was quiet. A boat came in, and nobody spoke of it! " * 300
 SMALL: dict[str, Any] = {"context": 512, "documents": 2, "progress": False}
-
-
-def small_model(seed: int = 0, **more: Any) -> Any:
-    config = tiny_config(vocab_size=49_152, initializer_range=0.2, max_position_embeddings=4096, **more)
-    return tiny_model(config, seed=seed)
 
 
 @pytest.fixture(scope="module")

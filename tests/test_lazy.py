@@ -7,7 +7,7 @@ from typing import Any
 import kvpack
 import pytest
 import torch
-from support import left_padding, tiny_config, tiny_model
+from support import ids_of, left_padding, tiny_config, tiny_model
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
@@ -17,10 +17,6 @@ SCHEDULE = {1: 0.6, 3: 0.3}
 
 def model_of() -> Any:
     return tiny_model(tiny_config(layers=5))
-
-
-def ids_of(batch: int, tokens: int) -> Tensor:
-    return torch.randint(3, 128, (batch, tokens))
 
 
 class SlowLazy:
