@@ -7,8 +7,9 @@ from typing import Any
 import kvpack
 import pytest
 import torch
+from kvpack.methods import EVICT
 from kvpack.rotation import Rotation
-from support import forward, random_kv, tiny_config
+from support import forward, random_kv, tiny_config, with_registered
 from torch import Tensor
 
 FREQUENCIES = 0.9 * 0.7 ** torch.arange(16)
@@ -30,24 +31,27 @@ class Streaming(Rotary, kvpack.StreamingLLM):
     """Positions within the cache of it."""
 
 
-EVICTIONS = [
-    kvpack.SnapKV(budget=0.25, window=16),
-    kvpack.SnapKV(budget=60, window=8, kernel=3, pooling="max", decode=True, block=32),
-    kvpack.PyramidKV(budget=0.3, window=8),
-    kvpack.H2O(budget=0.25, block=32),
-    kvpack.A2SF(budget=48, alpha=0.9, recent=8, block=32),
-    kvpack.TOVA(budget=0.25, block=32),
-    kvpack.StreamingLLM(budget=64, block=32),
-    Streaming(budget=64, block=32, rerotate=True),
-    kvpack.Longformer(window=24, dilation=3, block=32),
-    Turned(budget=0.25),
-    kvpack.KeyDiff(budget=0.25),
-    kvpack.L2Norm(budget=0.25, recent=4, decode=True, block=32),
-    kvpack.Random(budget=0.25, seed=3),
-    kvpack.AdaKV(kvpack.SnapKV(budget=0.25, window=16)),
-    kvpack.AdaKV(Turned(budget=0.25)),
-    kvpack.AdaKV(kvpack.H2O(budget=0.25, block=32), floor=0.5),
-]
+EVICTIONS = with_registered(
+    [
+        kvpack.SnapKV(budget=0.25, window=16),
+        kvpack.SnapKV(budget=60, window=8, kernel=3, pooling="max", decode=True, block=32),
+        kvpack.PyramidKV(budget=0.3, window=8),
+        kvpack.H2O(budget=0.25, block=32),
+        kvpack.A2SF(budget=48, alpha=0.9, recent=8, block=32),
+        kvpack.TOVA(budget=0.25, block=32),
+        kvpack.StreamingLLM(budget=64, block=32),
+        Streaming(budget=64, block=32, rerotate=True),
+        kvpack.Longformer(window=24, dilation=3, block=32),
+        Turned(budget=0.25),
+        kvpack.KeyDiff(budget=0.25),
+        kvpack.L2Norm(budget=0.25, recent=4, decode=True, block=32),
+        kvpack.Random(budget=0.25, seed=3),
+        kvpack.AdaKV(kvpack.SnapKV(budget=0.25, window=16)),
+        kvpack.AdaKV(Turned(budget=0.25)),
+        kvpack.AdaKV(kvpack.H2O(budget=0.25, block=32), floor=0.5),
+    ],
+    EVICT,
+)
 CODECS = [kvpack.Exact(), kvpack.KIVI(bits=8, window=32), kvpack.Q8(), kvpack.Rotated(bits=8, window=16)]
 
 

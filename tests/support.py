@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import kvpack
 import pytest
 import torch
 from kvpack.attention import kvpack_attention
-from kvpack.methods import KVQuantTables
+from kvpack.methods import QUANTIZE, KVQuantTables
+from kvpack.methods.spec import parse_spec
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 
@@ -41,25 +43,36 @@ class Tabled(kvpack.KVQuant):
         )
 
 
-# Every test of what all methods promise runs over this list: a new method is one more row.
-CODECS = [
-    kvpack.Exact(),
-    kvpack.KIVI(bits=2),
-    kvpack.KIVI(bits=3),
-    kvpack.KIVI(bits=4),
-    kvpack.KIVI(bits=8),
-    kvpack.Q8(),
-    kvpack.Rotated(bits=3, group=16, window=32),
-    kvpack.Rotated(bits=4, levels="lloyd-max"),
-    kvpack.Rotated(bits=4, window=32, center=True),
-    Tabled(bits=3, outliers=0.02, window=16),
-    kvpack.Graded(key_bits=2.5, value_bits=2),
-    kvpack.KeyValue(kvpack.KIVI(bits=4, group=64), kvpack.Rotated(bits=8)),
-    kvpack.KIVI(bits=3, window=64, compensation=kvpack.GPTQ(threshold=0.0)),
-    kvpack.KVarN(bits=3),
-    kvpack.Rotated(bits=4, window=16, compensation=kvpack.GPTQ(threshold=0.0)),
-    kvpack.Graded(key_bits=3, value_bits=2, compensation=kvpack.GPTQ(threshold=0.0)),
-]
+def with_registered(rows: list[Any], methods: Mapping[str, Any]) -> list[Any]:
+    """The rows, and the first standard setting of each registered method that none of them is of."""
+    missing = [
+        method for method in methods.values() if method.standard and not any(isinstance(row, method) for row in rows)
+    ]
+    return [*rows, *(parse_spec(method.standard[0]).options[method.family] for method in missing)]
+
+
+# Every test of what all methods promise runs over this list: what is registered, and settings that matter.
+CODECS = with_registered(
+    [
+        kvpack.Exact(),
+        kvpack.KIVI(bits=2),
+        kvpack.KIVI(bits=3),
+        kvpack.KIVI(bits=4),
+        kvpack.KIVI(bits=8),
+        kvpack.Q8(),
+        kvpack.Rotated(bits=3, group=16, window=32),
+        kvpack.Rotated(bits=4, levels="lloyd-max"),
+        kvpack.Rotated(bits=4, window=32, center=True),
+        Tabled(bits=3, outliers=0.02, window=16),
+        kvpack.Graded(key_bits=2.5, value_bits=2),
+        kvpack.KeyValue(kvpack.KIVI(bits=4, group=64), kvpack.Rotated(bits=8)),
+        kvpack.KIVI(bits=3, window=64, compensation=kvpack.GPTQ(threshold=0.0)),
+        kvpack.KVarN(bits=3),
+        kvpack.Rotated(bits=4, window=16, compensation=kvpack.GPTQ(threshold=0.0)),
+        kvpack.Graded(key_bits=3, value_bits=2, compensation=kvpack.GPTQ(threshold=0.0)),
+    ],
+    QUANTIZE,
+)
 
 
 def codec_id(codec: Any) -> str:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import kvpack
 import pytest
 import torch
-from support import causal_mask, forward, left_padding, random_kv, relative_error, tiny_config
+from kvpack.methods.quantize.calibrated import identity, write
+from support import (
+    assert_same_contents,
+    causal_mask,
+    forward,
+    left_padding,
+    random_kv,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
 
 
 def test_centred_keys_are_packed_less_the_mean_of_the_first_prompt() -> None:
@@ -67,3 +78,19 @@ def test_evictions_that_look_at_keys_do_not_see_centred_ones() -> None:
     assert [layers.centers(kvpack.methods.Site(i, 2, None)) for i in range(2)] == [True, False]
     with pytest.raises(kvpack.OptionError, match="center=1 is not accepted"):
         kvpack.Rotated(center=1)
+
+
+def test_calibrated_layers_are_centred_as_their_codecs_say(tmp_path: Path) -> None:
+    model = tiny_model(tiny_config(head_dim=64))
+    layers = {"0": "q8", "1": "rotated:bits=4:window=16:center=True"}
+    header = {"method": "kivi/rotated", "layers": layers, "model": identity(model)}
+    write(tmp_path / "bits.safetensors", header, {"losses": torch.zeros(1)})
+    codec = kvpack.load_calibration(tmp_path / "bits.safetensors")
+    assert [codec.centers(kvpack.methods.Site(i, 2, model.config, model)) for i in range(2)] == [False, True]
+    by_hand = kvpack.PerLayer(kvpack.Q8(), {1: kvpack.Rotated(bits=4, window=16, center=True)})
+    caches = [kvpack.PackedCache(model, quantize=quantize) for quantize in (codec, by_hand)]
+    for cache in caches:
+        model(torch.arange(3, 90)[None], past_key_values=cache)
+    assert_same_contents(*caches)
+    with pytest.raises(kvpack.OptionError, match="held less their mean"):
+        kvpack.PackedCache(model, quantize=codec, evict=kvpack.KeyDiff())

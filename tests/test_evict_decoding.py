@@ -101,7 +101,7 @@ def test_decoding_holds_the_budget_by_the_attention_received(alpha: float) -> No
     assert len(heads[0].positions) <= 60 + 20 + 3
 
 
-def test_snapkv_votes_again_with_the_last_queries_of_decoding() -> None:
+def test_snapkv_scores_again_with_the_last_queries_of_decoding() -> None:
     key, value, query = prompt(120)
     cache = cache_after(kvpack.SnapKV(budget=50, window=9, pooling="avg", decode=True, block=30), key, value, query)
     held = kept(cache)

@@ -37,7 +37,7 @@ def test_a_sequence_that_was_cropped_away_begins_anew() -> None:
 
 
 @every_eviction
-def test_speculation_waits_with_the_choice_and_takes_votes_back(evict: Any) -> None:
+def test_speculation_waits_with_the_choice_and_takes_scores_back(evict: Any) -> None:
     """Tokens that were offered and refused leave no trace."""
     key, value, query = prompt(90)
     new = [prompt(1) for _ in range(60)]

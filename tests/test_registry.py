@@ -62,6 +62,13 @@ def test_no_two_methods_have_one_name(name: str) -> None:
     assert {**QUANTIZE, **EVICT}[name] is taken
 
 
+def test_there_are_no_other_families() -> None:
+    stray = type("Stray", (kvpack.Exact,), {"name": "stray", "family": "bits"})
+    with pytest.raises(kvpack.OptionError, match=r"family: 'bits' is unknown; accepted: quantize, .*, companion"):
+        register(stray)
+    assert "stray" not in names()
+
+
 def test_what_was_registered_for_a_test_is_gone() -> None:
     assert not {"mine", "coin"} & set(names())
     with pytest.raises(kvpack.OptionError, match="'mine' is unknown"):

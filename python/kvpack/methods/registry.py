@@ -29,7 +29,6 @@ QUANTIZE = cast("dict[str, type[Quantize]]", FAMILIES["quantize"])
 EVICT = cast("dict[str, type[Evict]]", FAMILIES["evict"])
 SELECT = cast("dict[str, type[Select]]", FAMILIES["select"])
 
-
 COMPANIONS: dict[str, type[Method]] = {}
 """What runs beside a cache, by name; the family of these is "companion"."""
 
@@ -38,12 +37,14 @@ def register(method: _M) -> _M:
     """Enter a method into the registry of its family, by its name.
 
     Raises:
-        OptionError: another method has that name.
+        OptionError: another method has that name, or there is no such family.
     """
-    if method.name in chain(COMPANIONS, *FAMILIES.values()):
+    families = {**FAMILIES, "companion": COMPANIONS}
+    if method.family not in families:
+        raise OptionError(f"family: {method.family!r} is unknown; accepted: {', '.join(families)}")
+    if method.name in chain.from_iterable(families.values()):
         raise OptionError(f"name: {method.name!r} is not accepted for {method.__name__}: another method has it")
     if method.renamed:
         accept_old_names(method)
-    methods = COMPANIONS if method.family == "companion" else FAMILIES[method.family]
-    methods[method.name] = method
+    families[method.family][method.name] = method
     return method
