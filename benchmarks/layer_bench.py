@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 import kvpack
 import torch
+from kvpack._kvpack import Cache
 from kvpack.evaluation.peak import return_free_memory
 from kvpack.layer import PackedLayer
+from kvpack.methods import Methods
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -78,7 +80,9 @@ class KvpackLayer:
     """Packed keys and values."""
 
     def __init__(self, keys: Tensor, values: Tensor, quantize: Any, select: Any = None) -> None:
-        self._layer = PackedLayer(quantize, select=select)
+        methods = Methods(quantize, select=select)
+        store = Cache([methods.make_layer()], [False], 0, True)
+        self._layer = PackedLayer(store, 0, methods)
         self._layer.load(keys, values, None)
         self.nbytes = sum(self._layer.memory().values())
 

@@ -16,9 +16,9 @@ def probabilities(query: Tensor, key: Tensor) -> Tensor:
 
 def snapkv(query: Tensor, key: Tensor, window: int, kernel: int = 5, pooling: str = "avg") -> Tensor:
     """Scores of the tokens before the window; the window's own are not scored."""
-    votes = probabilities(query[:, -window:], key).sum(1).mean(0)[: key.shape[0] - window]
+    scores = probabilities(query[:, -window:], key).sum(1).mean(0)[: key.shape[0] - window]
     pool = torch.nn.functional.avg_pool1d if pooling == "avg" else torch.nn.functional.max_pool1d
-    return pool(votes[None, None], kernel, stride=1, padding=kernel // 2)[0, 0]
+    return pool(scores[None, None], kernel, stride=1, padding=kernel // 2)[0, 0]
 
 
 def accumulated(query: Tensor, key: Tensor, alpha: float) -> Tensor:

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import kvpack
 import pytest
 import torch
 from kvpack.attention import kvpack_attention
-from kvpack.methods import KVQuantTables
+from kvpack.methods import QUANTIZE, KVQuantTables
+from kvpack.methods.spec import parse_spec
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 
@@ -41,33 +43,44 @@ class Tabled(kvpack.KVQuant):
         )
 
 
-# Every test of what all methods promise runs over this list: a new method is one more row.
-CODECS = [
-    kvpack.Exact(),
-    kvpack.KIVI(bits=2),
-    kvpack.KIVI(bits=3),
-    kvpack.KIVI(bits=4),
-    kvpack.KIVI(bits=8),
-    kvpack.Q8(),
-    kvpack.Rotated(bits=3, group=16, window=32),
-    kvpack.Rotated(bits=4, levels="lloyd-max"),
-    kvpack.Rotated(bits=4, window=32, center=True),
-    Tabled(bits=3, outliers=0.02, window=16),
-    kvpack.Graded(key_bits=2.5, value_bits=2),
-    kvpack.Apart(kvpack.KIVI(bits=4, group=64), kvpack.Rotated(bits=8)),
-    kvpack.KIVI(bits=3, window=64, feedback=kvpack.GPTQ(threshold=0.0)),
-    kvpack.KVarN(bits=3),
-    kvpack.Rotated(bits=4, window=16, feedback=kvpack.GPTQ(threshold=0.0)),
-    kvpack.Graded(key_bits=3, value_bits=2, feedback=kvpack.GPTQ(threshold=0.0)),
-]
+def with_registered(rows: list[Any], methods: Mapping[str, Any]) -> list[Any]:
+    """The rows, and the first standard setting of each registered method that none of them is of."""
+    missing = [
+        method for method in methods.values() if method.standard and not any(isinstance(row, method) for row in rows)
+    ]
+    return [*rows, *(parse_spec(method.standard[0]).options[method.family] for method in missing)]
+
+
+# Every test of what all methods promise runs over this list: what is registered, and settings that matter.
+CODECS = with_registered(
+    [
+        kvpack.Exact(),
+        kvpack.KIVI(bits=2),
+        kvpack.KIVI(bits=3),
+        kvpack.KIVI(bits=4),
+        kvpack.KIVI(bits=8),
+        kvpack.Q8(),
+        kvpack.Rotated(bits=3, group=16, window=32),
+        kvpack.Rotated(bits=4, levels="lloyd-max"),
+        kvpack.Rotated(bits=4, window=32, center=True),
+        Tabled(bits=3, outliers=0.02, window=16),
+        kvpack.Graded(key_bits=2.5, value_bits=2),
+        kvpack.KeyValue(kvpack.KIVI(bits=4, group=64), kvpack.Rotated(bits=8)),
+        kvpack.KIVI(bits=3, window=64, compensation=kvpack.GPTQ(threshold=0.0)),
+        kvpack.KVarN(bits=3),
+        kvpack.Rotated(bits=4, window=16, compensation=kvpack.GPTQ(threshold=0.0)),
+        kvpack.Graded(key_bits=3, value_bits=2, compensation=kvpack.GPTQ(threshold=0.0)),
+    ],
+    QUANTIZE,
+)
 
 
 def codec_id(codec: Any) -> str:
     """The codec's name and numbers: `kivi2`, `graded2.5-2`."""
-    if isinstance(codec, kvpack.Apart):
+    if isinstance(codec, kvpack.KeyValue):
         return f"{codec_id(codec.keys)}/{codec_id(codec.values)}"
-    if getattr(codec, "feedback", None):
-        return f"gptq-{codec_id(dataclasses.replace(codec, feedback=None))}"
+    if getattr(codec, "compensation", None):
+        return f"gptq-{codec_id(dataclasses.replace(codec, compensation=None))}"
     if getattr(codec, "center", False):
         return f"centred-{codec_id(dataclasses.replace(codec, center=False))}"
     if getattr(codec, "levels", "uniform") != "uniform":
@@ -80,7 +93,7 @@ def stored_bits(codec: Any, head_dim: int) -> float:
     """Bits of a number that is packed, with its scales: the mean of keys and values."""
     if isinstance(codec, kvpack.Exact):
         return 32
-    if isinstance(codec, kvpack.Apart):
+    if isinstance(codec, kvpack.KeyValue):
         return (side_bits(codec.keys, head_dim) + side_bits(codec.values, head_dim)) / 2
     if isinstance(codec, kvpack.KVQuant):
         return codec.bits + 24 * max(round(codec.outliers * head_dim), 1) / head_dim + 16 / head_dim
@@ -133,6 +146,17 @@ def tiny_model(config: Any = None, attention: str = "kvpack", seed: int = 0) -> 
     if attention != model.config._attn_implementation:
         model.set_attn_implementation(attention)
     return model
+
+
+def small_model(seed: int = 0, **more: Any) -> PreTrainedModel:
+    """A random model with the test model's vocabulary, whose predictions are not all alike."""
+    config = tiny_config(vocab_size=49_152, initializer_range=0.2, max_position_embeddings=4096, **more)
+    return tiny_model(config, seed=seed)
+
+
+def ids_of(batch: int, tokens: int) -> torch.Tensor:
+    """Random tokens for a tiny model, none of them special."""
+    return torch.randint(3, 128, (batch, tokens))
 
 
 class FakeAttention(torch.nn.Module):

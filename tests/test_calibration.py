@@ -14,18 +14,13 @@ import pytest
 import torch
 from kvpack.calibration.budget import Option, allocate, sides
 from kvpack.calibration.losses import measure_losses, range_of_bits
-from kvpack.methods.calibrated import read, write
+from kvpack.methods.quantize.calibrated import read, write
 from kvpack.methods.spec import parse_spec
 from safetensors.torch import save_file
-from support import forward, random_kv, tiny_config, tiny_model
+from support import forward, random_kv, small_model, tiny_config
 
 WORDS = "The harbour was quiet. A boat came in, and nobody spoke of it! " * 300
 SMALL: dict[str, Any] = {"context": 512, "documents": 2, "progress": False}
-
-
-def small_model(seed: int = 0, **more: Any) -> Any:
-    config = tiny_config(vocab_size=49_152, initializer_range=0.2, max_position_embeddings=4096, **more)
-    return tiny_model(config, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +75,7 @@ def test_single_layers_are_measured_alone() -> None:
     with torch.no_grad():
         losses = measure_losses(model, ids, both, lambda _: None)
         place = (1, 0, 2.0)
-        codec = kvpack.Layers(kvpack.Exact(), {1: kvpack.Apart(kvpack.KIVI(bits=2), kvpack.Exact())})
+        codec = kvpack.PerLayer(kvpack.Exact(), {1: kvpack.KeyValue(kvpack.KIVI(bits=2), kvpack.Exact())})
         found = []
         for cache in (kvpack.PackedCache(model), kvpack.PackedCache(model, quantize=codec)):
             model(input_ids=ids[:, :-128], past_key_values=cache)
@@ -118,7 +113,7 @@ def test_what_was_chosen_is_used(bits: Path) -> None:
     header, _ = read(bits)
     model = small_model()
     cache = kvpack.PackedCache(model, quantize=kvpack.load_calibration(bits))
-    by_hand = kvpack.Layers(
+    by_hand = kvpack.PerLayer(
         kvpack.Exact(), {int(layer): parse_spec(text).options["quantize"] for layer, text in header["layers"].items()}
     )
     expected = kvpack.PackedCache(model, quantize=by_hand)
@@ -251,8 +246,8 @@ def test_the_range_of_budgets_is_what_layers_hold(method: str) -> None:
 
 def test_layers_have_codecs_of_their_own() -> None:
     codec = parse_spec("kivi:bits=2/rotated:bits=2@0=exact@-1=q8").options["quantize"]
-    assert codec == kvpack.Layers(
-        kvpack.Apart(kvpack.KIVI(bits=2), kvpack.Rotated(bits=2)), {0: kvpack.Exact(), -1: kvpack.Q8()}
+    assert codec == kvpack.PerLayer(
+        kvpack.KeyValue(kvpack.KIVI(bits=2), kvpack.Rotated(bits=2)), {0: kvpack.Exact(), -1: kvpack.Q8()}
     )
     cache = kvpack.PackedCache(tiny_config(layers=4), quantize=codec)
     single = [
@@ -269,14 +264,14 @@ def test_layers_have_codecs_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: kvpack.Layers("q8"), "default"),
-        (lambda: kvpack.Layers(kvpack.Q8(), {0: "q8"}), "layer 0"),
-        (lambda: kvpack.Layers(kvpack.Q8(), {"0": kvpack.Q4()}), "'0'"),
-        (lambda: kvpack.Layers(kvpack.Q8(), 5), "others=5"),
-        (lambda: kvpack.PackedCache(tiny_config(), quantize=kvpack.Layers(kvpack.Q8(), {2: kvpack.Q4()})), "layers"),
+        (lambda: kvpack.PerLayer("q8"), "default"),
+        (lambda: kvpack.PerLayer(kvpack.Q8(), {0: "q8"}), "layer 0"),
+        (lambda: kvpack.PerLayer(kvpack.Q8(), {"0": kvpack.Q4()}), "'0'"),
+        (lambda: kvpack.PerLayer(kvpack.Q8(), 5), "others=5"),
+        (lambda: kvpack.PackedCache(tiny_config(), quantize=kvpack.PerLayer(kvpack.Q8(), {2: kvpack.Q4()})), "layers"),
         (
             lambda: kvpack.PackedCache(
-                tiny_config(), quantize=kvpack.Layers(kvpack.Q8(), {1: kvpack.Q4(), -1: kvpack.Q8()})
+                tiny_config(), quantize=kvpack.PerLayer(kvpack.Q8(), {1: kvpack.Q4(), -1: kvpack.Q8()})
             ),
             "twice",
         ),

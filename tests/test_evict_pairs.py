@@ -83,7 +83,7 @@ def test_what_stays_does_not_change(keys: Any, values: Any) -> None:
     choose = random.Random(f"{keys} {values}")
     for eviction in choose.sample(EVICTIONS, 2):
         torch.manual_seed(choose.randrange(1000))
-        held = Held(kvpack.Apart(keys, values), eviction)
+        held = Held(kvpack.KeyValue(keys, values), eviction)
         held.append(choose.choice([150, 300, 420]))
         for _ in range(10):
             step = choose.choice(["one", "few", "chunk", "many", "crop", "crop", "record"])

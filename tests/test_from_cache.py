@@ -27,7 +27,7 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 
 def looks_at_queries(codec: Any) -> bool:
     """Whether a codec decides by queries, of which a cache that is packed afterwards knows none."""
-    return isinstance(codec, kvpack.Graded) or getattr(codec, "feedback", None) is not None
+    return isinstance(codec, kvpack.Graded) or getattr(codec, "compensation", None) is not None
 
 
 @every_codec

@@ -1,8 +1,7 @@
-"""GPTQ's feedback: codes are those of the algorithm, and errors cost less in its metric."""
+"""GPTQ's compensation: codes are those of the algorithm, and errors cost less in its metric."""
 
 from __future__ import annotations
 
-import copy
 import statistics
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ from reference import quantise
 from support import assert_same_packed, filled_layer, forward, left_padding, random_kv, tiny_config, tiny_model
 from test_formats import hadamard
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 ALWAYS = kvpack.GPTQ(threshold=0.0, values=True)
 KEYS = kvpack.GPTQ(threshold=0.0, values=False)
@@ -47,7 +45,7 @@ def gptq(x: Tensor, metric: Tensor, order: Tensor, quantise_column: Any) -> None
 @pytest.mark.parametrize(("bits", "dim"), [(2, 32), (3, 80), (4, 64)])
 def test_kivi_keys_are_gptqs_codes(bits: int, dim: int) -> None:
     key, value, query = prompt(132, dim)
-    cache = filled_layer(kvpack.KIVI(bits=bits, group=32, feedback=KEYS), key, value, query)
+    cache = filled_layer(kvpack.KIVI(bits=bits, group=32, compensation=KEYS), key, value, query)
     same: list[float] = []
     for head in range(2):
         metric = metric_of(query[0, 2 * head : 2 * head + 2])
@@ -78,7 +76,7 @@ def test_kivi_keys_are_gptqs_codes(bits: int, dim: int) -> None:
 def test_graded_keys_are_gptqs_codes_at_their_widths(key_bits: float, dim: int) -> None:
     key, value, query = prompt(132, dim)
     key = key * torch.logspace(-1.5, 1, dim)
-    cache = filled_layer(kvpack.Graded(key_bits=key_bits, group=64, feedback=KEYS), key, value, query)
+    cache = filled_layer(kvpack.Graded(key_bits=key_bits, group=64, compensation=KEYS), key, value, query)
     plain = filled_layer(kvpack.Graded(key_bits=key_bits, group=64), key, value, query)
     same: list[float] = []
     for head in range(2):
@@ -106,7 +104,7 @@ def test_graded_keys_are_gptqs_codes_at_their_widths(key_bits: float, dim: int) 
 @pytest.mark.parametrize(("bits", "dim", "group"), [(2, 64, 0), (3, 80, 16), (4, 128, 32), (3, 96, 0)])
 def test_rotated_keys_are_gptqs_codes(bits: int, dim: int, group: int) -> None:
     key, value, query = prompt(200, dim)
-    codec = kvpack.Rotated(bits=bits, group=group, window=32, seed=3, feedback=KEYS)
+    codec = kvpack.Rotated(bits=bits, group=group, window=32, seed=3, compensation=KEYS)
     cache = filled_layer(codec, key, value, query)
     turn, middle = hadamard(dim, seed=3), (2**bits - 1) / 2
     best = {2: 0.9957, 3: 0.5860, 4: 0.3352}[bits]
@@ -143,7 +141,7 @@ def projection(model: Any, layer: int) -> Tensor:
     return weight.reshape(weight.shape[0], model.config.num_attention_heads, -1)
 
 
-@pytest.mark.parametrize("codec", [kvpack.KIVI(bits=3, feedback=ALWAYS), kvpack.Q4(feedback=ALWAYS)], ids=str)
+@pytest.mark.parametrize("codec", [kvpack.KIVI(bits=3, compensation=ALWAYS), kvpack.Q4(compensation=ALWAYS)], ids=str)
 def test_values_are_gptqs_codes_in_the_metric_of_the_projection(codec: Any) -> None:
     model = tiny_model(tiny_config(layers=2, heads=4, kv_heads=2, head_dim=64))
     cache = kvpack.PackedCache(model, quantize=codec)
@@ -188,13 +186,13 @@ def coded(codec: Any, grid: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CODECS = [
-    lambda feedback: kvpack.KIVI(bits=2, feedback=feedback),
-    lambda feedback: kvpack.KIVI(bits=4, feedback=feedback),
-    lambda feedback: kvpack.Q4(feedback=feedback),
-    lambda feedback: kvpack.Rotated(bits=3, window=0, feedback=feedback),
-    lambda feedback: kvpack.Rotated(bits=2, levels="lloyd-max", window=0, feedback=feedback),
-    lambda feedback: kvpack.Rotated(bits=4, group=16, window=0, feedback=feedback),
-    lambda feedback: kvpack.Graded(key_bits=3, value_bits=3, feedback=feedback),
+    lambda compensation: kvpack.KIVI(bits=2, compensation=compensation),
+    lambda compensation: kvpack.KIVI(bits=4, compensation=compensation),
+    lambda compensation: kvpack.Q4(compensation=compensation),
+    lambda compensation: kvpack.Rotated(bits=3, window=0, compensation=compensation),
+    lambda compensation: kvpack.Rotated(bits=2, levels="lloyd-max", window=0, compensation=compensation),
+    lambda compensation: kvpack.Rotated(bits=4, group=16, window=0, compensation=compensation),
+    lambda compensation: kvpack.Graded(key_bits=3, value_bits=3, compensation=compensation),
 ]
 
 
@@ -205,8 +203,8 @@ def test_logits_err_less(make: Any, dim: int) -> None:
         pytest.skip("a block of 16 channels has little to pass on")
     key, value, query = prompt(260, dim)
     cost = []
-    for feedback in (None, KEYS):
-        cache = filled_layer(make(feedback), key, value, query)
+    for compensation in (None, KEYS):
+        cache = filled_layer(make(compensation), key, value, query)
         held = cache.layers[0].keys
         logits = [query[0, h] @ (held - key)[0, h // 2].T for h in range(4)]
         cost.append(torch.stack(logits).square().mean().item())
@@ -219,32 +217,32 @@ def test_without_queries_or_gain_nothing_changes(make: Any) -> None:
     plain = filled_layer(make(None), key, value, query)
     never = filled_layer(make(kvpack.GPTQ(threshold=1e5, values=False)), key, value, query)
     assert torch.equal(plain.layers[0].keys, never.layers[0].keys)
-    gain, used = never.layers[0].feedback_gains(0, 0)[0]
+    gain, used = never.layers[0].compensation_gains(0, 0)[0]
     assert 1.5 < gain < 1e5
     assert not used
     config = tiny_config(layers=1, heads=4, kv_heads=2, head_dim=64)
-    unseen, expected = (kvpack.PackedCache(config, quantize=make(feedback)) for feedback in (KEYS, None))
+    unseen, expected = (kvpack.PackedCache(config, quantize=make(compensation)) for compensation in (KEYS, None))
     for cache in (unseen, expected):
         cache.update(key, value, 0)  # no attention function sees the queries
     assert torch.equal(expected.layers[0].keys, unseen.layers[0].keys)
-    assert unseen.layers[0].feedback_gains(0, 0) == (None, None)
+    assert unseen.layers[0].compensation_gains(0, 0) == (None, None)
 
 
 def test_gains_are_reported() -> None:
     key, value, query = prompt(300, 64)
-    cache = filled_layer(kvpack.KIVI(bits=3, feedback=KEYS), key, value, query)
+    cache = filled_layer(kvpack.KIVI(bits=3, compensation=KEYS), key, value, query)
     metric = metric_of(query[0, 2:])
     eigenvalues = torch.linalg.eigvalsh(metric)
-    gain, used = cache.layers[0].feedback_gains(0, 1)[0]
+    gain, used = cache.layers[0].compensation_gains(0, 1)[0]
     assert gain == pytest.approx((eigenvalues.mean() / eigenvalues.log().mean().exp()).item(), rel=1e-3)
     assert used
-    assert cache.info()["feedback of keys"].startswith("2 of 2 heads, gains ")
-    assert "feedback of values" not in cache.info()
+    assert cache.info()["compensation of keys"].startswith("2 of 2 heads, gains ")
+    assert "compensation of values" not in cache.info()
 
 
 @pytest.mark.parametrize("make", CODECS)
 def test_metrics_can_be_given(make: Any) -> None:
-    """The queries' own give the same codes whoever brings them; one that is diagonal gives those without feedback."""
+    """The queries' own give the same codes whoever brings them; a diagonal one gives those without compensation."""
     key, value, query = prompt(260, 64)
     seen = filled_layer(make(KEYS), key, value, query)
     q = query[0].reshape(2, 2 * 260, 64)
@@ -271,7 +269,9 @@ def test_metrics_can_be_given(make: Any) -> None:
     blind.update(key[:, :, :1], value[:, :, :1], 0)  # stores the first ones
     if not isinstance(make(None), kvpack.Graded):  # whose widths follow the queries
         assert_same_packed(blind.layers[0], told.layers[0], 0, 0)
-    assert told.layers[0].feedback_gains(0, 0)[0] == pytest.approx(seen.layers[0].feedback_gains(0, 0)[0], rel=1e-3)
+    assert told.layers[0].compensation_gains(0, 0)[0] == pytest.approx(
+        seen.layers[0].compensation_gains(0, 0)[0], rel=1e-3
+    )
     assert told.memory().parts["scales"] == plain.memory().parts["scales"] + 2 * 64 * 64 * 4
 
 
@@ -291,7 +291,7 @@ def test_rows_of_a_batch_are_single_rows(make: Any) -> None:
         forward(single, *(x[row : row + 1, :, -length:] for x in (key, value, query)))
         for head in range(2):
             assert_same_packed(batch.layers[0], single.layers[0], row, head, 0)
-            assert batch.layers[0].feedback_gains(row, head) == single.layers[0].feedback_gains(0, head)
+            assert batch.layers[0].compensation_gains(row, head) == single.layers[0].compensation_gains(0, head)
 
 
 @pytest.mark.parametrize("make", CODECS)
@@ -306,96 +306,28 @@ def test_tokens_that_are_taken_back_leave_nothing(make: Any) -> None:
         forward(cache, *(x[:, :, 140:] for x in (key, value, query)))
         cache.crop(0)
     for head in range(2):
-        assert one.layers[0].feedback_gains(0, head) == other.layers[0].feedback_gains(0, head)
+        assert one.layers[0].compensation_gains(0, head) == other.layers[0].compensation_gains(0, head)
         assert_same_packed(one.layers[0], other.layers[0], 0, head)
 
 
-def test_feedback_is_decided_again_when_the_queries_have_doubled() -> None:
+def test_compensation_is_decided_again_when_the_queries_have_doubled() -> None:
     cache = kvpack.PackedCache(
-        tiny_config(layers=1, heads=2, kv_heads=1, head_dim=64), quantize=kvpack.KIVI(feedback=KEYS)
+        tiny_config(layers=1, heads=2, kv_heads=1, head_dim=64), quantize=kvpack.KIVI(compensation=KEYS)
     )
     gains = []
     for _ in range(9):
         key, value, query = prompt(136, 64, heads=1)
         forward(cache, key, value, query)
-        gains.append(cache.layers[0].feedback_gains(0, 0)[0][0])
+        gains.append(cache.layers[0].compensation_gains(0, 0)[0][0])
     changes = [chunk + 1 for chunk in range(1, 9) if gains[chunk] != gains[chunk - 1]]
     assert changes == [2, 4, 8]
 
 
-def test_what_feedback_needs_is_counted_as_memory() -> None:
+def test_what_compensation_needs_is_counted_as_memory() -> None:
     key, value, query = prompt(300, 64)
     plain = filled_layer(kvpack.KIVI(bits=3), key, value, query).memory()
-    fed = filled_layer(kvpack.KIVI(bits=3, feedback=KEYS), key, value, query).memory()
+    fed = filled_layer(kvpack.KIVI(bits=3, compensation=KEYS), key, value, query).memory()
     assert fed.parts["codes"] == plain.parts["codes"]
     assert fed.parts["scales"] == plain.parts["scales"]
     matrices = 2 * (64 * 64 + 64 * 63 // 2) * 4
     assert matrices <= fed.parts["index"] - plain.parts["index"] <= matrices + 1000
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "qwen2", "phi3"])
-def test_the_output_projection_is_found(family: str) -> None:
-    options = {
-        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
-        "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    }.get(family, {})
-    base = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
-    heads = {"num_attention_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}
-    if family in ("qwen2", "phi3"):
-        heads["num_key_value_heads"] = 1
-    config = CONFIG_MAPPING[family](**{**base, **heads, **options})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="kvpack").eval()
-    cache = kvpack.PackedCache(model, quantize=kvpack.KIVI(bits=4, group=16, feedback=ALWAYS))
-    model.generate(input_ids=torch.randint(3, 128, (1, 300)), past_key_values=cache, max_new_tokens=2)
-    layer = next(layer for layer in cache.layers if layer.get_seq_length())
-    keys, values = layer.feedback_gains(0, 0)
-    assert keys[0] > 1
-    assert values[0] > 1
-
-
-def given(layers: int, heads: int, dim: int) -> kvpack.KIVI:
-    """A codec with metrics of that shape."""
-    return kvpack.KIVI(feedback=kvpack.GPTQ(key_metrics=torch.eye(dim).expand(layers, heads, dim, dim)))
-
-
-def test_metrics_of_another_number_of_heads_are_refused_and_change_nothing() -> None:
-    cache = kvpack.PackedCache(tiny_config(layers=1, kv_heads=2), quantize=given(1, 3, 32))
-    key, value = random_kv(1, 2, 200, 32)
-    with pytest.raises(kvpack.OptionError, match=r"3 of 1024 numbers.* each of the layer's 2 heads"):
-        forward(cache, key, value)
-    assert cache.get_seq_length() == 0
-
-
-def test_words_and_equality() -> None:
-    metrics = torch.eye(4).expand(2, 1, 4, 4)
-    assert repr(kvpack.GPTQ()) == "GPTQ()"
-    assert repr(kvpack.GPTQ(damping=0.2, values=True)) == "GPTQ(damping=0.2, values=True)"
-    assert repr(kvpack.GPTQ(key_metrics=metrics)) == "GPTQ(key_metrics=<2 layers>)"
-    assert kvpack.GPTQ(key_metrics=metrics) == kvpack.GPTQ(key_metrics=list(2 * metrics))  # in any unit
-    assert kvpack.GPTQ(key_metrics=metrics) != kvpack.GPTQ(key_metrics=metrics[:1])
-    assert kvpack.GPTQ() != kvpack.GPTQ(key_metrics=metrics)
-    assert hash(kvpack.GPTQ()) == hash(kvpack.GPTQ(damping=0.1)) != hash(kvpack.GPTQ(damping=0.2))
-    assert copy.deepcopy(kvpack.KIVI(feedback=kvpack.GPTQ(key_metrics=metrics))) == kvpack.KIVI(
-        feedback=kvpack.GPTQ(key_metrics=metrics)
-    )
-
-
-def test_bad_options_are_named() -> None:
-    for make, message in [
-        (lambda: kvpack.GPTQ(damping=0), "damping=0 is not accepted"),
-        (lambda: kvpack.GPTQ(damping=1e-5), r"damping=1e-05 is not accepted; accepted: numbers from 0.0001"),
-        (lambda: kvpack.GPTQ(threshold=-1), "threshold=-1"),
-        (lambda: kvpack.GPTQ(keys=1), "keys=1 is not accepted; accepted: True, False"),
-        (lambda: kvpack.GPTQ(key_metrics=3), r"key_metrics=3 are not accepted; accepted: a tensor \[layers"),
-        (lambda: kvpack.GPTQ(key_metrics=torch.ones(2, 3, 3)), r"a layer with \(3, 3\) is not accepted"),
-        (lambda: kvpack.GPTQ(key_metrics=[torch.full((1, 2, 2), torch.nan)]), "not finite"),
-        (lambda: kvpack.GPTQ(key_metrics=[torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])]), "positive semi-definite"),
-        (lambda: kvpack.GPTQ(key_metrics=[torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])]), "symmetric"),
-        (lambda: kvpack.PackedCache(tiny_config(layers=2), quantize=given(1, 2, 32)), "of 1 layers are not accepted"),
-        (lambda: kvpack.PackedCache(tiny_config(layers=2), quantize=given(2, 2, 16)), "one of 32 x 32 for each"),
-        (lambda: kvpack.KIVI(feedback=3), r"feedback=3 is not accepted; accepted: None, kvpack.GPTQ"),
-        (lambda: kvpack.PackedCache(tiny_config(), quantize=kvpack.Q4(feedback=ALWAYS)), "from a configuration"),
-    ]:
-        with pytest.raises(kvpack.OptionError, match=message):
-            make()
-    assert kvpack.KIVI(bits=2, feedback="gptq") == kvpack.KIVI(bits=2, feedback=kvpack.GPTQ())

@@ -9,16 +9,7 @@ import kvpack
 import pytest
 import torch
 from reference import Kivi, attention
-from support import (
-    causal_mask,
-    forward,
-    kivi_bits,
-    left_padding,
-    random_kv,
-    relative_error,
-    tiny_config,
-    tiny_model,
-)
+from support import causal_mask, forward, kivi_bits, left_padding, random_kv, relative_error, tiny_config, tiny_model
 from torch import Tensor
 
 

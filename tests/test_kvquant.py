@@ -183,7 +183,7 @@ ROTARY: dict[str, tuple[str, dict[str, Any], int]] = {
 
 @pytest.mark.parametrize("kind", ROTARY)
 def test_the_rotation_is_found(kind: str) -> None:
-    """Un-rotated, the same tokens have the same keys wherever they stand."""
+    """Pre-RoPE, the same tokens have the same keys wherever they stand."""
     architecture, options, channels = ROTARY[kind]
     base: dict[str, Any] = {
         "vocab_size": 128,

@@ -16,13 +16,13 @@ MAGNITUDES = [1e-42, 1e-38, 1e-12, 3e-8, 1e-7, 1e-6, 1e-5, 1e-3, 1.0, 100.0, 3e3
 
 FED = kvpack.GPTQ(threshold=0.0)
 ALL = [
-    *(codec for codec in CODECS if not isinstance(codec, kvpack.Exact | kvpack.Apart)),
-    kvpack.KIVI(bits=8, feedback=FED),
+    *(codec for codec in CODECS if not isinstance(codec, kvpack.Exact | kvpack.KeyValue)),
+    kvpack.KIVI(bits=8, compensation=FED),
     kvpack.Q4(),
-    kvpack.Q4(feedback=FED),
-    kvpack.Q8(feedback=FED),
+    kvpack.Q4(compensation=FED),
+    kvpack.Q8(compensation=FED),
     kvpack.Rotated(bits=2),
-    kvpack.Rotated(bits=2, feedback=FED),
+    kvpack.Rotated(bits=2, compensation=FED),
     kvpack.Rotated(bits=8, group=16),
     kvpack.Rotated(bits=2, levels="lloyd-max"),
     kvpack.Graded(key_bits=8, value_bits=8),

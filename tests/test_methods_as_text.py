@@ -23,9 +23,9 @@ from kvpack.methods.spec import FAMILIES, accepted_quantize, names, parse_spec, 
         ("q4:window=64", kvpack.Q4(window=64)),
         ("rotated:bits=3:group=32", kvpack.Rotated(bits=3, group=32)),
         ("graded:key_bits=2.5:value_bits=2", kvpack.Graded(key_bits=2.5, value_bits=2)),
-        ("kivi:bits=2:feedback=gptq", kvpack.KIVI(bits=2, feedback=kvpack.GPTQ())),
-        ("exact/graded", kvpack.Apart(kvpack.Exact(), kvpack.Graded())),  # values as Graded stores them
-        ("kivi:bits=4 / rotated:bits=2", kvpack.Apart(kvpack.KIVI(bits=4), kvpack.Rotated(bits=2))),
+        ("kivi:bits=2:compensation=gptq", kvpack.KIVI(bits=2, compensation=kvpack.GPTQ())),
+        ("exact/graded", kvpack.KeyValue(kvpack.Exact(), kvpack.Graded())),  # values as Graded stores them
+        ("kivi:bits=4 / rotated:bits=2", kvpack.KeyValue(kvpack.KIVI(bits=4), kvpack.Rotated(bits=2))),
     ],
 )
 def test_a_name_and_its_parameters(text: str, method: object) -> None:
@@ -35,13 +35,16 @@ def test_a_name_and_its_parameters(text: str, method: object) -> None:
 @pytest.mark.parametrize(
     ("text", "method"),
     [
-        ("small@0=exact", kvpack.Layers(kvpack.presets["small"], {0: kvpack.Exact()})),
+        ("small@0=exact", kvpack.PerLayer(kvpack.presets["small"], {0: kvpack.Exact()})),
         (
             "tiny@0=small@-1=near-lossless",
-            kvpack.Layers(kvpack.presets["tiny"], {0: kvpack.presets["small"], -1: kvpack.presets["near-lossless"]}),
+            kvpack.PerLayer(kvpack.presets["tiny"], {0: kvpack.presets["small"], -1: kvpack.presets["near-lossless"]}),
         ),
-        ("exact@1=tiny", kvpack.Layers(kvpack.Exact(), {1: kvpack.presets["tiny"]})),
-        ("kivi:bits=4/q8@0=exact", kvpack.Layers(kvpack.Apart(kvpack.KIVI(bits=4), kvpack.Q8()), {0: kvpack.Exact()})),
+        ("exact@1=tiny", kvpack.PerLayer(kvpack.Exact(), {1: kvpack.presets["tiny"]})),
+        (
+            "kivi:bits=4/q8@0=exact",
+            kvpack.PerLayer(kvpack.KeyValue(kvpack.KIVI(bits=4), kvpack.Q8()), {0: kvpack.Exact()}),
+        ),
         ("h2o:budget=0.5:protect=((0, 120), (200, 220))", kvpack.H2O(budget=0.5, protect=((0, 120), (200, 220)))),
         ("adakv(h2o:budget=(9,20):protect=((0,4),))", kvpack.AdaKV(kvpack.H2O(budget=(9, 20), protect=((0, 4),)))),
         ("rotated:bits=3:levels='lloyd-max'", kvpack.Rotated(bits=3, levels="lloyd-max")),
@@ -107,10 +110,10 @@ def every_setting() -> list[object]:
         *methods,
         *kvpack.presets.values(),
         kvpack.KIVI(),
-        kvpack.KIVI(bits=3, feedback=kvpack.GPTQ(), sinks=0),
+        kvpack.KIVI(bits=3, compensation=kvpack.GPTQ(), sinks=0),
         kvpack.Rotated(bits=3, levels="lloyd-max", center=True),
-        kvpack.Apart(kvpack.KIVI(bits=4), kvpack.Rotated(bits=2)),
-        kvpack.Layers(kvpack.Apart(kvpack.KIVI(), kvpack.Q8()), {0: kvpack.Exact(), -1: kvpack.presets["tiny"]}),
+        kvpack.KeyValue(kvpack.KIVI(bits=4), kvpack.Rotated(bits=2)),
+        kvpack.PerLayer(kvpack.KeyValue(kvpack.KIVI(), kvpack.Q8()), {0: kvpack.Exact(), -1: kvpack.presets["tiny"]}),
         kvpack.KVQuant(bits=2, norm=True),
         kvpack.SnapKV(budget=(10, 0.5), protect=((0, 120),), decode=True),
         kvpack.AdaKV(kvpack.H2O(budget=0.25, protect=((0, 4),)), floor=0.1),
@@ -133,7 +136,7 @@ def test_paths_that_are_spelled_are_read_again(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [kvpack.KIVI(feedback=kvpack.GPTQ(damping=0.2)), kvpack.KVQuant(tables={0: object()})], ids=str
+    "method", [kvpack.KIVI(compensation=kvpack.GPTQ(damping=0.2)), kvpack.KVQuant(tables={0: object()})], ids=str
 )
 def test_what_no_text_says_is_refused(method: object) -> None:
     with pytest.raises(kvpack.OptionError, match="cannot be written as text"):
@@ -144,8 +147,8 @@ def test_what_no_text_says_is_refused(method: object) -> None:
     ("given", "words"),
     [
         ("balanced", ["kvpack.presets['balanced']"]),
-        ("kivi:bits=2:feedback=gptq", ["kvpack.KIVI(bits=2", "feedback=kvpack.GPTQ()"]),
-        ("kivi:bits=4/q8", ["kvpack.Apart(keys=kvpack.KIVI(bits=4", "values=kvpack.Q8("]),
+        ("kivi:bits=2:compensation=gptq", ["kvpack.KIVI(bits=2", "compensation=kvpack.GPTQ()"]),
+        ("kivi:bits=4/q8", ["kvpack.KeyValue(keys=kvpack.KIVI(bits=4", "values=kvpack.Q8("]),
         ("snapkv:budget=0.25", ["evict=kvpack.SnapKV(", "budget=0.25"]),
         ("medium", ["kvpack.KIVI(...)", "kvpack.presets[name]", "'balanced'", "None"]),
         (4, ["kvpack.KIVI(...)", "'tiny'"]),

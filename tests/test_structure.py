@@ -78,3 +78,34 @@ def test_no_import_runs_in_a_circle(arrows: object) -> None:
 
 def test_a_circle_would_be_found() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+FAMILIES = ["quantize", "evict", "select", "compact", "prune", "share"]
+
+
+def test_families_of_methods_are_folders() -> None:
+    folders = {path.parent.name for path in (PACKAGE / "methods").glob("*/__init__.py")}
+    assert folders == set(FAMILIES) == set(kvpack.methods.FAMILIES)
+    for family in FAMILIES:
+        assert (PACKAGE / "methods" / family / "base.py").exists()
+
+
+def test_what_all_methods_share_knows_no_family() -> None:
+    imports = python_imports()
+    for module in ("methods.base", "methods.registry", "methods.renamed"):
+        assert not [other for other in imports[module] if other.split(".")[1:2] and other.split(".")[1] in FAMILIES]
+    forbidden = {"attention", "cache", "companion", "inspection", "layer", "transaction"}
+    for module in imports:
+        if module.startswith("methods"):
+            assert not imports[module] & forbidden
+
+
+@pytest.mark.parametrize("name", ["cache", "inspection", "layer", "transaction", "companion"])
+def test_a_cache_names_no_companion(name: str) -> None:
+    text = (PACKAGE / f"{name}.py").read_text().replace("`kvpack.LazyLLM`", "")  # an example
+    assert not [companion for companion in kvpack.methods.COMPANIONS.values() if companion.__name__ in text]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 350

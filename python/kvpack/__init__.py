@@ -6,116 +6,45 @@ model.generate(**inputs, past_key_values=cache)
 cache.memory()
 """
 
+# ruff: noqa: F403  # a family of methods says what it has, and all above follows
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import _kvpack, _requirements, attention, plot  # noqa: F401  # the requirements are checked first
+from . import _kvpack, _requirements, attention  # noqa: F401  # the requirements are checked first
+from . import plot as plot
 from ._threads import threads
-from .attach import Attachment, attach
-from .cache import PackedCache
-from .calibration import calibrate, load_calibration
-from .errors import (
-    ConcurrencyError,
-    CropError,
-    DeviceError,
-    DtypeError,
-    GradError,
-    InternalError,
-    KvpackError,
-    ModelMismatchError,
-    ModelNeededError,
-    NonFiniteError,
-    OptionError,
-    OutOfMemoryError,
-    ShapeError,
-    StaleHandleError,
-    UnknownPresetError,
-)
-from .evaluation import Evaluation, evaluate
-from .lazy import LazyLLM
-from .memory import Memory
-from .methods import (
-    A2SF,
-    GPTQ,
-    H2O,
-    KIVI,
-    PRESETS,
-    Q4,
-    Q8,
-    TOVA,
-    AdaKV,
-    Apart,
-    Exact,
-    ExpectedAttention,
-    Graded,
-    KeyDiff,
-    KVarN,
-    KVQuant,
-    L2Norm,
-    Layers,
-    Longformer,
-    PyramidKV,
-    Quest,
-    Random,
-    Rotated,
-    SnapKV,
-    StreamingLLM,
-)
+from .attach import Attachment as Attachment
+from .attach import attach as attach
+from .cache import PackedCache as PackedCache
+from .calibration import calibrate as calibrate
+from .calibration import load_calibration as load_calibration
+from .companions import *
+from .errors import *
+from .evaluation import Evaluation as Evaluation
+from .evaluation import evaluate as evaluate
+from .memory import Memory as Memory
+from .methods import PRESETS
+from .methods.compact import *
+from .methods.evict import *
+from .methods.prune import *
+from .methods.quantize import *
+from .methods.renamed import renamed_class
+from .methods.select import *
+from .methods.share import *
 
-__all__ = [
-    "A2SF",
-    "GPTQ",
-    "H2O",
-    "KIVI",
-    "Q4",
-    "Q8",
-    "TOVA",
-    "AdaKV",
-    "Apart",
-    "Attachment",
-    "ConcurrencyError",
-    "CropError",
-    "DeviceError",
-    "DtypeError",
-    "Evaluation",
-    "Exact",
-    "ExpectedAttention",
-    "GradError",
-    "Graded",
-    "InternalError",
-    "KVQuant",
-    "KVarN",
-    "KeyDiff",
-    "KvpackError",
-    "L2Norm",
-    "Layers",
-    "LazyLLM",
-    "Longformer",
-    "Memory",
-    "ModelMismatchError",
-    "ModelNeededError",
-    "NonFiniteError",
-    "OptionError",
-    "OutOfMemoryError",
-    "PackedCache",
-    "PyramidKV",
-    "Quest",
-    "Random",
-    "Rotated",
-    "ShapeError",
-    "SnapKV",
-    "StaleHandleError",
-    "StreamingLLM",
-    "UnknownPresetError",
-    "attach",
-    "calibrate",
-    "evaluate",
-    "info",
-    "load_calibration",
-    "plot",
-    "presets",
-]
+if not TYPE_CHECKING:  # type checkers see the imports, and no old names
+    from . import companions, errors
+    from .methods import compact, evict, prune, quantize, select, share
+
+    _parts = (companions, errors, quantize, evict, select, compact, prune, share)
+    _own = "Attachment Evaluation Memory PackedCache attach calibrate evaluate info load_calibration plot"
+    __all__ = sorted([*_own.split(), "presets", *(name for part in _parts for name in part.__all__)])
+
+    def __getattr__(name: str) -> Any:
+        return renamed_class(globals(), name)
+
+
 __version__ = _kvpack.__version__
 presets = PRESETS
 

@@ -104,11 +104,11 @@ def kvpack_attention(
     return out, None
 
 
-def _tell(holder: Any, reading: Reading, valid: Tensor | None, readers: tuple[Any, ...]) -> None:
+def _tell(holder: Any, reading: Reading, valid: Tensor | None, asked: tuple[Any, ...]) -> None:
     """Tells the cache that attention has read keys which are no handle."""
     if isinstance(holder, PackedLayer):
-        query, scaling, softcap, sinks = readers
-        holder.commit(reading.version, query, valid, scaling, softcap, sinks)
+        query, scaling, softcap, sink_logits = asked
+        holder.commit(reading.version, query, valid, scaling, softcap, sink_logits)
     else:
         holder.store.attended(reading.version)
 

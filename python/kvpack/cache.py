@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from . import _kvpack, checks, models
+from . import models
 from ._tensors import RECORDING_EXISTS, crop_of, rows_at
-from .errors import CropError, ModelMismatchError, OptionError, ShapeError
+from .errors import ModelMismatchError, OptionError, ShapeError
+from .identity import head_dim
 from .layer import PackedLayer
-from .methods import Evict, Quantize, Select, Site
+from .methods import Evict, Exact, Methods, Quantize, Select, Site
+from .methods.combination import model_party
 from .transaction import TransactionalCache
 
 
@@ -52,9 +54,8 @@ class PackedCache(TransactionalCache):
         """
         models.check(model_or_config)
         config = models.decoder_config(model_or_config)
-        self.quantize = checks.checked_codec(quantize)
-        self.evict = checks.checked_eviction(evict, self.quantize, config)
-        self.select = checks.checked_select(select)
+        self.methods = Methods(Exact() if quantize is None else quantize, evict, select)
+        self.methods.check_with(model_party(config))
         self.config = config
         # transformers decides the structure (sliding, linear, layers that share keys and values ...);
         # exactly the plain full-attention layers are replaced.
@@ -69,24 +70,15 @@ class PackedCache(TransactionalCache):
         sites = {
             i: Site(i, len(layers), config, model) for i, layer in enumerate(layers) if type(layer) is DynamicLayer
         }
-        stored = {i: self.quantize.make_layer(site, evict, select) for i, site in sites.items()}
-        if (head_dim := checks.head_dim(config)) is not None:
-            for layer in stored.values():
-                layer.check_dims(head_dim, head_dim)
         taking_part = [i for i, layer in enumerate(layers) if type(layer).__name__ != "DummyLayer"] or [0]
         self._first, last = taking_part[0], taking_part[-1]
         self._begun = None
-        self.store = _kvpack.Cache(
-            [stored.get(i) for i in range(len(layers))],
-            [shared] * len(layers),
-            last,
-            isinstance(layers[last], CacheLayerMixin),
-        )
+        last_is_read = isinstance(layers[last], CacheLayerMixin)
+        self.store = self.methods.make_cache(sites, shared, len(layers), last, last_is_read, head_dim(config))
         for i, site in sites.items():
-            layers[i] = PackedLayer(self.store, i, (evict, select, self.quantize), site)
+            layers[i] = PackedLayer(self.store, i, self.methods, site)
         super().__init__(layers=layers)
-        # What LazyLLM left out, where it filled this cache.
-        self.lazy = None
+        self.companions = []
         self._has_encoder = bool(getattr(getattr(model_or_config, "config", model_or_config), "is_encoder_decoder", 0))
         self._newest_layer = -1
         if (unpacked := models.describe_unpacked(layers)) is not None:
@@ -154,12 +146,10 @@ class PackedCache(TransactionalCache):
 
         Raises:
             CropError: tokens that are packed with loss would be cut and `activate_past_recording()` was not
-                called before, or LazyLLM filled the cache; no layer has changed then.
+                called before, or a companion of the cache does not go along; no layer has changed then.
         """
-        if self.lazy is not None:
-            raise CropError(
-                "crop: given a cache that LazyLLM filled, whose layers hold different tokens; expected another"
-            )
+        for companion in self.companions:
+            companion.check_crop()
         n = int(tokens_to_remove)  # some releases pass a tensor
         packed = next((layer for layer in self.layers if isinstance(layer, PackedLayer)), None)
         if packed is None:
@@ -186,18 +176,18 @@ class PackedCache(TransactionalCache):
         if batch < 1:
             return
         rows = rows_at(indices, batch)
-        lazy = None if self.lazy is None else self.lazy.select(rows)
+        companions = [companion.select(rows) for companion in self.companions]
         self._change_all(method, (indices,), lambda: self.store.select(rows))
-        self.lazy = lazy
+        self.companions = companions
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; pages are shared, not copied."""
         if repeats < 1:
             raise ShapeError(f"repeats: given {repeats}, expected at least 1")
         rows = [i for i in range(max(self.batch_size, 0)) for _ in range(repeats)]
-        lazy = None if self.lazy is None or not rows else self.lazy.select(rows)
+        companions = [companion.select(rows) for companion in self.companions] if rows else []
         self._change_all("batch_repeat_interleave", (repeats,), lambda: self.store.select(rows) if rows else None)
-        self.lazy = lazy
+        self.companions = companions
 
     def activate_past_recording(self) -> None:
         """From now on packing waits for `crop`, which then reaches any token; until nobody crops any more."""
@@ -207,7 +197,7 @@ class PackedCache(TransactionalCache):
     def reset(self) -> None:
         """Forgets all tokens and frees their memory."""
         self._change_all("reset", (), self.store.reset)
-        self.lazy = None
+        self.companions = [left for companion in self.companions if (left := companion.reset()) is not None]
 
     def fork(self) -> PackedCache:
         """A copy that shares all pages with this one; each side copies only what it changes.
@@ -216,7 +206,7 @@ class PackedCache(TransactionalCache):
         """
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, store=self.store.fork(), _begun=None)
-        other.lazy = None if self.lazy is None else self.lazy.fork()
+        other.companions = [companion.fork() for companion in self.companions]
         other.layers = [
             layer.on(other.store, i) if isinstance(layer, PackedLayer) else copy.deepcopy(self._shown(i))
             for i, layer in enumerate(self.layers)

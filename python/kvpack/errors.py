@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "ConcurrencyError",
+    "CropError",
+    "DeviceError",
+    "DtypeError",
+    "GradError",
+    "InternalError",
+    "KvpackError",
+    "ModelMismatchError",
+    "ModelNeededError",
+    "NonFiniteError",
+    "OptionError",
+    "OutOfMemoryError",
+    "ShapeError",
+    "StaleHandleError",
+    "UnknownPresetError",
+]
+
 
 class KvpackError(Exception):
     """Base of all errors that kvpack raises on purpose."""

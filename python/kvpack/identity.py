@@ -32,6 +32,17 @@ def fingerprint(config: Any) -> dict[str, Any]:
     return {name: attribute(config, name) for name in _FINGERPRINT}
 
 
+def head_dim(config: Any) -> int | None:
+    """Numbers of a key and of a value, where the configuration tells, and it is the same in all layers."""
+    dim = attribute(config, "head_dim")
+    width, heads = attribute(config, "hidden_size"), attribute(config, "num_attention_heads")
+    if dim is None and isinstance(width, int) and isinstance(heads, int) and heads:
+        dim = width // heads  # GPT-2 and its like do not name it
+    # Not where keys are latent (MLA), or layers have head dims of their own (Gemma 4): the first tokens tell.
+    own = any(attribute(config, name) is not None for name in ("kv_lora_rank", "global_head_dim"))
+    return dim if isinstance(dim, int) and not own else None
+
+
 def check_model(layer: Any, module: nn.Module) -> None:
     """Raises ModelMismatchError when `module` belongs to another model than the one its cache was made for."""
     config = getattr(module, "config", None)

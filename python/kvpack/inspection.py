@@ -12,13 +12,13 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from . import _kvpack
-from ._lazy import Lazy
 from ._tensors import DTYPES, describe
 from ._threads import threads
 from .beside import tensor_bytes
+from .companion import Companion
 from .errors import ShapeError
-from .memory import Memory, feedback, measured, readable_bytes
-from .methods import Evict, Quantize, Select
+from .memory import Memory, compensation, measured, readable_bytes
+from .methods import Evict, Methods, Quantize, Select
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -164,13 +164,13 @@ class LayerInspection:
         )
         return keys, values
 
-    def feedback_gains(
+    def compensation_gains(
         self, row: int = 0, head: int = 0
     ) -> tuple[tuple[float, bool] | None, tuple[float, bool] | None]:
-        """What GPTQ's feedback could gain at most for keys, and for values, of a KV head, and whether it is used there.
+        """What compensation could gain at most for keys, and for values, of a KV head, and whether it is used there.
 
         The gain is the arithmetic over the geometric mean of the eigenvalues of the damped metric: by so much the
-        expected square of an error can fall. None where there is no feedback, or no query was seen.
+        expected square of an error can fall. None where there is no compensation, or no query was seen.
         """
         return self.store.feedback_gains(self.index, row, head)
 
@@ -183,11 +183,24 @@ class CacheInspection(Cache):
     """What the layers of a cache hold: those of `store`, and those beside it."""
 
     store: _kvpack.Cache
-    evict: Evict | None
-    quantize: Quantize
-    select: Select | None
-    lazy: Lazy | None
+    methods: Methods
+    companions: list[Companion]  # replaced, never changed: who looks may be in another thread
     config: Any
+
+    @property
+    def evict(self) -> Evict | None:
+        """Which tokens stay; None: all."""
+        return self.methods.evict
+
+    @property
+    def quantize(self) -> Quantize:
+        """How tokens are stored."""
+        return self.methods.quantize
+
+    @property
+    def select(self) -> Select | None:
+        """Which tokens a step of decoding reads; None: all."""
+        return self.methods.select
 
     def _shown(self, i: int) -> Any:
         """Layer `i` as it was before the forward that is under way."""
@@ -237,7 +250,7 @@ class CacheInspection(Cache):
             packed = isinstance(layer, LayerInspection)
             pending.append([x for owner in self.store.owners(i) for x in owner] if packed else [])
             others.append(0 if packed else tensor_bytes(self._shown(i)))
-        return measured(held, pending, others, 0 if self.lazy is None else self.lazy.bytes())
+        return measured(held, pending, others, [companion.bytes() for companion in self.companions])
 
     def lossy_share(self, new: int = 0) -> float:
         """Share of the keys' and values' numbers in packed layers that are not exactly what the model made, or gone.
@@ -255,11 +268,10 @@ class CacheInspection(Cache):
         Raises:
             ShapeError: there is no such layer, head or sequence, or the layer is none of kvpack's.
         """
-        positions = self.store.positions(layer if layer >= 0 else len(self.layers), row, head)
-        if self.lazy is not None:
-            return sorted(self.lazy.held[layer][row, positions].tolist())
-        held: list[int] = positions.tolist()
-        return held
+        positions: list[int] = self.store.positions(layer if layer >= 0 else len(self.layers), row, head).tolist()
+        for companion in self.companions:
+            positions = companion.positions(layer, row, positions)
+        return positions
 
     @property
     def _packed(self) -> Iterator[LayerInspection]:
@@ -271,6 +283,7 @@ class CacheInspection(Cache):
 
     def info(self) -> dict[str, Any]:
         """What really runs: version, instruction set, threads, codec, layers, and attention calls by path."""
+        gains = [layer.compensation_gains(0, head) for layer in self._packed for head in range(layer.kv_heads)]
         counts = [self.store.counts(layer.index) for layer in self._packed]
         return {
             "version": _kvpack.__version__,
@@ -282,7 +295,7 @@ class CacheInspection(Cache):
             "attention": self.config._attn_implementation,
             "layers": [type(layer).__name__ for layer in self.layers],
             "tokens": self._tokens(),
-            **feedback([layer.feedback_gains(0, head) for layer in self._packed for head in range(layer.kv_heads)]),
+            **compensation(gains),
             **{path: sum(count[i] for count in counts) for i, path in enumerate(("prefill", "fused", "materialised"))},
         }
 
@@ -291,6 +304,5 @@ class CacheInspection(Cache):
         for layer in self.layers:
             kinds[type(layer).__name__] = kinds.get(type(layer).__name__, 0) + 1
         layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-        methods = ", ".join(repr(method) for method in (self.evict, self.select, self.quantize) if method is not None)
         tokens = "" if (seen := self._tokens()) is None else f"{seen} tokens, "
-        return f"PackedCache({methods}, {tokens}{readable_bytes(self.memory().total)}, layers: {layers})"
+        return f"PackedCache({self.methods.words()}, {tokens}{readable_bytes(self.memory().total)}, layers: {layers})"

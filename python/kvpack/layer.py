@@ -14,7 +14,7 @@ from ._tensors import autocast, crop_of, describe, four_dimensional, plain, row_
 from .errors import OptionError, ShapeError
 from .handle import LazyKV, Reading
 from .inspection import LayerInspection, materialized
-from .methods import Evict, Quantize, Select, Site
+from .methods import Methods, Site
 
 
 class PackedLayer(LayerInspection, CacheLayerMixin):
@@ -25,28 +25,20 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(
-        self,
-        store: _kvpack.Cache,
-        index: int,
-        methods: tuple[Evict | None, Select | None, Quantize],
-        site: Site | None = None,
-    ) -> None:
+    def __init__(self, store: _kvpack.Cache, index: int, methods: Methods, site: Site | None = None) -> None:
         """A view of layer `index` of `store`, whose methods are these.
 
         Args:
             store: the cache in Rust.
             index: which of its layers.
-            methods: what chooses the tokens that stay, what chooses those that a step reads, and the codec.
+            methods: those of the cache.
             site: where in which model the layer is.
         """
-        self.store, self.index = store, index
-        self.evict, self.select, self.quantize = methods
+        self.store, self.index, self.methods = store, index, methods
         self.config = None if site is None else site.config
 
     def __repr__(self) -> str:
-        methods = ", ".join(repr(method) for method in (self.evict, self.select, self.quantize) if method is not None)
-        return f"PackedLayer({methods}, {self.get_seq_length()} tokens)"
+        return f"PackedLayer({self.methods.words()}, {self.get_seq_length()} tokens)"
 
     # ---- a forward -------------------------------------------------------------------------------------------------
 
@@ -83,7 +75,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         )
 
     def commit(
-        self, version: int, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None, sinks: Any
+        self, version: int, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None, sink_logits: Any
     ) -> None:
         """Ends a prefill on an empty layer, after the attention of `query` over the model's own tensors.
 
@@ -97,7 +89,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
             version,
             describe(query),
             None if valid is None else describe(valid),
-            (scaling, softcap, None if sinks is None else sinks.detach().float().tolist()),
+            (scaling, softcap, None if sink_logits is None else sink_logits.detach().float().tolist()),
             torch.get_num_threads(),
         )
 
@@ -108,7 +100,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         valid: Tensor | None,
         scaling: float,
         softcap: float | None,
-        sinks: Tensor | None,
+        sink_logits: Tensor | None,
         values: LazyKV | None = None,
     ) -> Tensor:
         """Attention of the newest positions' queries over all that is held.
@@ -119,7 +111,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
             valid: `[B, q]`, which of the newest tokens are not pads.
             scaling: factor of the logits.
             softcap: `c` of `c tanh(logit / c)`.
-            sinks: learned logits, one a query head, that take weight and add nothing.
+            sink_logits: learned logits, one a query head, that take weight and add nothing.
             values: the handle that `update` returned; without it what is held now.
 
         Returns:
@@ -136,7 +128,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
             describe(out),
             None if mask is None else describe(mask),
             None if valid is None else describe(valid),
-            (scaling, softcap, None if sinks is None else sinks.detach().float().tolist()),
+            (scaling, softcap, None if sink_logits is None else sink_logits.detach().float().tolist()),
             torch.get_num_threads(),
         )
         return out
@@ -166,7 +158,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Mask columns for `query_length` new tokens, and the position of the first column."""
-        gone = 0 if self.evict is None else self.store.gone(self.index)
+        gone = 0 if self.methods.evict is None else self.store.gone(self.index)
         return self.get_seq_length() - gone + query_length, gone
 
     def get_max_length(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ class Memory:
     Attributes:
         parts: bytes by part: `codes`, `scales` (with zero-points), `exact` (sinks, recent window and exact pages,
             in the model's dtype), `index` (positions, lists of pages, headers), `pending` (the model's own tensors of
-            the newest forward, until they are stored), `auxiliary` (hidden states of tokens that LazyLLM left out, and
-            where they belong), and `other layers` (what transformers' own layer objects hold).
+            the newest forward, until they are stored), `auxiliary` (what companions keep: hidden states of tokens that
+            were left out, and where they belong), and `other layers` (what transformers' own layer objects hold).
         layers: bytes by layer of the model.
     """
 
@@ -44,7 +44,10 @@ class Memory:
 
 
 def measured(
-    packed: Sequence[Sequence[int] | None], pending: Sequence[Sequence[Any]], others: Sequence[int], auxiliary: int
+    packed: Sequence[Sequence[int] | None],
+    pending: Sequence[Sequence[Any]],
+    others: Sequence[int],
+    beside: Iterable[Mapping[str, int]],
 ) -> Memory:
     """The memory of a cache.
 
@@ -52,10 +55,12 @@ def measured(
         packed: of each packed layer the bytes of codes, scales, exact numbers and index.
         pending: of each layer the tensors that wait to be stored; they keep all of their storages, each counted once.
         others: bytes of layers that are not packed.
-        auxiliary: what belongs to no layer.
+        beside: bytes of the cache's companions, which belong to no layer, by part.
     """
     parts = dict.fromkeys(("codes", "scales", "exact", "index", "pending", "auxiliary", "other layers"), 0)
-    parts["auxiliary"] = auxiliary
+    for held_beside in beside:
+        for name, n in held_beside.items():
+            parts[name] = parts.get(name, 0) + n
     layers = []
     known: set[int] = set()
     for held, waiting, other in zip(packed, pending, others, strict=True):
@@ -70,10 +75,10 @@ def measured(
     return Memory(parts, layers)
 
 
-def feedback(heads: Sequence[Sequence[tuple[float, bool] | None]]) -> dict[str, str]:
-    """Where feedback is used, for `info`: heads that have it, of all with a metric, and what it could gain."""
+def compensation(heads: Sequence[Sequence[tuple[float, bool] | None]]) -> dict[str, str]:
+    """Where compensation is used, for `info`: heads that have it, of all with a metric, and what it could gain."""
     told = {}
-    for side, name in enumerate(("feedback of keys", "feedback of values")):
+    for side, name in enumerate(("compensation of keys", "compensation of values")):
         gains = [gain for head in heads if (gain := head[side]) is not None]
         if gains:
             ratios = sorted(ratio for ratio, _ in gains)

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import models
 from ._forwards import Begun, begun, is_under_way
 from .beside import State
-from .errors import ConcurrencyError, ModelMismatchError, OptionError
+from .errors import ConcurrencyError, ModelMismatchError
 from .handle import Reading
 from .inspection import CacheInspection
 from .layer import PackedLayer
@@ -40,7 +40,7 @@ class TransactionalCache(CacheInspection):
         Raises:
             ModelMismatchError: there is no such layer: the cache was made for a model of fewer layers.
             ConcurrencyError: another thread is in the middle of a forward with this cache.
-            OptionError: LazyLLM filled the cache, and this forward is outside of it.
+            OptionError: a companion of the cache does not go along.
         """
 
         def change(layer: Any, of_module: bool) -> Any:
@@ -100,10 +100,8 @@ class TransactionalCache(CacheInspection):
 
     def _taking_part(self, layer_idx: int) -> Any:
         """The layer, in a forward."""
-        if self.lazy is not None and not self.lazy.running:
-            raise OptionError(
-                "this cache was filled within kvpack.LazyLLM: given a forward outside, expected one in it"
-            )
+        for companion in self.companions:
+            companion.check_forward()
         if len(self.layers) > len(self.store):
             self._adopt()
         if not 0 <= layer_idx < len(self.layers):

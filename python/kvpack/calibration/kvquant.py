@@ -46,7 +46,7 @@ def measure(
 
 
 class _Sample:
-    """Un-rotated keys, values, and what their errors weigh, each `[H, n, D]`, of one document."""
+    """Pre-RoPE keys, values, and what their errors weigh, each `[H, n, D]`, of one document."""
 
     def __init__(self, keys: Tensor, values: Tensor, key_weights: Tensor, value_weights: Tensor) -> None:
         self.keys, self.values = keys, values

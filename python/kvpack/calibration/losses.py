@@ -14,7 +14,7 @@ from ..cache import PackedCache
 from ..errors import OptionError
 from ..forward import CACHE_ARGUMENT
 from ..layer import PackedLayer
-from ..methods import KIVI, Apart, Exact, Graded, Layers, Quantize
+from ..methods import KIVI, Exact, Graded, KeyValue, PerLayer, Quantize
 from .budget import CHUNK, Choices, Option, Side, allocate
 
 Progress = Callable[[int], object]
@@ -71,14 +71,14 @@ class Losses:
             if sum(self.bits[layer, side, widths[side]] for layer in chosen for side in (0, 1)) / layers / 2 <= budget
         ]
         report: dict[str, Any] = {"bits": spent / layers / 2, "sum_of_losses": self._sum(chosen), "kl": 0.0}
-        codecs: dict[str, Quantize] = {"kl": Layers(Exact(), named)}
+        codecs: dict[str, Quantize] = {"kl": PerLayer(Exact(), named)}
         if equal:
             widths = min(equal)[1]
             report |= {
                 "equal": "/".join(side.text(width) for side, width in zip(both, widths, strict=True)),
                 "equal_kl": 0.0,
             }
-            codecs["equal_kl"] = Layers(Exact(), dict.fromkeys(chosen, _codec(both, widths)))
+            codecs["equal_kl"] = PerLayer(Exact(), dict.fromkeys(chosen, _codec(both, widths)))
         for ids in documents:
             full = _read(model, PackedCache(model), ids)
             for name, codec in codecs.items():
@@ -117,7 +117,7 @@ def measure_losses(model: Any, documents: Tensor, both: tuple[Side, Side], progr
         progress(CHUNK)
         for side, width in [(i, width) for i in (0, 1) for width in both[i].widths]:
             codec = both[side].at(width)
-            packed = PackedCache(model, quantize=Apart(codec, Exact()) if side == 0 else Apart(Exact(), codec))
+            packed = PackedCache(model, quantize=KeyValue(codec, Exact()) if side == 0 else KeyValue(Exact(), codec))
             _feed(model, packed, ids[:-CHUNK])
             progress(len(ids) - CHUNK)
             for i, layer in enumerate(packed.layers):
@@ -137,8 +137,8 @@ def text_of(both: tuple[Side, Side], widths: tuple[float, float]) -> str:
     return "/".join(side.text(width) for side, width in zip(both, widths, strict=True))
 
 
-def _codec(both: tuple[Side, Side], widths: tuple[float, float]) -> Apart:
-    return Apart(both[0].at(widths[0]), both[1].at(widths[1]))
+def _codec(both: tuple[Side, Side], widths: tuple[float, float]) -> KeyValue:
+    return KeyValue(both[0].at(widths[0]), both[1].at(widths[1]))
 
 
 def _bits(layer: PackedLayer, side: int, codec: Quantize) -> float:
@@ -169,7 +169,7 @@ def range_of_bits(config: Any, both: tuple[Side, Side]) -> tuple[float, float]:
 
     def held(side: int, width: float) -> float:
         codec = both[side].at(width)
-        cache = PackedCache(config, quantize=Apart(codec, Exact()) if side == 0 else Apart(Exact(), codec))
+        cache = PackedCache(config, quantize=KeyValue(codec, Exact()) if side == 0 else KeyValue(Exact(), codec))
         layer = next((layer for layer in cache.layers if isinstance(layer, PackedLayer)), None)
         if layer is None:
             raise OptionError("model: given one none of whose layers are packed, expected layers with full attention")

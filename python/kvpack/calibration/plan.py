@@ -14,7 +14,7 @@ from ..errors import ModelNeededError, OptionError
 from ..evaluation.forward import evaluating
 from ..evaluation.settings import Settings, check_folder, cut
 from ..methods import Calibrated, KVQuant
-from ..methods.calibrated import Header, identity, table_tensors, write
+from ..methods.quantize.calibrated import Header, identity, table_tensors, write
 from ..methods.spec import parse_spec
 from . import kvquant
 from .budget import CHUNK, sides

@@ -30,7 +30,7 @@ class Attention:
         value: as `key`.
         scaling: factor of the logits.
         softcap: their cap, if any.
-        sinks: learned logits, one a query head, if any.
+        sink_logits: learned logits, one a query head, if any.
     """
 
     query: Tensor
@@ -38,7 +38,7 @@ class Attention:
     value: Tensor
     scaling: float
     softcap: float | None
-    sinks: Tensor | None
+    sink_logits: Tensor | None
 
 
 def attention_errors(model: Any, contenders: Sequence[Contender], ids: Tensor, queries: int = 32) -> list[Record]:
@@ -89,7 +89,7 @@ def record_attention(model: Any, ids: Tensor, queries: int) -> dict[int, Attenti
 
 def _error(layer: PackedLayer, asked: Attention) -> float:
     layer.load(asked.key, asked.value, None)
-    found = layer.attend(asked.query, None, None, asked.scaling, asked.softcap, asked.sinks).transpose(1, 2)
+    found = layer.attend(asked.query, None, None, asked.scaling, asked.softcap, asked.sink_logits).transpose(1, 2)
     expected = _exact(asked)
     return float((found - expected).norm() / expected.norm())
 
@@ -102,7 +102,7 @@ def _exact(asked: Attention) -> Tensor:
         logits = asked.softcap * torch.tanh(logits / asked.softcap)
     new, tokens = logits.shape[-2:]
     logits = logits.masked_fill(~torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new), float("-inf"))
-    if asked.sinks is not None:
-        sinks = asked.sinks.float().reshape(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
-        return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1] @ value
+    if asked.sink_logits is not None:
+        sink_logits = asked.sink_logits.float().reshape(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sink_logits], -1).softmax(-1)[..., :-1] @ value
     return logits.softmax(-1) @ value

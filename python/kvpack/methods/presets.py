@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..errors import UnknownPresetError
-from .quantize import Exact, Graded, KVarN, Quantize
+from .quantize.base import Quantize
+from .quantize.exact import Exact
+from .quantize.graded import Graded
+from .quantize.kvarn import KVarN
 
 
 class Presets(Mapping[str, Quantize]):

@@ -1,48 +1,50 @@
-"""The registry: the methods of each family by name."""
+"""The registry: the methods of each family by name.
+
+A method is entered where it is defined, by `@register` above its dataclass. Texts, the words of errors and the
+leaderboard follow from what is entered.
+"""
 
 from __future__ import annotations
 
-from .calibrated import Calibrated
-from .evict import (
-    A2SF,
-    H2O,
-    TOVA,
-    AdaKV,
-    Evict,
-    ExpectedAttention,
-    KeyDiff,
-    L2Norm,
-    Longformer,
-    PyramidKV,
-    Random,
-    SnapKV,
-    StreamingLLM,
-)
-from .kvquant import KVQuant
-from .quantize import KIVI, Q4, Q8, Exact, Graded, KVarN, Quantize, Rotated
-from .select import Quest, Select
+from itertools import chain
+from typing import TYPE_CHECKING, TypeVar, cast
 
-# Apart and Layers have no names of their own in texts: they are written as several methods.
-QUANTIZE: dict[str, type[Quantize]] = {
-    method.name: method for method in (Exact, KIVI, Q8, Q4, Rotated, KVarN, Graded, KVQuant, Calibrated)
+from ..errors import OptionError
+from .base import Method
+from .renamed import accept_old_names
+
+if TYPE_CHECKING:
+    from .evict import Evict
+    from .quantize import Quantize
+    from .select import Select
+
+_M = TypeVar("_M", bound=type[Method])
+
+FAMILIES: dict[str, dict[str, type[Method]]] = {
+    family: {} for family in ("quantize", "evict", "select", "compact", "prune", "share")
 }
+"""The methods of each family by name. A family is also the name of PackedCache's argument."""
 
-EVICT: dict[str, type[Evict]] = {
-    method.name: method
-    for method in (
-        SnapKV,
-        PyramidKV,
-        H2O,
-        A2SF,
-        TOVA,
-        StreamingLLM,
-        Longformer,
-        ExpectedAttention,
-        KeyDiff,
-        L2Norm,
-        Random,
-        AdaKV,
-    )
-}
+QUANTIZE = cast("dict[str, type[Quantize]]", FAMILIES["quantize"])
+EVICT = cast("dict[str, type[Evict]]", FAMILIES["evict"])
+SELECT = cast("dict[str, type[Select]]", FAMILIES["select"])
 
-SELECT: dict[str, type[Select]] = {method.name: method for method in (Quest,)}
+COMPANIONS: dict[str, type[Method]] = {}
+"""What runs beside a cache, by name; the family of these is "companion"."""
+
+
+def register(method: _M) -> _M:
+    """Enter a method into the registry of its family, by its name.
+
+    Raises:
+        OptionError: another method has that name, or there is no such family.
+    """
+    families = {**FAMILIES, "companion": COMPANIONS}
+    if method.family not in families:
+        raise OptionError(f"family: {method.family!r} is unknown; accepted: {', '.join(families)}")
+    if method.name in chain.from_iterable(families.values()):
+        raise OptionError(f"name: {method.name!r} is not accepted for {method.__name__}: another method has it")
+    if method.renamed:
+        accept_old_names(method)
+    families[method.family][method.name] = method
+    return method

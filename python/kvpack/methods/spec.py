@@ -19,16 +19,16 @@ from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 from ..errors import KvpackError, OptionError
-from .calibrated import Calibrated
-from .evict import AdaKV
-from .feedback import GPTQ
+from .evict.adakv import AdaKV
 from .presets import PRESETS
-from .quantize import Apart, Layers
-from .registry import EVICT, QUANTIZE, SELECT
+from .quantize.compose import KeyValue, PerLayer
+from .quantize.gptq import GPTQ
+from .registry import FAMILIES, QUANTIZE
+from .renamed import renamed_options
 
-FAMILIES: dict[str, Mapping[str, Any]] = {"quantize": QUANTIZE, "evict": EVICT, "select": SELECT}
-"""The registry: the methods of each family by name. A family is also the name of PackedCache's argument."""
-_PATH = re.compile(rf"\b{Calibrated.name}\s*:\s*path\s*=\s*(?![\s'\"])")
+CALIBRATED = "calibrated"
+"""The name of the codec from a file, whose path may stand without quotes."""
+_PATH = re.compile(rf"\b{CALIBRATED}\s*:\s*path\s*=\s*(?![\s'\"])")
 _BEFORE_BRACKETS = re.compile(r"[^('\"]*[^=\s('\"]\s*\(")
 _WORD = re.compile(r"[A-Za-z_][\w.~/-]*")
 
@@ -68,9 +68,9 @@ def spell(method: Any) -> str:
     Raises:
         OptionError: there is no text for it.
     """
-    if isinstance(method, Apart):
+    if isinstance(method, KeyValue):
         return f"{spell(method.keys)}/{spell(method.values)}"
-    if isinstance(method, Layers):
+    if isinstance(method, PerLayer):
         return "@".join([spell(method.default), *(f"{layer}={spell(codec)}" for layer, codec in method.others.items())])
     own = [field for field in fields(method) if field.init]
     if isinstance(method, AdaKV):
@@ -114,7 +114,7 @@ def accepted_quantize(value: Any) -> str:
 
 def _constructor(method: Any) -> str:
     """The call that makes a method, as it is written after `import kvpack`."""
-    if isinstance(method, Calibrated):
+    if method.name == CALIBRATED:
         return f"kvpack.load_calibration({method.path!r})"
     return re.sub(r"\b([A-Z]\w*)\(", r"kvpack.\1(", repr(method))
 
@@ -122,7 +122,7 @@ def _constructor(method: Any) -> str:
 def _parse_part(text: str) -> tuple[str, Any]:
     """Return the family and the method that one part of a text stands for."""
     if path := _PATH.match(text.strip()):
-        return "quantize", make(Calibrated, Calibrated.name, {"path": text.strip()[path.end() :]})
+        return "quantize", make(QUANTIZE[CALIBRATED], CALIBRATED, {"path": text.strip()[path.end() :]})
     if len(split(text, "@")) > 1:
         return "quantize", _parse_layers(text)
     if len(split(text, "/")) > 1:
@@ -132,7 +132,7 @@ def _parse_part(text: str) -> tuple[str, Any]:
                 f"method {text!r} is not accepted; a slash stands between a codec of keys and one of values"
             )
         (_, keys), (_, values) = sides
-        return "quantize", Apart(keys, values)
+        return "quantize", KeyValue(keys, values)
     if _BEFORE_BRACKETS.match(text):
         return "evict", _parse_adakv(text)
     name, parameters = split_parameters(text)
@@ -159,7 +159,7 @@ def _parse_adakv(text: str) -> AdaKV:
     return adakv
 
 
-def _parse_layers(text: str) -> Layers:
+def _parse_layers(text: str) -> PerLayer:
     """Return what `default@layer=codec@...` stands for."""
     default, *others = split(text, "@")
     codecs: dict[int, Any] = {}
@@ -174,7 +174,7 @@ def _parse_layers(text: str) -> Layers:
                 f"method {text!r} is not accepted; after each @ stands the number of a layer, = and a codec"
             )
         codecs[number] = _codec(codec)
-    return Layers(_codec(default), codecs)
+    return PerLayer(_codec(default), codecs)
 
 
 def _codec(text: str) -> Any:
@@ -246,6 +246,7 @@ def make(method: type, name: str, parameters: Mapping[str, Any]) -> Any:
         OptionError: it has no such parameter, or does not accept a value.
     """
     accepted = [field.name for field in fields(method)]
+    parameters = renamed_options(method, parameters)
     for parameter in parameters:
         if parameter not in accepted:
             what = ", ".join(accepted) if accepted else "none, it has no parameters"

@@ -1,19 +1,22 @@
 """The `evict` family: fewer tokens."""
 
-from .adakv import AdaKV
-from .attention import A2SF, H2O, TOVA
-from .base import Amount, Evict
+# In the order in which texts and errors name them.
+# isort: off
+from .base import Evict
+from .snapkv import SnapKV, PyramidKV
+from .attention import H2O, A2SF, TOVA
+from .pattern import StreamingLLM, Longformer
 from .expected import ExpectedAttention
 from .keys import KeyDiff, L2Norm, Random
-from .pattern import Longformer, StreamingLLM
-from .snapkv import PyramidKV, SnapKV
+from .adakv import AdaKV
+
+# isort: on
 
 __all__ = [
     "A2SF",
     "H2O",
     "TOVA",
     "AdaKV",
-    "Amount",
     "Evict",
     "ExpectedAttention",
     "KeyDiff",

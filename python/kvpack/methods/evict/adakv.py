@@ -7,11 +7,13 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..quantize import Site
+from ..base import Property, Reasons, Site
+from ..registry import register
 from .attention import TOVA
 from .base import Evict
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class AdaKV(Evict):
     """The heads of a layer share one budget (Feng et al. 2024, arXiv 2407.11550): `AdaKV(SnapKV(budget=0.25))`.
@@ -51,9 +53,14 @@ class AdaKV(Evict):
         return f"AdaKV({self.method!r}, floor={self.floor!r})"
 
     @property
-    def reads_keys(self) -> bool:
-        """As in `Evict`."""
-        return self.method.reads_keys
+    def needs(self) -> Reasons:
+        """As what scores the tokens."""
+        return self.method.needs
+
+    @property
+    def breaks(self) -> Reasons:
+        """What any eviction does, and heads hold different numbers of tokens."""
+        return {**self.method.breaks, Property.EQUAL_HEADS: "the heads of a layer share a budget"}
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..quantize import Site
-from .base import Amount, Evict, amount
+from ..base import Amount, Property, Reasons, Site, amount
+from ..registry import register
+from .base import Evict
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class _Attention(Evict):
     def _check(self) -> None:
         amount("recent", self.recent, "a whole number of tokens, or a share of the budget from 0 to 1.0")
 
+    @property
+    def needs(self) -> Reasons:
+        """The attention of all queries so far."""
+        return {Property.QUERIES_SEEN: "tokens are scored by the attention that they get"}
+
     def _alpha(self) -> float:
         return 1.0
 
@@ -32,11 +38,12 @@ class _Attention(Evict):
         return _kvpack.Eviction.attention(common, self._alpha(), self.shared)
 
 
+@register
 @dataclass(frozen=True)
 class H2O(_Attention):
     """Heavy hitters: what received the most attention of all queries so far (Zhang et al. 2023, arXiv 2306.14048).
 
-    Attention is summed over the query heads that read a KV head. It costs as much again as a prompt's own attention.
+    Attention is summed over the query heads of a KV head. It costs as much again as a prompt's own attention.
 
     Attributes:
         budget: tokens that stay a KV head, or a share of the prompt; or one for each layer. The paper has 0.2.
@@ -47,11 +54,12 @@ class H2O(_Attention):
     standard: ClassVar[tuple[str, ...]] = ("h2o:budget=0.5", "h2o:budget=0.25", "h2o:budget=0.1")
 
 
+@register
 @dataclass(frozen=True)
 class A2SF(_Attention):
     """Accumulated attention that is forgotten again (Jo and Shin 2024, arXiv 2407.20485).
 
-    `A <- alpha A + S` with the attention `S` of each query, summed over the query heads that read a KV head: first
+    `A <- alpha A + S` with the attention `S` of each query, summed over the query heads of a KV head: first
     tokens gain nothing from having been seen by more queries. Of a prompt only queries whose weight is above 1e-6 are
     looked at.
 
@@ -77,6 +85,7 @@ class A2SF(_Attention):
         return float(self.alpha)
 
 
+@register
 @dataclass(frozen=True)
 class TOVA(_Attention):
     """What the last query does not look at goes (Oren et al. 2024, arXiv 2401.06104).

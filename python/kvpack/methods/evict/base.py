@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -10,16 +10,15 @@ from typing import Any, ClassVar, TypeAlias
 from ... import _kvpack
 from ...errors import ModelNeededError, OptionError
 from ...rotation import Rotation, rotations_of
-from ..quantize import Site, check_whole
+from ..base import Amount, Method, Property, Reasons, Site, amount, check_switch, check_whole
 
-Amount: TypeAlias = int | float
 Common: TypeAlias = tuple[Any, ...]
 
 _BUDGET = "a whole number of tokens from 1, a share of the prompt above 0 up to 1.0, or one of such for each layer"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evict(ABC):
+class Evict(Method):
     """A method that chooses which tokens of a KV head stay; what goes is freed.
 
     Tokens are chosen when a prompt was read, before anything is packed: a forward of more than 16 tokens, or the first
@@ -28,8 +27,6 @@ class Evict(ABC):
     Scores are of all KV heads apart, positions stay what they were, and a budget that has room for all changes nothing.
 
     Attributes:
-        name: in the registry, and in methods written as text (`snapkv:budget=0.25`).
-        standard: settings, as text, at which it is measured beside others.
         sinks: tokens at the beginning of each sequence that always stay, not counting pads.
         protect: spans `(first, end)` of tokens that always stay, counted from the first token that is no pad: a system
             prompt, for example.
@@ -37,8 +34,8 @@ class Evict(ABC):
         block: tokens by which it may be exceeded there.
     """
 
-    name: ClassVar[str]
-    standard: ClassVar[tuple[str, ...]]
+    family: ClassVar[str] = "evict"
+    without: ClassVar[str] = "None to keep all tokens"
 
     sinks: int = 0
     protect: tuple[tuple[int, int], ...] = ()
@@ -47,19 +44,21 @@ class Evict(ABC):
 
     def __post_init__(self) -> None:
         check_whole(self, sinks=0, block=1)
-        if not isinstance(self.decode, bool):
-            raise OptionError(f"decode={self.decode!r} is not accepted; accepted: True, False")
+        check_switch(self, "decode")
         object.__setattr__(self, "protect", _spans(self.protect))
         self._check()
         self.make()  # Rust knows the rest of the rules
 
-    def _check(self) -> None:  # noqa: B027  # not every method has fields of its own
+    def _check(self) -> None:  # not every method has fields of its own
         """Raises OptionError for the first field of a method's own that is not accepted."""
 
     @property
-    def reads_keys(self) -> bool:
-        """Whether keys count otherwise than by attention."""
-        return False
+    def breaks(self) -> Reasons:
+        """Tokens go, from in between."""
+        return {
+            Property.ALL_TOKENS: "it lets tokens go",
+            Property.CONSECUTIVE_POSITIONS: "it lets tokens go from in between",
+        }
 
     @abstractmethod
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
@@ -84,15 +83,6 @@ class Evict(ABC):
                 "...), as the model's rotary embedding has to be known"
             )
         return rotations_of(site.model)
-
-
-def amount(name: str, value: Any, accepted: str) -> Amount:
-    """The number of tokens, or the share, that an option was given; OptionError when it is neither."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-    if not whole and not (isinstance(value, float) and 0 <= value <= 1):
-        raise OptionError(f"{name}={value!r} is not accepted; accepted: {accepted}")
-    checked: Amount = value
-    return checked
 
 
 def _of_layer(budget: Amount | Sequence[Amount], site: Site | None) -> Amount:

@@ -9,10 +9,12 @@ from typing import ClassVar
 from ... import _kvpack
 from ...errors import OptionError
 from ...rotation import Rotation
-from ..quantize import Site, check_whole
-from .base import Amount, Evict
+from ..base import Amount, Property, Reasons, Site, check_switch, check_whole
+from ..registry import register
+from .base import Evict
 
 
+@register
 @dataclass(frozen=True)
 class ExpectedAttention(Evict):
     """What queries to come would attend to stays (Devoto et al. 2025, arXiv 2510.00636).
@@ -44,16 +46,17 @@ class ExpectedAttention(Evict):
 
     def _check(self) -> None:
         check_whole(self, future=1)
-        for name in ("covariance", "values"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name}={getattr(self, name)!r} is not accepted; accepted: True, False")
+        check_switch(self, "covariance", "values")
         if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, int | float):
             raise OptionError(f"epsilon={self.epsilon!r} is not accepted; accepted: 0 and positive numbers")
 
     @property
-    def reads_keys(self) -> bool:
-        """As in `Evict`."""
-        return True
+    def needs(self) -> Reasons:
+        """Keys are scored by queries that are drawn from those of prompts."""
+        return {
+            Property.RAW_KEYS: "it looks at keys",
+            Property.QUERIES_SEEN: "tokens are scored by the queries of prompts",
+        }
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ... import _kvpack
-from ..quantize import Site, check_whole
-from .base import Amount, Evict, amount
+from ..base import Amount, Property, Reasons, Site, amount, check_whole
+from ..registry import register
+from .base import Evict
 
 
+@register
 @dataclass(frozen=True)
 class KeyDiff(Evict):
     """Keys that are unlike the others stay (Park et al. 2025, arXiv 2504.15364); no query is looked at.
@@ -29,9 +31,9 @@ class KeyDiff(Evict):
     recent: Amount = 0
 
     @property
-    def reads_keys(self) -> bool:
-        """As in `Evict`."""
-        return True
+    def needs(self) -> Reasons:
+        """Keys are compared with each other."""
+        return {Property.RAW_KEYS: "it looks at keys"}
 
     def _check(self) -> None:
         amount("recent", self.recent, "a whole number of tokens, or a share of the budget from 0 to 1.0")
@@ -41,6 +43,7 @@ class KeyDiff(Evict):
         return _kvpack.Eviction.keydiff(self._common(site, floor, self.budget, self.recent))
 
 
+@register
 @dataclass(frozen=True)
 class L2Norm(KeyDiff):
     """Small keys stay: a token's score is `-|k|` (Devoto et al. 2024, arXiv 2406.11430); no query is looked at.
@@ -60,6 +63,7 @@ class L2Norm(KeyDiff):
         return _kvpack.Eviction.norm(self._common(site, floor, self.budget, self.recent))
 
 
+@register
 @dataclass(frozen=True)
 class Random(KeyDiff):
     """Lots decide: the control that every method has to beat.
@@ -76,9 +80,9 @@ class Random(KeyDiff):
     seed: int = 0
 
     @property
-    def reads_keys(self) -> bool:
-        """As in `Evict`."""
-        return False
+    def needs(self) -> Reasons:
+        """Lots need nothing."""
+        return {}
 
     def _check(self) -> None:
         super()._check()

@@ -8,10 +8,12 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..quantize import Site, check_whole
-from .base import Amount, Evict
+from ..base import Amount, Property, Reasons, Site, check_switch, check_whole
+from ..registry import register
+from .base import Evict
 
 
+@register
 @dataclass(frozen=True)
 class StreamingLLM(Evict):
     """The first and the newest tokens stay (Xiao et al. 2023, arXiv 2309.17453).
@@ -35,13 +37,12 @@ class StreamingLLM(Evict):
     rerotate: bool = False
 
     def _check(self) -> None:
-        if not isinstance(self.rerotate, bool):
-            raise OptionError(f"rerotate={self.rerotate!r} is not accepted; accepted: True, False")
+        check_switch(self, "rerotate")
 
     @property
-    def reads_keys(self) -> bool:
-        """As in `Evict`."""
-        return self.rerotate
+    def needs(self) -> Reasons:
+        """Keys that can be turned, with `rerotate`."""
+        return {Property.RAW_KEYS: "with rerotate=True it looks at keys as they were turned"} if self.rerotate else {}
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
@@ -55,6 +56,7 @@ class StreamingLLM(Evict):
         return _kvpack.Eviction.newest(self._common(site, floor, self.budget, 0), rotation)
 
 
+@register
 @dataclass(frozen=True)
 class Longformer(Evict):
     """The shape of Longformer's pattern (Beltagy et al. 2020, arXiv 2004.05150) as a retention mask.

@@ -1,4 +1,4 @@
-"""Votes of the prompt's last queries."""
+"""Attention scores of the prompt's last queries."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
-from ..quantize import Site, check_whole
-from .base import Amount, Evict
+from ..base import Amount, Property, Reasons, Site, check_whole
+from ..registry import register
+from .base import Evict
 
 
+@register
 @dataclass(frozen=True)
 class SnapKV(Evict):
     """What the last queries of the prompt look at stays (Li et al. 2024, arXiv 2404.14469).
 
-    The last `window` queries vote for the tokens before them with their attention; votes are averaged over the query
-    heads that read a KV head, and pooled over neighbouring tokens. The best tokens stay, and the window itself.
+    Tokens are scored by the attention of the last `window` queries to what stands before them; scores are averaged over
+    the query heads of a KV head, and pooled over neighbouring tokens. The best tokens stay, and the window itself.
 
     The question has to stand at the end of the prompt, and the window should be no longer than it: what stands before
-    it votes too. Published settings have windows of 8 to 64, kernels of 5 and 7, and both kinds of pooling; with these
+    it counts too. Published settings have windows of 8 to 64, kernels of 5 and 7, and both kinds of pooling; with these
     defaults the least was lost of short questions. The paper chooses once, after the first prompt; here tokens are
     chosen again after every later prompt, and with `decode` from the last queries of the text generated so far.
 
     Attributes:
         budget: tokens that stay a KV head, the window included, or a share of the prompt; or one for each layer.
-        window: queries that vote.
-        kernel: votes that are pooled, an odd number.
+        window: queries whose attention counts.
+        kernel: scores that are pooled, an odd number.
         pooling: "max" or "avg".
     """
 
@@ -38,6 +40,11 @@ class SnapKV(Evict):
     window: int = 16
     kernel: int = 5
     pooling: str = "max"
+
+    @property
+    def needs(self) -> Reasons:
+        """The attention of the last queries."""
+        return {Property.QUERIES_SEEN: "tokens are scored by the attention that they get"}
 
     def _check(self) -> None:
         check_whole(self, window=1, kernel=1)
@@ -50,6 +57,7 @@ class SnapKV(Evict):
         return _kvpack.Eviction.snapkv(common, self.window, self.kernel, self.pooling)
 
 
+@register
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
     """SnapKV with budgets that fall from the first layer to the last (Cai et al. 2024, arXiv 2406.02069).
@@ -65,6 +73,11 @@ class PyramidKV(SnapKV):
     standard: ClassVar[tuple[str, ...]] = ("pyramidkv:budget=0.25", "pyramidkv:budget=0.1")
 
     beta: int = 20
+
+    @property
+    def breaks(self) -> Reasons:
+        """What any eviction does, and layers hold different numbers of tokens."""
+        return {**super().breaks, Property.EQUAL_LAYERS: "budgets fall from layer to layer"}
 
     def _check(self) -> None:
         super()._check()

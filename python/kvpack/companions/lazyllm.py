@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import attention
-from ._lazy import Lazy, at, mask, scores, split, wanted
-from .cache import PackedCache
-from .errors import OptionError, ShapeError
-from .layer import PackedLayer
+from .. import attention
+from ..cache import PackedCache
+from ..errors import OptionError, ShapeError
+from ..layer import PackedLayer
+from ..methods import Method, Property, register
+from ..methods.base import Reasons
+from ..methods.combination import Party
+from .lazy import Lazy, at, mask, scores, split, wanted
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+MODELS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Values of `config.model_type` whose modules have the names and arguments that are relied on."""
 
 # Depths, as shares of the layers, and which share of the tokens goes on from there.
 _SCHEDULE = ((1 / 4, 0.6), (1 / 2, 0.2))
 
 
-class LazyLLM:
+@register
+class LazyLLM(Method):
     """Progressive pruning of prompt tokens, layer by layer, as LazyLLM's (Fu et al. 2024, arXiv 2407.14057).
 
     In a `with` statement, every forward of the model drops tokens at the layers of `schedule`: those to which the
@@ -40,11 +44,15 @@ class LazyLLM:
             model.generate(**inputs, past_key_values=kvpack.PackedCache(model))
 
     Attributes:
-        model: a causal language model of one of `FAMILIES` with `attn_implementation="kvpack"`.
+        model: a causal language model of one of `MODELS` with `attn_implementation="kvpack"`.
         schedule: from which layer on (1 and above) which share of the context's tokens is computed, falling with depth.
         revive: whether left-out tokens are computed when a later step wants them.
         computed: tokens that each layer computed in this `with` statement, pads included.
     """
+
+    family: ClassVar[str] = "companion"
+    name: ClassVar[str] = "lazyllm"
+    standard: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Any, schedule: Mapping[int, float] | None = None, *, revive: bool = True) -> None:
         """Checks; nothing is changed before the `with` statement.
@@ -59,8 +67,8 @@ class LazyLLM:
                 schedule is not accepted.
         """
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        if kind not in FAMILIES or not hasattr(model, "base_model"):
-            raise OptionError(f"model: given one of type {kind!r}, expected one of {', '.join(FAMILIES)}")
+        if kind not in MODELS or not hasattr(model, "base_model"):
+            raise OptionError(f"model: given one of type {kind!r}, expected one of {', '.join(MODELS)}")
         if model.config._attn_implementation != attention.NAME:
             raise OptionError(
                 f"model: given one with attn_implementation={model.config._attn_implementation!r}, "
@@ -82,6 +90,19 @@ class LazyLLM:
         self._mask: Tensor | None = None
         self._rows = torch.empty(0)  # positions of the hidden states, in their order
         self._cut = False  # whether these are not the forward's own tokens
+
+    @property
+    def needs(self) -> Reasons:
+        """All tokens that a layer computed are where it computed them."""
+        return {Property.ALL_TOKENS: "it knows where in a layer each token is"}
+
+    @property
+    def breaks(self) -> Reasons:
+        """Layers compute different tokens."""
+        return {
+            Property.CONSECUTIVE_POSITIONS: "a layer has tokens in the order in which they were computed",
+            Property.EQUAL_LAYERS: "deeper layers have fewer tokens",
+        }
 
     def __enter__(self) -> LazyLLM:
         if any(getattr(hook, "_kvpack_lazy", False) for hook in self._decoder._forward_pre_hooks.values()):
@@ -121,11 +142,7 @@ class LazyLLM:
         others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, PackedLayer)}
         if others:
             raise OptionError(f"past_key_values: given one with layers of type {others}, expected full attention only")
-        if cache.evict is not None or cache.quantize.needs_neighbours:
-            raise OptionError(
-                f"past_key_values: given {cache!r}, expected one that evicts no tokens and holds keys as they are "
-                "attended to: with LazyLLM layers have different tokens"
-            )
+        cache.methods.check_with(Party.of(self))
         if cache.store.records():
             raise OptionError(
                 "LazyLLM: given a cache that may be rolled back (assisted decoding), expected plain steps"
@@ -160,8 +177,9 @@ class LazyLLM:
     @property
     def _lazy(self) -> Lazy:
         assert self._cache is not None
-        assert self._cache.lazy is not None  # a forward begins at layer 0
-        return self._cache.lazy
+        lazy = _known(self._cache)
+        assert lazy is not None  # a forward begins at layer 0
+        return lazy
 
     def _take_in(self, hidden: Tensor, kwargs: dict[str, Any]) -> Lazy:
         """Adds a forward's tokens to what the cache knows."""
@@ -176,17 +194,19 @@ class LazyLLM:
                 f"attention_mask: given one of shape {tuple(valid.shape)}, expected {(batch, past + new)} with "
                 "pads on the left: the newest token decides what is computed"
             )
-        if cache.lazy is None:  # dense so far: every layer has all tokens
+        known = _known(cache)
+        if known is None:  # dense so far: every layer has all tokens
             before = torch.arange(past).expand(batch, -1)
-            known = before if valid is None else (valid[:, :past].cumsum(1) - 1).clamp(min=0)
-            cache.lazy = Lazy([before] * len(self.computed), known)
+            held = before if valid is None else (valid[:, :past].cumsum(1) - 1).clamp(min=0)
+            lazy = Lazy([before] * len(self.computed), held)
         else:
-            cache.lazy = cache.lazy.begun()
-        cache.lazy.running = True
-        cache.lazy.ids = torch.cat([cache.lazy.ids, ids], 1)
-        cache.lazy.valid = valid
+            lazy = known.begun()
+        lazy.running = True
+        lazy.ids = torch.cat([lazy.ids, ids], 1)
+        lazy.valid = valid
+        _know(cache, lazy)
         self._rows = torch.arange(past, past + new).expand(batch, -1)
-        return cache.lazy
+        return lazy
 
     def _prune(self, i: int, hidden: Tensor) -> Tensor:
         """Hidden states of the tokens that layer `i` computes: those that came and are wanted, and revived ones."""
@@ -218,26 +238,39 @@ class LazyLLM:
 
     def _end(self, *_: Any) -> None:
         if self._cache is not None:
-            self._cache.lazy = self._lazy.ended()
+            _know(self._cache, self._lazy.ended())
             for i in range(len(self._cache.layers)):
                 self._cache.store.watch(i, False)
         self._cache, self._mask, self._cut = None, None, False
 
 
+def _known(cache: PackedCache) -> Lazy | None:
+    """What is known of a cache; None where it was not filled lazily."""
+    return next((companion for companion in cache.companions if isinstance(companion, Lazy)), None)
+
+
+def _know(cache: PackedCache, lazy: Lazy | None) -> None:
+    """Puts in the place of what is known of a cache."""
+    others = [companion for companion in cache.companions if not isinstance(companion, Lazy)]
+    cache.companions = others if lazy is None else [*others, lazy]
+
+
 def _take_back(cache: PackedCache) -> None:
     """Forgets a forward that failed, unless the cache holds its tokens, as it came to its last layer."""
-    if cache.lazy is not None and cache.lazy.running:
+    lazy = _known(cache)
+    if lazy is not None and lazy.running:
         cache.store.settle_forward()
-        whole = cache.get_seq_length() == cache.lazy.held[0].shape[1]
-        cache.lazy = cache.lazy.ended() if whole else cache.lazy.before
+        whole = cache.get_seq_length() == lazy.held[0].shape[1]
+        _know(cache, lazy.ended() if whole else lazy.before)
 
 
 def _attention(cache: PackedCache, layer: int) -> Tensor:
     """What the newest query attended to in a layer that was watched, `[B, seen]`, the mean over its heads."""
     attention = cache.store.attention(layer)
-    if attention is None or cache.lazy is None:
+    lazy = _known(cache)
+    if attention is None or lazy is None:
         raise ShapeError("attention of the newest query: given none, expected a forward through kvpack's attention")
-    return torch.from_numpy(attention).reshape(len(cache.lazy.ids), -1)
+    return torch.from_numpy(attention).reshape(len(lazy.ids), -1)
 
 
 def _checked_schedule(schedule: Mapping[int, float] | None, layers: int) -> dict[int, float]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,11 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import _kvpack
-from ..errors import ModelMismatchError, OptionError
-from ..identity import fingerprint
+from ...errors import ModelMismatchError, OptionError
+from ...identity import fingerprint
+from ..base import Site
+from ..registry import register
+from ..spec import CALIBRATED, parse_spec
+from .base import Quantize
+from .compose import ByLayer
 from .kvquant import KVQuant, KVQuantTables
-from .quantize import Quantize, Site
 
 FORMAT = 1
 """The version of the file's format."""
@@ -79,8 +82,9 @@ def identity(model: Any) -> Header:
     return {"config": fingerprint(model.config.get_text_config(decoder=True)), "weights": weights_hash(model)}
 
 
+@register
 @dataclass(frozen=True, eq=False)
-class Calibrated(Quantize):
+class Calibrated(ByLayer):
     """A codec from a file that `kvpack.calibrate` wrote: each layer has what was chosen, or measured, for it.
 
     It fits the model that it was made on alone. A cache that is made for a model compares the configuration and the
@@ -91,7 +95,7 @@ class Calibrated(Quantize):
         sha256: a hash of what it held when it was read.
     """
 
-    name: ClassVar[str] = "calibrated"
+    name: ClassVar[str] = CALIBRATED
     standard: ClassVar[tuple[str, ...]] = ()
 
     path: str
@@ -110,10 +114,10 @@ class Calibrated(Quantize):
             raise OptionError(f"path: {self.path!r} is a damaged calibration: {error}") from None
         object.__setattr__(self, "_known", None)
 
-    @property
-    def needs_neighbours(self) -> bool:
-        """As any of the layers' codecs."""
-        return any(codec.needs_neighbours for codec in self._layers.values())  # type: ignore[attr-defined]
+    def codecs(self) -> Iterable[Quantize]:
+        """Those of the file."""
+        found: Mapping[int, Quantize] = self._layers  # type: ignore[attr-defined]
+        return found.values()
 
     def codec(self, site: Site | None) -> Quantize:
         """The codec of a layer.
@@ -142,14 +146,6 @@ class Calibrated(Quantize):
             lines.append(f"the same bits in all layers ({found['equal']}): KL {found['equal_kl']:.3e}")
         return "\n".join(lines)
 
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
-        """That of the layer."""
-        return self.codec(site).keys_method(site)
-
-    def values_method(self, site: Site | None = None) -> _kvpack.Method:
-        """That of the layer."""
-        return self.codec(site).values_method(site)
-
     def _check(self, site: Site) -> None:
         """Raises ModelMismatchError when the site is in another model; each model is looked at once."""
         known = self._known and self._known()  # type: ignore[attr-defined]
@@ -177,8 +173,6 @@ def _codecs(header: Header, tensors: Mapping[str, Tensor]) -> dict[int, Quantize
         tables = {int(layer): _tables(tensors, layer) for layer in header["layers"]}
         codec = KVQuant(**header["options"], tables=tables)
         return dict.fromkeys(tables, codec)
-    from .spec import parse_spec  # it knows this class
-
     return {int(layer): parse_spec(text).options["quantize"] for layer, text in header["layers"].items()}
 
 

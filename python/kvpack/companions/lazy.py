@@ -1,17 +1,21 @@
-"""What a cache that is filled lazily knows: which tokens its layers hold, and what was left out."""
+"""What LazyLLM knows of a cache: which tokens its layers hold, and what was left out."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..companion import Companion
+from ..errors import CropError, OptionError
+
 
 @dataclass
-class Lazy:
-    """What a cache that is filled lazily knows of its layers, which hold different tokens.
+class Lazy(Companion):
+    """What is known of a cache that is filled lazily, whose layers hold different tokens.
 
     Attributes:
         held: by layer, `[B, slots]`: the position of each token in the order in which the layer got them.
@@ -29,14 +33,33 @@ class Lazy:
     running: bool = False
     before: Lazy | None = None
 
-    def bytes(self) -> int:
+    def check_forward(self) -> None:
+        """Raises OptionError for a forward outside of LazyLLM."""
+        if not self.running:
+            raise OptionError(
+                "this cache was filled within kvpack.LazyLLM: given a forward outside, expected one in it"
+            )
+
+    def check_crop(self) -> None:
+        """Raises CropError: layers end with different tokens."""
+        raise CropError("crop: given a cache that LazyLLM filled, whose layers hold different tokens; expected another")
+
+    def reset(self) -> None:
+        """Nothing is left."""
+
+    def positions(self, layer: int, row: int, slots: Sequence[int]) -> list[int]:
+        """Positions of the tokens at `slots`, which are in the order in which the layer got them."""
+        return sorted(self.held[layer][row, list(slots)].tolist())
+
+    def bytes(self) -> dict[str, int]:
         """Bytes of the auxiliary store and of the positions."""
         tensors = [*self.held, self.ids, *(t for pair in self.aux.values() for t in pair)]
         tensors += [] if self.valid is None else [self.valid]
-        return sum(t.untyped_storage().nbytes() for t in tensors)
+        return {"auxiliary": sum(t.untyped_storage().nbytes() for t in tensors)}
 
-    def select(self, rows: Tensor | list[int]) -> Lazy:
+    def select(self, rows: Sequence[int]) -> Lazy:
         """The same for these rows of the batch."""
+        rows = list(rows)
         return Lazy(
             [held[rows] for held in self.held],
             self.ids[rows],

@@ -1,4 +1,4 @@
-"""KVQuant: un-rotated keys on calibrated grids, levels that are not evenly spaced, and outliers apart."""
+"""KVQuant: pre-RoPE keys on calibrated grids, levels that are not evenly spaced, and outliers apart."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .. import _kvpack
-from ..errors import OptionError
-from .quantize import Quantize, Site, check_bits, check_whole
+from ... import _kvpack
+from ...errors import OptionError
+from ..base import Property, Reasons, Site, check_bits, check_switch, check_whole
+from ..registry import register
+from .base import Quantize
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class KVQuantTables:
     """What a calibration found for one layer.
 
     Attributes:
-        low: lower end of the range of each key channel, un-rotated, of each KV head.
+        low: lower end of the range of each key channel, pre-RoPE, of each KV head.
         high: upper end.
         key_levels: `2^bits` levels of normalised keys, ascending.
         value_levels: those of values.
@@ -36,6 +38,7 @@ class KVQuantTables:
     frequencies: tuple[float, ...]
 
 
+@register
 @dataclass(frozen=True)
 class KVQuant(Quantize):
     """Quantisation of keys before RoPE, with calibrated grids and levels (Hooper et al. 2024, arXiv 2401.18079).
@@ -79,13 +82,19 @@ class KVQuant(Quantize):
         number = isinstance(self.outliers, int | float) and not isinstance(self.outliers, bool)
         if not number or not 0 <= self.outliers <= 0.25:
             raise OptionError(f"outliers={self.outliers!r} is not accepted; accepted: shares from 0 to 0.25")
-        if not isinstance(self.norm, bool):
-            raise OptionError(f"norm={self.norm!r} is not accepted; accepted: True, False")
+        check_switch(self, "norm")
 
     @property
-    def needs_neighbours(self) -> bool:
+    def needs(self) -> Reasons:
         """Pages of keys have one position and count from it."""
-        return True
+        return {
+            Property.CONSECUTIVE_POSITIONS: "its keys before RoPE are held in runs, and turned from the first one on"
+        }
+
+    @property
+    def breaks(self) -> Reasons:
+        """Keys are turned when they are read."""
+        return {Property.RAW_KEYS: "it holds keys before RoPE"}
 
     def _of(self, site: Site | None) -> KVQuantTables:
         if site is None or site.layer not in self.tables:

@@ -1,4 +1,4 @@
-"""GPTQ's error feedback for cached keys and values."""
+"""GPTQ's error compensation for cached keys and values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import _kvpack
-from ..errors import ModelNeededError, OptionError
+from ... import _kvpack
+from ...errors import ModelNeededError, OptionError
+from ..base import Site, check_switch
 
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "out_lin", "attention_output")
 
@@ -22,25 +23,25 @@ LEAST_DAMPING = 1e-4
 
 @dataclass(frozen=True, repr=False, eq=False)
 class GPTQ:
-    """Error feedback as GPTQ's (Frantar et al. 2022, arXiv 2210.17323) on a codec: `KIVI(bits=3, feedback=GPTQ())`.
+    """GPTQ's error compensation (Frantar et al. 2022, arXiv 2210.17323) on a codec: `KIVI(compensation=GPTQ())`.
 
     A vector is rounded number by number, and those still to come make up for what each rounding did, in a metric `H`.
     Codes and layout are the codec's: nothing is stored for it and reading costs nothing, only packing takes longer.
 
     Keys have the metric of the queries that read them, `H = E[q q^T]` over the query heads of their KV head (SQuat,
     arXiv 2503.24358, does this in blocks). The cache sees the queries of prompts, and only with
-    `attn_implementation="kvpack"`: with another one, or in `PackedCache.from_cache`, keys have no feedback unless
+    `attn_implementation="kvpack"`: with another one, or in `PackedCache.from_cache`, keys have no compensation unless
     `key_metrics` are given. Values have the metric of the output projection, `H = sum W_o^T W_o`, which needs the model
-    and no data. `cache.info()` says how many heads have feedback.
+    and no data. `cache.info()` says how many heads have compensation.
 
     Attributes:
         damping: what is added to the diagonal of `H`, as a share of its mean; from 0.0001.
-        threshold: a head has feedback where the arithmetic mean of the eigenvalues of the damped `H` is at least so
+        threshold: a head has compensation where the arithmetic mean of the eigenvalues of the damped `H` is at least so
             many times the geometric one: the most that the expected square of an error can fall by.
         act_order: whether channels that weigh more are rounded first. In keys of KIVI and Graded; where a token has
             grids of its own, the order is that of its groups.
-        keys: whether keys have feedback.
-        values: whether values have feedback: it gained nothing where it was measured (`docs/gptq-feedback.md`).
+        keys: whether keys have compensation.
+        values: whether values have compensation: it gained nothing where it was measured (`docs/gptq-compensation.md`).
         key_metrics: instead of what a prompt's queries give, `H` of keys as they are cached (after RoPE): a tensor
             `[layers, KV heads, D, D]`, or one `[KV heads, D, D]` a layer; positive semi-definite, in any unit.
     """
@@ -59,9 +60,7 @@ class GPTQ:
             x = getattr(self, name)
             if isinstance(x, bool) or not isinstance(x, int | float) or not low <= x < 1e6:
                 raise OptionError(f"{name}={x!r} is not accepted; accepted: numbers from {low}, below 1e6")
-        for name in ("act_order", "keys", "values"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name}={getattr(self, name)!r} is not accepted; accepted: True, False")
+        check_switch(self, "act_order", "keys", "values")
         if self.key_metrics is not None:
             object.__setattr__(self, "key_metrics", tuple(map(_checked_metric, _layers_of(self.key_metrics))))
 
@@ -87,8 +86,8 @@ class GPTQ:
     def _options(self) -> tuple[Any, ...]:
         return (self.damping, self.threshold, self.act_order, self.keys, self.values, self.key_metrics is None)
 
-    def for_keys(self, method: _kvpack.Method, site: Any) -> _kvpack.Method:
-        """A method of keys, with feedback in the metric of the prompt's queries, or in that which was given.
+    def for_keys(self, method: _kvpack.Method, site: Site | None) -> _kvpack.Method:
+        """A method of keys, with compensation in the metric of the prompt's queries, or in that which was given.
 
         Raises:
             OptionError: there are not as many metrics as the model has layers.
@@ -106,8 +105,8 @@ class GPTQ:
             )
         return self._with(method, self.key_metrics[site.layer])
 
-    def for_values(self, method: _kvpack.Method, site: Any) -> _kvpack.Method:
-        """A method of values, with feedback in the metric of the layer's output projection.
+    def for_values(self, method: _kvpack.Method, site: Site | None) -> _kvpack.Method:
+        """A method of values, with compensation in the metric of the layer's output projection.
 
         Raises:
             OptionError: the cache was made without the model, or the projection is not found.
@@ -156,20 +155,20 @@ _ROUNDING = 1e-2
 """What a metric of float16 queries may miss, as a share of the mean of its diagonal."""
 
 
-def checked(feedback: Any) -> GPTQ | None:
-    """The feedback that a codec was given; as text it is `gptq`.
+def checked(compensation: Any) -> GPTQ | None:
+    """The compensation that a codec was given; as text it is `gptq`.
 
     Raises:
         OptionError: it is neither None nor a GPTQ.
     """
-    if feedback == GPTQ.name:
+    if compensation == GPTQ.name:
         return GPTQ()
-    if feedback is not None and not isinstance(feedback, GPTQ):
-        raise OptionError(f"feedback={feedback!r} is not accepted; accepted: None, kvpack.GPTQ(...)")
-    return feedback
+    if compensation is not None and not isinstance(compensation, GPTQ):
+        raise OptionError(f"compensation={compensation!r} is not accepted; accepted: None, kvpack.GPTQ(...)")
+    return compensation
 
 
-def output_metrics(site: Any) -> Tensor:
+def output_metrics(site: Site) -> Tensor:
     """`sum_h W_o,h^T W_o,h` `[KV heads, Dv, Dv]` over the query heads of each KV head of a layer, float32.
 
     Raises:
@@ -177,7 +176,7 @@ def output_metrics(site: Any) -> Tensor:
     """
     if site.model is None:
         raise ModelNeededError(
-            "feedback=GPTQ(values=True) is not accepted for a cache that was made from a configuration; accepted: "
+            "compensation=GPTQ(values=True) is not accepted for a cache that was made from a configuration; accepted: "
             "PackedCache(model, ...), or GPTQ(values=False)"
         )
     heads = site.config.num_attention_heads
@@ -187,8 +186,8 @@ def output_metrics(site: Any) -> Tensor:
             per_head = weight.detach().float().reshape(weight.shape[0], heads // groups, groups, -1)
             return torch.einsum("okgd,okge->kde", per_head, per_head)
     raise OptionError(
-        f"feedback=GPTQ(values=True) is not accepted: layer {site.layer} of {type(site.model).__name__} has no output "
-        f"projection by the name of {', '.join(_PROJECTIONS)}; accepted: GPTQ(values=False)"
+        f"compensation=GPTQ(values=True) is not accepted: layer {site.layer} of {type(site.model).__name__} has no "
+        f"output projection by the name of {', '.join(_PROJECTIONS)}; accepted: GPTQ(values=False)"
     )
 
 

@@ -1,33 +1,17 @@
-"""The `select` family: which of the tokens that are held a step of decoding reads."""
+"""Quest: the pages of the largest bounds."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import OptionError
-from .evict import Amount
-from .quantize import Site, check_whole
+from ...errors import OptionError
+from ..base import Amount, Site, check_whole
+from ..registry import register
+from .base import Select
 
 
-class Select(ABC):
-    """A method that reads less: it deletes nothing, and saves time and no memory.
-
-    Attributes:
-        name: in the registry, and in methods written as text (`quest:budget=0.25`).
-        standard: settings, as text, at which it is measured beside others.
-    """
-
-    name: ClassVar[str]
-    standard: ClassVar[Sequence[str]]
-
-    @abstractmethod
-    def make(self, site: Site | None = None) -> tuple[Amount, int] | None:
-        """How much the layer reads: tokens, or a share of them, and tokens of a page; None for all."""
-
-
+@register
 @dataclass(frozen=True)
 class Quest(Select):
     """A step of decoding reads the pages that may matter to it (Tang et al. 2024, arXiv 2406.10774).
@@ -46,7 +30,7 @@ class Quest(Select):
     """
 
     name: ClassVar[str] = "quest"
-    standard: ClassVar[Sequence[str]] = ("quest:budget=0.5", "quest:budget=0.25", "quest:budget=0.1")
+    standard: ClassVar[tuple[str, ...]] = ("quest:budget=0.5", "quest:budget=0.25", "quest:budget=0.1")
 
     budget: Amount = 0.25
     page: int = 32

@@ -1,0 +1,50 @@
+"""What all codecs have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from ... import _kvpack
+from ..base import Method, Site
+from .gptq import GPTQ
+
+
+class Quantize(Method):
+    """A codec: how tokens that have left the exact tail are stored, in fewer bits a number."""
+
+    family: ClassVar[str] = "quantize"
+    without: ClassVar[str] = "None for Exact()"
+
+    @abstractmethod
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+        """How keys are stored in a layer; without a site what is the same in all layers."""
+
+    @abstractmethod
+    def values_method(self, site: Site | None = None) -> _kvpack.Method:
+        """How values are stored in a layer; without a site what is the same in all layers."""
+
+    def centers(self, site: Site | None = None) -> bool:
+        """Whether a layer's keys are held less their mean."""
+        return False
+
+
+class Compensated(Quantize):
+    """A codec whose keys and values are stored alike, with compensation or without."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"feedback": "compensation"}
+
+    compensation: GPTQ | None
+
+    @abstractmethod
+    def _method(self) -> _kvpack.Method:
+        """How both are stored, without compensation."""
+
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+        """How keys are stored, with the compensation of their queries."""
+        return self._method() if self.compensation is None else self.compensation.for_keys(self._method(), site)
+
+    def values_method(self, site: Site | None = None) -> _kvpack.Method:
+        """How values are stored, with the compensation of the layer's output projection."""
+        return self._method() if self.compensation is None else self.compensation.for_values(self._method(), site)

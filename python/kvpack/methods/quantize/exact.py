@@ -1,0 +1,26 @@
+"""What stays as the model made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ... import _kvpack
+from ..base import Site
+from ..registry import register
+from .base import Quantize
+
+
+@register
+@dataclass(frozen=True)
+class Exact(Quantize):
+    """Lossless: keys and values stay in the model's dtype."""
+
+    name: ClassVar[str] = "exact"
+    standard: ClassVar[tuple[str, ...]] = ("exact",)
+
+    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+        """As the model made them."""
+        return _kvpack.Method.exact()
+
+    values_method = keys_method

@@ -1,0 +1,7 @@
+"""The `share` family: fewer layers."""
+
+from .base import Share
+
+__all__ = [
+    "Share",
+]
