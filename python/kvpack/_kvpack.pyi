@@ -7,25 +7,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Tensor: TypeAlias = tuple[int, str, tuple[int, int, int, int], tuple[int, int, int, int]]
-_Logits: TypeAlias = tuple[float, float | None, list[float] | None]
-_Common: TypeAlias = tuple[
-    int | float,
-    int,
-    int | float,
-    int | None,
-    float | None,
-    list[tuple[int, int]],
-    tuple[int, int, int, int] | None,
-]
-_Rotation: TypeAlias = tuple[Sequence[tuple[int, int]], Sequence[float]]
 _Packed: TypeAlias = tuple[int, NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]
 _Outliers: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 
 __all__ = [
     "Cache",
+    "Codec",
+    "Compactor",
     "Eviction",
     "Layer",
-    "Method",
+    "Prune",
+    "Selector",
+    "Share",
     "__version__",
     "isa",
     "isa_available",
@@ -45,69 +38,44 @@ def refuse_memory(n: int) -> int: ...
 def openmp_library() -> str | None: ...
 
 @final
-class Method:
+class Codec:
+    def __new__(cls, name: str, **given: Any) -> Codec: ...
     @staticmethod
-    def exact() -> Method: ...
-    @staticmethod
-    def kivi(bits: int, group: int, window: int, sinks: int) -> Method: ...
-    @staticmethod
-    def block(bits: int, window: int, sinks: int) -> Method: ...
-    @staticmethod
-    def rotated(bits: int, levels: str, group: int, window: int, sinks: int, seed: int) -> Method: ...
-    @staticmethod
-    def kvquant(
-        bits: int,
-        levels: Sequence[float],
-        norm: Sequence[float],
-        outliers: float,
-        window: int,
-        sinks: int,
-        keys: tuple[Sequence[Sequence[float]], Sequence[Sequence[float]], Sequence[tuple[int, int]], Sequence[float]]
-        | None,
-    ) -> Method: ...
-    @staticmethod
-    def kvarn(bits: int, sinks: int, seed: int) -> Method: ...
-    def with_full_window(self) -> Method: ...
-    def with_feedback(
-        self, damping: float, threshold: float, act_order: bool, metrics: Sequence[Sequence[float]] | None
-    ) -> Method: ...
-    @staticmethod
-    def graded(bits: float, group: int, window: int, sinks: int) -> Method: ...
+    def simulated(function: Callable[..., Any], *, group: int, window: int, sinks: int) -> Codec: ...
 
 @final
 class Eviction:
+    def __new__(cls, scorer: str, **given: Any) -> Eviction: ...
     @staticmethod
-    def snapkv(common: _Common, window: int, kernel: int, pool: str) -> Eviction: ...
-    @staticmethod
-    def attention(common: _Common, alpha: float, shared: bool) -> Eviction: ...
-    @staticmethod
-    def norm(common: _Common) -> Eviction: ...
-    @staticmethod
-    def keydiff(common: _Common) -> Eviction: ...
-    @staticmethod
-    def expected(
-        common: _Common,
-        future: int,
-        covariance: bool,
-        values: bool,
-        epsilon: float,
-        rotation: _Rotation,
-    ) -> Eviction: ...
-    @staticmethod
-    def newest(common: _Common, rotation: _Rotation | None) -> Eviction: ...
-    @staticmethod
-    def dilated(common: _Common, dilation: int) -> Eviction: ...
-    @staticmethod
-    def random(common: _Common, seed: int) -> Eviction: ...
+    def scored(function: Callable[..., Any], queries: int, **given: Any) -> Eviction: ...
+
+@final
+class Selector:
+    def __new__(cls, name: str, **given: Any) -> Selector: ...
+
+@final
+class Compactor:
+    def __new__(cls, name: str, **given: Any) -> Compactor: ...
+
+@final
+class Prune:
+    def __new__(cls, name: str, **given: Any) -> Prune: ...
+
+@final
+class Share:
+    def __new__(cls, name: str, **given: Any) -> Share: ...
 
 @final
 class Layer:
     def __new__(
         cls,
-        keys: Method,
-        values: Method,
-        eviction: Eviction | None = None,
-        quest: tuple[int | float, int] | None = None,
+        keys: Codec,
+        values: Codec,
+        *,
+        evict: Eviction | None = None,
+        compact: Compactor | None = None,
+        select: Selector | None = None,
+        prune: Prune | None = None,
         selects: bool = False,
         center: bool = False,
     ) -> Layer: ...
@@ -116,10 +84,16 @@ class Layer:
 @final
 class Cache:
     def __new__(
-        cls, layers: Sequence[Layer | None], shared: Sequence[bool], last: int, last_is_read: bool
+        cls,
+        layers: Sequence[Layer | None],
+        shared: Sequence[bool],
+        *,
+        last: int,
+        last_is_read: bool,
+        share: Share | None = None,
     ) -> Cache: ...
     def update(
-        self, layer: int, k: _Tensor, v: _Tensor, owner: object, of_module: bool, threads: int
+        self, layer: int, k: _Tensor, v: _Tensor, *, owner: object, of_module: bool, threads: int
     ) -> tuple[int, bool, int]: ...
     def enter(self, layer: int, kind: int, of_module: bool) -> bool: ...
     def keep(self, layer: int, before: Callable[[], None]) -> None: ...
@@ -127,7 +101,16 @@ class Cache:
     def is_under_way(self) -> bool: ...
     def attended(self, layer: int) -> bool: ...
     def commit(
-        self, layer: int, version: int, query: _Tensor, valid: _Tensor | None, logits: _Logits, threads: int
+        self,
+        layer: int,
+        version: int,
+        query: _Tensor,
+        *,
+        valid: _Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sink_logits: list[float] | None,
+        threads: int,
     ) -> bool: ...
     def attend(
         self,
@@ -135,9 +118,12 @@ class Cache:
         version: int,
         query: _Tensor,
         out: _Tensor,
+        *,
         mask: _Tensor | None,
         valid: _Tensor | None,
-        logits: _Logits,
+        scaling: float,
+        softcap: float | None,
+        sink_logits: list[float] | None,
         threads: int,
     ) -> bool: ...
     def roll_back(self) -> None: ...
@@ -171,7 +157,7 @@ class Cache:
     def write(self, layer: int, version: int, side: str, compact: bool, out: _Tensor) -> None: ...
     def materialised(self, layer: int) -> None: ...
     def attention(self, layer: int) -> NDArray[np.float32] | None: ...
-    def feedback_gains(
+    def compensation_gains(
         self, layer: int, row: int, head: int
     ) -> tuple[tuple[float, bool] | None, tuple[float, bool] | None]: ...
     def key_bits(self, layer: int, row: int, head: int) -> NDArray[np.uint8]: ...

@@ -172,7 +172,7 @@ class LayerInspection:
         The gain is the arithmetic over the geometric mean of the eigenvalues of the damped metric: by so much the
         expected square of an error can fall. None where there is no compensation, or no query was seen.
         """
-        return self.store.feedback_gains(self.index, row, head)
+        return self.store.compensation_gains(self.index, row, head)
 
     def key_bits(self, row: int, head: int) -> Tensor:
         """Bits `[pages, Dk]` of the key channels in each page of a KV head whose method grades them."""

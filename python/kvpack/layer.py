@@ -63,7 +63,12 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         """
         keys, values = plain("keys", autocast(key_states)), plain("values", autocast(value_states))
         version, first, tokens = self.store.update(
-            self.index, describe(keys), describe(values), (keys, values), of_module, torch.get_num_threads()
+            self.index,
+            describe(keys),
+            describe(values),
+            owner=(keys, values),
+            of_module=of_module,
+            threads=torch.get_num_threads(),
         )
         if first:
             key_states._kvpack_reading = Reading(weakref.ref(self), version)
@@ -88,9 +93,11 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
             self.index,
             version,
             describe(query),
-            None if valid is None else describe(valid),
-            (scaling, softcap, None if sink_logits is None else sink_logits.detach().float().tolist()),
-            torch.get_num_threads(),
+            valid=None if valid is None else describe(valid),
+            scaling=scaling,
+            softcap=softcap,
+            sink_logits=None if sink_logits is None else sink_logits.detach().float().tolist(),
+            threads=torch.get_num_threads(),
         )
 
     def attend(
@@ -126,10 +133,12 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
             self.version if values is None else values.version,
             describe(query),
             describe(out),
-            None if mask is None else describe(mask),
-            None if valid is None else describe(valid),
-            (scaling, softcap, None if sink_logits is None else sink_logits.detach().float().tolist()),
-            torch.get_num_threads(),
+            mask=None if mask is None else describe(mask),
+            valid=None if valid is None else describe(valid),
+            scaling=scaling,
+            softcap=softcap,
+            sink_logits=None if sink_logits is None else sink_logits.detach().float().tolist(),
+            threads=torch.get_num_threads(),
         )
         return out
 

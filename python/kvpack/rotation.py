@@ -20,10 +20,14 @@ _DISTANCES = (1, 8, 64, 512, 4096)
 
 @dataclass(frozen=True)
 class Rotation:
-    """Pairs of channels that are turned with the position, and by what angle (radians) from one to the next."""
+    """Pairs of channels that are rotated with the position, and by what angle (radians) from one to the next."""
 
     pairs: tuple[tuple[int, int], ...]
     frequencies: tuple[float, ...]
+
+    def options(self) -> dict[str, Any]:
+        """As options of a method in Rust."""
+        return {"pairs": self.pairs, "frequencies": self.frequencies}
 
     def angles(self, positions: Tensor) -> Tensor:
         """Angles `[n, pairs]` at positions `[n]`, in float64."""

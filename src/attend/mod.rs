@@ -15,6 +15,8 @@ mod scores;
 mod segment;
 mod softmax;
 mod summary;
+#[cfg(test)]
+mod tests;
 mod visibility;
 mod weights;
 

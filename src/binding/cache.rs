@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use pyo3::prelude::*;
 
 use super::errors::to_python;
-use super::methods::Layer;
+use super::methods::{Layer, Share};
 use crate::cache;
 use crate::error::{Error, Result, caught};
 
@@ -114,10 +114,21 @@ impl Cache {
 #[pymethods]
 impl Cache {
     /// Empty layers; `None` are held elsewhere. `shared` are those that other layers read too, `last` is the last one that forwards
-    /// come to, `last_is_read` whether attention reads that one.
+    /// come to, `last_is_read` whether attention reads that one, `share` says which layers read what others hold.
     #[new]
-    fn new(layers: Vec<Option<Py<Layer>>>, shared: Vec<bool>, last: usize, last_is_read: bool) -> Self {
+    #[pyo3(signature = (layers, shared, *, last, last_is_read, share=None))]
+    fn new(
+        layers: Vec<Option<Py<Layer>>>,
+        shared: Vec<bool>,
+        last: usize,
+        last_is_read: bool,
+        share: Option<&Share>,
+    ) -> Self {
         let layer = |(layer, shared): (Option<Py<Layer>>, bool)| layer.map(|layer| (layer.get().0.clone(), shared));
-        Self::holding(cache::Cache::new(layers.into_iter().zip(shared).map(layer).collect(), last, last_is_read))
+        let cache = cache::Cache::new(layers.into_iter().zip(shared).map(layer).collect(), last, last_is_read);
+        Self::holding(match share {
+            Some(share) => cache.with_share(&*share.0),
+            None => cache,
+        })
     }
 }

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use super::codec::PythonCodec;
 use super::errors::to_python;
 use super::options::options;
 use super::scorer::PythonScorer;
 use crate::error::{Result, refuse};
 use crate::kernels;
-use crate::{cache, compact, evict, prune, quantize, select};
+use crate::{cache, compact, evict, prune, quantize, select, share};
 
 /// Checks, and maps the error.
 fn made<T>(py: Python<'_>, made: Result<T>) -> PyResult<T> {
@@ -29,6 +30,14 @@ impl Codec {
     fn new(py: Python<'_>, name: &str, given: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
         let codec = options(given)?.all(|options| quantize::make(name, options));
         Ok(Self(made(py, codec)?, name.into()))
+    }
+
+    /// A codec that is a function of `group` tokens of one KV head, float32 `[group, D]`, which it returns as they would be read.
+    #[staticmethod]
+    #[pyo3(signature = (function, *, group, window, sinks))]
+    fn simulated(function: Py<PyAny>, group: usize, window: usize, sinks: usize) -> Self {
+        let codec = Arc::new(PythonCodec { function, group: group.max(1), window, sinks });
+        Self(quantize::Made { keys: Some(codec.clone()), values: Some(codec) }, "simulated".into())
     }
 }
 
@@ -105,6 +114,20 @@ impl Prune {
     #[pyo3(signature = (name, **given))]
     fn new(py: Python<'_>, name: &str, given: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
         Ok(Self(made(py, options(given)?.all(|options| prune::make(name, options)))?))
+    }
+}
+
+/// A checked way in which layers read what others hold.
+#[pyclass(frozen, module = "kvpack._kvpack")]
+pub(super) struct Share(pub(super) Arc<dyn share::Share>);
+
+#[pymethods]
+impl Share {
+    /// The method of that name, with its options.
+    #[new]
+    #[pyo3(signature = (name, **given))]
+    fn new(py: Python<'_>, name: &str, given: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        Ok(Self(made(py, options(given)?.all(|options| share::make(name, options)))?))
     }
 }
 

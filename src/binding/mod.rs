@@ -6,6 +6,7 @@
 #![allow(clippy::needless_pass_by_value)]
 
 mod cache;
+mod codec;
 mod errors;
 mod inspect;
 mod look;
@@ -32,7 +33,7 @@ mod _kvpack {
     #[pymodule_export]
     use super::cache::Cache;
     #[pymodule_export]
-    use super::methods::{Codec, Compactor, Eviction, Layer, Prune, Selector};
+    use super::methods::{Codec, Compactor, Eviction, Layer, Prune, Selector, Share};
     #[pymodule_export]
     use super::{isa, isa_available, openmp_library, refuse_memory, set_threads, use_openmp};
 

@@ -12,14 +12,12 @@ use crate::kernels;
 use crate::pool;
 use crate::tensor::Kept;
 
-/// Queries' scaling and cap of the logits, and learned logits, one a query head, that take weight.
-type Logits = (f32, Option<f32>, Option<Vec<f32>>);
-
 #[pymethods]
 impl Cache {
     /// Takes a forward's keys and values, which `owner` keeps alive; with up to `threads` threads; `of_module`: should
     /// a forward begin here, whether it is one of a whole model. Returns the layer's version, whether it was empty, and how many
     /// tokens attention reads.
+    #[pyo3(signature = (layer, k, v, *, owner, of_module, threads))]
     #[allow(clippy::too_many_arguments)]
     fn update(
         &self,
@@ -72,7 +70,7 @@ impl Cache {
     }
 
     /// Stores a layer's first tokens, after attention; `valid` are booleans `[B, 1, 1, n]`. Returns whether the forward is over.
-    #[pyo3(signature = (layer, version, query, valid, logits, threads))]
+    #[pyo3(signature = (layer, version, query, *, valid, scaling, softcap, sink_logits, threads))]
     #[allow(clippy::too_many_arguments)]
     fn commit(
         &self,
@@ -81,23 +79,28 @@ impl Cache {
         version: u64,
         query: Tensor,
         valid: Option<Tensor>,
-        logits: Logits,
+        scaling: f32,
+        softcap: Option<f32>,
+        sink_logits: Option<Vec<f32>>,
         threads: usize,
     ) -> PyResult<bool> {
         pool::set_threads(threads);
         // SAFETY: the caller holds the tensors during the call.
         self.change(py, |cache| unsafe {
-            let (query, (scaling, softcap, sinks)) = (query.view("query")?, logits);
+            let query = query.view("query")?;
             let valid = valid.as_ref().map(|valid| valid.flags("valid")).transpose()?;
-            let queries =
-                LayerQueries { query: &query, softmax: Softmax { scaling, softcap }, sink_logits: sinks.as_deref() };
+            let queries = LayerQueries {
+                query: &query,
+                softmax: Softmax { scaling, softcap },
+                sink_logits: sink_logits.as_deref(),
+            };
             cache.commit(layer, version, valid.as_deref(), queries, kernels::chosen()?)
         })
     }
 
     /// Stores what a layer was given last, then attention of the newest positions' queries, written to `out` `[B, Q, Hq, Dv]`.
     /// Returns whether the forward is over.
-    #[pyo3(signature = (layer, version, query, out, mask, valid, logits, threads))]
+    #[pyo3(signature = (layer, version, query, out, *, mask, valid, scaling, softcap, sink_logits, threads))]
     #[allow(clippy::too_many_arguments)]
     fn attend(
         &self,
@@ -108,14 +111,16 @@ impl Cache {
         out: Tensor,
         mask: Option<Tensor>,
         valid: Option<Tensor>,
-        logits: Logits,
+        scaling: f32,
+        softcap: Option<f32>,
+        sink_logits: Option<Vec<f32>>,
         threads: usize,
     ) -> PyResult<bool> {
         pool::set_threads(threads);
         // SAFETY: as in `commit`; `out` was made for this call.
         self.change(py, |cache| unsafe {
-            let (query, (scaling, softcap, sinks)) = (query.view("query")?, logits);
-            let (softmax, sink_logits) = (Softmax { scaling, softcap }, sinks.as_deref());
+            let query = query.view("query")?;
+            let (softmax, sink_logits) = (Softmax { scaling, softcap }, sink_logits.as_deref());
             let valid = valid.as_ref().map(|valid| valid.flags("valid")).transpose()?;
             let mask = mask.map(|m| m.mask()).transpose()?;
             let request = Request { query, mask, softmax, sink_logits, scores: false };

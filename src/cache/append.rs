@@ -85,7 +85,7 @@ impl Layer {
             work.extend(Arc::make_mut(row).iter_mut().enumerate().map(|(h, head)| (b, h, head)));
         }
         let numbers = batch * heads * n * (shape.key_dim + shape.value_dim);
-        pool::map(numbers * codecs.map_or(COPYING, Codecs::work), work, |(b, h, head)| {
+        let appended = pool::map(numbers * codecs.map_or(COPYING, Codecs::work), work, |(b, h, head)| {
             let place = At { row: b, head: h, heads, valid: row_valid(b), seen };
             if let Some(query) = query.filter(|_| wants.squares) {
                 head.observe_squares(query, &place);
@@ -93,11 +93,13 @@ impl Layer {
             if let Some(query) = query.filter(|_| wants.moment) {
                 head.observe_moment(query, &place);
             }
-            head.append(k, v, &place, codecs, centers);
+            head.append(k, v, &place, codecs, centers)?;
             if let Some(eviction) = &methods.eviction {
                 head.witness(eviction, new, &place);
             }
+            Ok(())
         });
+        appended.into_iter().collect::<Result<()>>()?;
         for (b, &source) in source.iter().enumerate() {
             if source != b {
                 self.rows[b] = Arc::clone(&self.rows[source]);
@@ -127,9 +129,16 @@ impl Layer {
 
 impl KvHead {
     /// Appends tokens. With codecs it packs what is due as it goes, so that a long prompt is never copied whole.
-    fn append(&mut self, k: &View<'_>, v: &View<'_>, at: &At<'_>, codecs: Option<&Codecs>, centers: bool) {
+    fn append(
+        &mut self,
+        k: &View<'_>,
+        v: &View<'_>,
+        at: &At<'_>,
+        codecs: Option<&Codecs>,
+        centers: bool,
+    ) -> Result<()> {
         if self.pruned == Pruned::Gone {
-            return;
+            return Ok(());
         }
         let n = k.shape()[2];
         if centers && self.positions.is_empty() {
@@ -155,9 +164,10 @@ impl KvHead {
                 self.positions.push(at.seen + t, 1);
             }
             if let Some(codecs) = codecs {
-                self.seal(codecs);
+                self.seal(codecs)?;
             }
         }
+        Ok(())
     }
 
     /// Appends a key that is not held as it is.

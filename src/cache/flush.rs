@@ -25,10 +25,10 @@ impl Layer {
     /// Lets tokens go, compacts what leaves, seals others, and indexes what was sealed, as far as that is due.
     ///
     /// # Errors
-    /// Those of a scorer; the layer is between two states then, and its caller brings the old one back.
+    /// Those of a scorer or a codec; the layer is between two states then, and its caller brings the old one back.
     pub fn flush(&mut self) -> Result<()> {
         self.evict()?;
-        self.seal();
+        self.seal()?;
         self.index();
         Ok(())
     }
@@ -56,17 +56,19 @@ impl Layer {
     }
 
     /// Seals what codecs say is due.
-    fn seal(&mut self) {
+    fn seal(&mut self) -> Result<()> {
         let methods = Arc::clone(&self.methods);
-        let codecs = &methods.codecs;
+        let (codecs, mut result) = (&methods.codecs, Ok(()));
         self.each_unique(
             |row| row.iter().any(|head| head.numbers_due(codecs) > 0),
             |rows| {
                 let heads: Vec<_> = rows.into_iter().flatten().collect();
                 let due: usize = heads.iter().map(|head| head.numbers_due(codecs)).sum();
-                pool::map(due * codecs.work(), heads, |head| head.seal(codecs));
+                let sealed = pool::map(due * codecs.work(), heads, |head| head.seal(codecs));
+                result = sealed.into_iter().collect();
             },
         );
+        result
     }
 
     /// Makes new pages known to those who choose among them.
@@ -263,9 +265,12 @@ impl KvHead {
     }
 
     /// Seals what is due.
-    pub(super) fn seal(&mut self, codecs: &Codecs) {
-        self.keys.seal(&*codecs.keys);
-        self.values.seal(&*codecs.values);
+    ///
+    /// # Errors
+    /// Those of the codecs; the head is between two states then.
+    pub(super) fn seal(&mut self, codecs: &Codecs) -> Result<()> {
+        self.keys.seal(&*codecs.keys)?;
+        self.values.seal(&*codecs.values)
     }
 
     /// Tokens of whole pages that are not known yet to those who choose.

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::side::{Segment, Side};
+use crate::error::Result;
 use crate::quantize::{Codec, Method, Page};
 
 /// Tokens of the tail that copies share are in pages of so many.
@@ -65,7 +66,10 @@ impl<P: Page> Side<P> {
     }
 
     /// Seals what is due. What is lent waits longest: as much of it as is wanted goes back to the tail for that.
-    pub(super) fn seal(&mut self, codec: &P::Codec) {
+    ///
+    /// # Errors
+    /// Those of the codec; the side is between two states then.
+    pub(super) fn seal(&mut self, codec: &P::Codec) -> Result<()> {
         let (sinks, due) = (self.sinks(codec), self.due(codec));
         if due == 0 || !self.lends() {
             return self.seal_tail(codec, sinks, due);
@@ -82,9 +86,10 @@ impl<P: Page> Side<P> {
                 newest.truncate(0);
             }
         }
-        self.seal_tail(codec, sinks, due);
+        self.seal_tail(codec, sinks, due)?;
         if lent.len() == 0 {
-            return self.tail.extend(newest.slice(0..newest.len()));
+            self.tail.extend(newest.slice(0..newest.len()));
+            return Ok(());
         }
         let rest = self.tail.len();
         if rest > 0 {
@@ -94,10 +99,11 @@ impl<P: Page> Side<P> {
         self.lent += lent.len();
         self.segments.extend(lent);
         self.tail = newest;
+        Ok(())
     }
 
     /// Seals `due` tokens of the tail; `sinks` before them stay exact.
-    fn seal_tail(&mut self, codec: &P::Codec, sinks: usize, mut due: usize) {
+    fn seal_tail(&mut self, codec: &P::Codec, sinks: usize, mut due: usize) -> Result<()> {
         if due > 0 && sinks > 0 {
             self.push(P::exact(self.tail.copy(0..sinks)));
             self.tail.drop_front(sinks);
@@ -114,13 +120,14 @@ impl<P: Page> Side<P> {
                 let first = self.sealed_tokens();
                 let plan = Arc::make_mut(&mut self.plan);
                 plan.first = first;
-                let (page, n) = codec.seal(plan, &self.tail, due);
+                let (page, n) = codec.seal(plan, &self.tail, due)?;
                 self.push(page);
                 n
             };
             self.tail.drop_front(taken);
             due -= taken;
         }
+        Ok(())
     }
 
     pub(super) fn push(&mut self, page: P) {

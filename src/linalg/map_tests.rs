@@ -1,9 +1,7 @@
-use std::sync::Arc;
-
 use ndarray::Array2;
 use proptest::prelude::*;
 
-use super::{Map, Matrix, Rope, random};
+use super::{Map, Matrix, random};
 
 /// An orthogonal map of `dim` numbers.
 fn orthogonal(kind: usize, dim: usize, seed: u64) -> Map {

@@ -85,8 +85,8 @@ impl Codec<KeyPage> for Block {
         n.saturating_sub(self.window)
     }
 
-    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (KeyPage, usize) {
-        TokenKeys::seal(self.blocks.clone(), None, plan.compensation(self.compensation()), rows, n)
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(KeyPage, usize)> {
+        Ok(TokenKeys::seal(self.blocks.clone(), None, plan.compensation(self.compensation()), rows, n))
     }
 }
 
@@ -95,9 +95,9 @@ impl Codec<ValuePage> for Block {
         n.saturating_sub(self.window)
     }
 
-    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (ValuePage, usize) {
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(ValuePage, usize)> {
         let format = Format::new(self.blocks.clone(), None, rows.dim());
-        TokenValues::seal(format, plan.compensation(self.compensation()), rows, n)
+        Ok(TokenValues::seal(format, plan.compensation(self.compensation()), rows, n))
     }
 }
 

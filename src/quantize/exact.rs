@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::{Codec, KeyPage, Method, Page, Plan, ValuePage};
+use crate::error::Result;
 use crate::tensor::{Limit, Rows};
 
 /// Tokens of a page: small, so that the copy of an open tail that every beam makes is small.
@@ -47,8 +48,8 @@ impl Codec<KeyPage> for Exact {
         due(n)
     }
 
-    fn seal(&self, _: &mut Plan, rows: &Rows, n: usize) -> (KeyPage, usize) {
-        seal(rows, n)
+    fn seal(&self, _: &mut Plan, rows: &Rows, n: usize) -> Result<(KeyPage, usize)> {
+        Ok(seal(rows, n))
     }
 }
 
@@ -57,7 +58,7 @@ impl Codec<ValuePage> for Exact {
         due(n)
     }
 
-    fn seal(&self, _: &mut Plan, rows: &Rows, n: usize) -> (ValuePage, usize) {
-        seal(rows, n)
+    fn seal(&self, _: &mut Plan, rows: &Rows, n: usize) -> Result<(ValuePage, usize)> {
+        Ok(seal(rows, n))
     }
 }

@@ -126,11 +126,11 @@ impl Codec<KeyPage> for Graded {
         whole_windows(n, self.window, self.full_window)
     }
 
-    fn seal(&self, plan: &mut Plan, rows: &Rows, _: usize) -> (KeyPage, usize) {
+    fn seal(&self, plan: &mut Plan, rows: &Rows, _: usize) -> Result<(KeyPage, usize)> {
         let x = rows.to_f32(0..self.window);
         let bands = self.choose(plan, &x, rows.dim());
         let form = Channels { group: self.group, bands, compensation: self.compensation(), factors: None };
-        ChannelKeys::seal(plan, form, x, rows.dim())
+        Ok(ChannelKeys::seal(plan, form, x, rows.dim()))
     }
 }
 

@@ -88,10 +88,10 @@ impl Codec<KeyPage> for Kivi {
         whole_windows(n, self.window, self.full_window)
     }
 
-    fn seal(&self, plan: &mut Plan, rows: &Rows, _: usize) -> (KeyPage, usize) {
+    fn seal(&self, plan: &mut Plan, rows: &Rows, _: usize) -> Result<(KeyPage, usize)> {
         let bands = plan.bands(|| vec![Band { bits: self.grids.bits, channels: rows.dim() }]);
         let form = Channels { group: self.grids.group, bands, compensation: self.compensation(), factors: None };
-        ChannelKeys::seal(plan, form, rows.to_f32(0..self.window), rows.dim())
+        Ok(ChannelKeys::seal(plan, form, rows.to_f32(0..self.window), rows.dim()))
     }
 }
 
@@ -107,8 +107,8 @@ impl Codec<ValuePage> for Kivi {
         n.saturating_sub(self.window)
     }
 
-    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (ValuePage, usize) {
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(ValuePage, usize)> {
         let format = Format::new(self.grids.clone(), None, rows.dim());
-        TokenValues::seal(format, plan.compensation(self.compensation()), rows, n)
+        Ok(TokenValues::seal(format, plan.compensation(self.compensation()), rows, n))
     }
 }

@@ -108,12 +108,12 @@ impl Codec<KeyPage> for Kvarn {
         whole_windows(n, BLOCK, self.full_window)
     }
 
-    fn seal(&self, plan: &mut Plan, rows: &Rows, _: usize) -> (KeyPage, usize) {
+    fn seal(&self, plan: &mut Plan, rows: &Rows, _: usize) -> Result<(KeyPage, usize)> {
         self.map(plan, rows.dim());
         let bands = plan.bands(|| vec![Band { bits: self.grids.0.bits, channels: rows.dim() }]);
         let factors = Some((|x, dim| deviations(x, dim).0) as fn(&[f32], usize) -> Vec<f16>);
         let form = Channels { group: BLOCK, bands, compensation: None, factors };
-        ChannelKeys::seal(plan, form, rows.to_f32(0..BLOCK), rows.dim())
+        Ok(ChannelKeys::seal(plan, form, rows.to_f32(0..BLOCK), rows.dim()))
     }
 }
 
@@ -122,9 +122,9 @@ impl Codec<ValuePage> for Kvarn {
         whole_windows(n, BLOCK, self.full_window)
     }
 
-    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (ValuePage, usize) {
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(ValuePage, usize)> {
         let format = Format::new(self.grids.clone(), Some(self.map(plan, rows.dim())), rows.dim());
-        TokenValues::seal(format, None, rows, n)
+        Ok(TokenValues::seal(format, None, rows, n))
     }
 }
 

@@ -105,7 +105,10 @@ pub trait Codec<P>: Method {
     fn due(&self, n: usize) -> usize;
 
     /// Seals at least one and at most all of the `n` oldest of `rows`; returns the page and how many it took.
-    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (P, usize);
+    ///
+    /// # Errors
+    /// What code of the caller's raises, where a codec calls some.
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(P, usize)>;
 }
 
 /// A codec of keys.

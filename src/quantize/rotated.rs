@@ -125,9 +125,9 @@ impl Codec<KeyPage> for Rotated {
         n.saturating_sub(self.window)
     }
 
-    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (KeyPage, usize) {
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(KeyPage, usize)> {
         let map = self.map(plan, rows.dim());
-        TokenKeys::seal(self.grids.clone(), Some(map), plan.compensation(self.compensation()), rows, n)
+        Ok(TokenKeys::seal(self.grids.clone(), Some(map), plan.compensation(self.compensation()), rows, n))
     }
 }
 
@@ -136,9 +136,9 @@ impl Codec<ValuePage> for Rotated {
         n.saturating_sub(self.window)
     }
 
-    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (ValuePage, usize) {
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(ValuePage, usize)> {
         let format = Format::new(self.grids.clone(), Some(self.map(plan, rows.dim())), rows.dim());
-        TokenValues::seal(format, plan.compensation(self.compensation()), rows, n)
+        Ok(TokenValues::seal(format, plan.compensation(self.compensation()), rows, n))
     }
 }
 

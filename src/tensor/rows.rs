@@ -67,6 +67,15 @@ impl Rows {
         Self { data, dim, dropped: 0, held: None }
     }
 
+    /// What the numbers are.
+    pub fn dtype(&self) -> Dtype {
+        match self.data {
+            Buffer::F32(_) => Dtype::F32,
+            Buffer::F16(_) => Dtype::F16,
+            Buffer::Bf16(_) => Dtype::Bf16,
+        }
+    }
+
     /// Rows held.
     pub fn len(&self) -> usize {
         each_buffer!(&self.data, x => x.len()) / self.dim - self.dropped

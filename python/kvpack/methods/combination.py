@@ -95,9 +95,9 @@ class Methods:
         quantize: how tokens are stored.
         evict: which tokens stay; None: all.
         select: which tokens a step of decoding reads; None: all.
-        compact: which tokens are merged; None: none.
-        prune: which channels are held; None: all.
-        share: what layers hold together; None: nothing.
+        compact: what becomes of tokens that leave; None: nothing.
+        prune: what is held of each head; None: all.
+        share: which layers read what others hold; None: none.
 
     Raises:
         OptionError: one is no method of its family, or two do not go together.
@@ -139,12 +139,14 @@ class Methods:
     def make_layer(self, site: Site | None = None) -> _kvpack.Layer:
         """How a layer stores its tokens, which of them stay, and which a step of decoding reads."""
         return _kvpack.Layer(
-            self.quantize.keys_method(site),
-            self.quantize.values_method(site),
-            None if self.evict is None else self.evict.make(site),
-            None if self.select is None else self.select.make(site),
-            self.select is not None,
-            self.quantize.centers(site),
+            self.quantize.keys_codec(site),
+            self.quantize.values_codec(site),
+            evict=None if self.evict is None else self.evict.make(site),
+            compact=None if self.compact is None else self.compact.make(site),
+            select=None if self.select is None else self.select.make(site),
+            prune=None if self.prune is None else self.prune.make(site),
+            selects=self.select is not None,
+            center=self.quantize.centers(site),
         )
 
     def make_cache(
@@ -167,7 +169,13 @@ class Methods:
         if head_dim is not None:
             for layer in stored.values():
                 layer.check_dims(head_dim, head_dim)
-        return _kvpack.Cache([stored.get(i) for i in range(layers)], [shared] * layers, last, last_is_read)
+        return _kvpack.Cache(
+            [stored.get(i) for i in range(layers)],
+            [shared] * layers,
+            last=last,
+            last_is_read=last_is_read,
+            share=None if self.share is None else self.share.make(),
+        )
 
 
 def _accepted(family: str, given: Any) -> str:

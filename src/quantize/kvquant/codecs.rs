@@ -72,8 +72,8 @@ impl Codec<ValuePage> for KvQuantValues {
         n.saturating_sub(self.0.window)
     }
 
-    fn seal(&self, _: &mut Plan, rows: &Rows, n: usize) -> (ValuePage, usize) {
-        TokenValues::seal(Format::new(self.0.clone(), None, rows.dim()), None, rows, n)
+    fn seal(&self, _: &mut Plan, rows: &Rows, n: usize) -> Result<(ValuePage, usize)> {
+        Ok(TokenValues::seal(Format::new(self.0.clone(), None, rows.dim()), None, rows, n))
     }
 }
 
@@ -120,8 +120,8 @@ impl Codec<KeyPage> for KvQuantKeys {
         n.saturating_sub(self.method.window)
     }
 
-    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> (KeyPage, usize) {
+    fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(KeyPage, usize)> {
         let grids = plan.head_grids(|head| HeadGrids::new(&self.method, &self.keys, head));
-        PreRopeKeys::seal(grids, plan.first, rows, n)
+        Ok(PreRopeKeys::seal(grids, plan.first, rows, n))
     }
 }

@@ -10,6 +10,8 @@ use crate::tensor::Rows;
 pub enum KeyPage {
     /// In the model's dtype.
     Exact(Rows),
+    /// In the model's dtype, as a codec has changed them.
+    Rounded(Rows),
     /// A grid a channel and group of tokens.
     Channels(ChannelKeys),
     /// A scale a token and group of channels.
@@ -26,7 +28,7 @@ impl Page for KeyPage {
 
     fn segment(&self) -> &Self::Segment {
         match self {
-            Self::Exact(rows) => rows,
+            Self::Exact(rows) | Self::Rounded(rows) => rows,
             Self::Channels(page) => page,
             Self::Tokens(page) => page,
             Self::PreRope(page) => page,
@@ -52,7 +54,7 @@ impl Page for KeyPage {
 
     fn room(&self) -> usize {
         match self {
-            Self::Exact(_) | Self::Channels(_) | Self::Shifted(_) => 0,
+            Self::Exact(_) | Self::Rounded(_) | Self::Channels(_) | Self::Shifted(_) => 0,
             Self::Tokens(page) => page.room(),
             Self::PreRope(page) => page.room(),
         }
@@ -62,7 +64,7 @@ impl Page for KeyPage {
         match self {
             Self::Tokens(page) => page.extend(rows, n, compensation),
             Self::PreRope(page) => page.extend(rows, n),
-            Self::Exact(_) | Self::Channels(_) | Self::Shifted(_) => {
+            Self::Exact(_) | Self::Rounded(_) | Self::Channels(_) | Self::Shifted(_) => {
                 assert_eq!(n, 0, "these key pages are sealed whole")
             }
         }
@@ -70,7 +72,7 @@ impl Page for KeyPage {
 
     fn tokens(&self) -> usize {
         match self {
-            Self::Exact(rows) => rows.len(),
+            Self::Exact(rows) | Self::Rounded(rows) => rows.len(),
             Self::Channels(page) => page.tokens(),
             Self::Tokens(page) => page.tokens(),
             Self::PreRope(page) => page.tokens(),
@@ -80,7 +82,7 @@ impl Page for KeyPage {
 
     fn bytes(&self) -> PageBytes {
         match self {
-            Self::Exact(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
+            Self::Exact(rows) | Self::Rounded(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
             Self::Channels(page) => page.bytes(),
             Self::Tokens(page) => page.bytes(),
             Self::PreRope(page) => page.bytes(),
@@ -90,7 +92,7 @@ impl Page for KeyPage {
 
     fn granularity(&self) -> usize {
         match self {
-            Self::Exact(_) | Self::Tokens(_) => 1,
+            Self::Exact(_) | Self::Rounded(_) | Self::Tokens(_) => 1,
             Self::Channels(page) => page.group(),
             // Its tokens are at consecutive positions.
             Self::PreRope(page) => page.tokens(),
@@ -101,6 +103,7 @@ impl Page for KeyPage {
     fn part(&self, tokens: &[usize]) -> Self {
         match self {
             Self::Exact(rows) => Self::Exact(rows.take(tokens)),
+            Self::Rounded(rows) => Self::Rounded(rows.take(tokens)),
             Self::Channels(page) => Self::Channels(page.part(tokens)),
             Self::Tokens(page) => Self::Tokens(page.part(tokens)),
             Self::PreRope(page) => Self::PreRope(page.clone()),
@@ -110,7 +113,9 @@ impl Page for KeyPage {
 
     fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
         match (self, other) {
-            (Self::Exact(rows), Self::Exact(other)) => rows::join(rows, other, tokens),
+            (Self::Exact(rows), Self::Exact(other)) | (Self::Rounded(rows), Self::Rounded(other)) => {
+                rows::join(rows, other, tokens)
+            }
             (Self::Channels(page), Self::Channels(other)) => page.join(other, tokens),
             (Self::Tokens(page), Self::Tokens(other)) => page.join(other, tokens),
             _ => 0,

@@ -10,6 +10,8 @@ use crate::tensor::Rows;
 pub enum ValuePage {
     /// In the model's dtype.
     Exact(Rows),
+    /// In the model's dtype, as a codec has changed them.
+    Rounded(Rows),
     /// A grid a token and group of channels.
     Tokens(TokenValues),
 }
@@ -20,7 +22,7 @@ impl Page for ValuePage {
 
     fn segment(&self) -> &Self::Segment {
         match self {
-            Self::Exact(rows) => rows,
+            Self::Exact(rows) | Self::Rounded(rows) => rows,
             Self::Tokens(page) => page,
         }
     }
@@ -39,28 +41,28 @@ impl Page for ValuePage {
 
     fn room(&self) -> usize {
         match self {
-            Self::Exact(_) => 0,
+            Self::Exact(_) | Self::Rounded(_) => 0,
             Self::Tokens(page) => page.room(),
         }
     }
 
     fn extend(&mut self, rows: &Rows, n: usize, compensation: Option<&Factor>) {
         match self {
-            Self::Exact(_) => assert_eq!(n, 0, "exact pages are sealed whole"),
+            Self::Exact(_) | Self::Rounded(_) => assert_eq!(n, 0, "exact pages are sealed whole"),
             Self::Tokens(page) => page.extend(rows, n, compensation),
         }
     }
 
     fn tokens(&self) -> usize {
         match self {
-            Self::Exact(rows) => rows.len(),
+            Self::Exact(rows) | Self::Rounded(rows) => rows.len(),
             Self::Tokens(page) => page.tokens(),
         }
     }
 
     fn bytes(&self) -> PageBytes {
         match self {
-            Self::Exact(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
+            Self::Exact(rows) | Self::Rounded(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
             Self::Tokens(page) => page.bytes(),
         }
     }
@@ -73,13 +75,16 @@ impl Page for ValuePage {
     fn part(&self, tokens: &[usize]) -> Self {
         match self {
             Self::Exact(rows) => Self::Exact(rows.take(tokens)),
+            Self::Rounded(rows) => Self::Rounded(rows.take(tokens)),
             Self::Tokens(page) => Self::Tokens(page.part(tokens)),
         }
     }
 
     fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
         match (self, other) {
-            (Self::Exact(rows), Self::Exact(other)) => rows::join(rows, other, tokens),
+            (Self::Exact(rows), Self::Exact(other)) | (Self::Rounded(rows), Self::Rounded(other)) => {
+                rows::join(rows, other, tokens)
+            }
             (Self::Tokens(page), Self::Tokens(other)) => page.join(other, tokens),
             _ => 0,
         }

@@ -9,6 +9,7 @@ from .pattern import StreamingLLM, Longformer
 from .expected import ExpectedAttention
 from .keys import KeyDiff, L2Norm, Random
 from .adakv import AdaKV
+from .scored import Scored
 
 # isort: on
 
@@ -24,6 +25,7 @@ __all__ = [
     "Longformer",
     "PyramidKV",
     "Random",
+    "Scored",
     "SnapKV",
     "StreamingLLM",
 ]

@@ -35,7 +35,7 @@ class _Attention(Evict):
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
         common = self._common(site, floor, self.budget, self.recent)
-        return _kvpack.Eviction.attention(common, self._alpha(), self.shared)
+        return _kvpack.Eviction("attention", alpha=self._alpha(), shared=self.shared, **common)
 
 
 @register

@@ -5,14 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 from ... import _kvpack
 from ...errors import ModelNeededError, OptionError
 from ...rotation import Rotation, rotations_of
 from ..base import Amount, Method, Property, Reasons, Site, amount, check_switch, check_whole
-
-Common: TypeAlias = tuple[Any, ...]
 
 _BUDGET = "a whole number of tokens from 1, a share of the prompt above 0 up to 1.0, or one of such for each layer"
 
@@ -65,15 +63,17 @@ class Evict(Method):
         """The method as the store of a layer knows it; with AdaKV's `floor` the layer's heads share one budget."""
 
     def _common(
-        self,
-        site: Site | None,
-        floor: float | None,
-        budget: Amount | Sequence[Amount],
-        recent: Amount,
-        pyramid: tuple[int, int, int, int] | None = None,
-    ) -> Common:
-        block = self.block if self.decode else None
-        return _of_layer(budget, site), self.sinks, recent, block, floor, list(self.protect), pyramid
+        self, site: Site | None, floor: float | None, budget: Amount | Sequence[Amount], recent: Amount
+    ) -> dict[str, Any]:
+        """The options that all evictions have."""
+        return {
+            "budget": _of_layer(budget, site),
+            "sinks": self.sinks,
+            "recent": recent,
+            "block": self.block if self.decode else None,
+            "floor": floor,
+            "protect": list(self.protect),
+        }
 
     def _rotations(self, site: Site) -> list[Rotation]:
         """The rotary embedding of each layer's keys; ModelNeededError when the cache is made from a configuration."""

@@ -61,7 +61,12 @@ class ExpectedAttention(Evict):
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
         rotation = Rotation((), ()) if site is None else self._rotations(site)[site.layer]
-        common = self._common(site, floor, self.budget, 0)
-        return _kvpack.Eviction.expected(
-            common, self.future, self.covariance, self.values, self.epsilon, (rotation.pairs, rotation.frequencies)
+        return _kvpack.Eviction(
+            "expected",
+            future=self.future,
+            covariance=self.covariance,
+            values=self.values,
+            epsilon=self.epsilon,
+            rotation=rotation.options(),
+            **self._common(site, floor, self.budget, 0),
         )

@@ -40,7 +40,7 @@ class KeyDiff(Evict):
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
-        return _kvpack.Eviction.keydiff(self._common(site, floor, self.budget, self.recent))
+        return _kvpack.Eviction("keydiff", **self._common(site, floor, self.budget, self.recent))
 
 
 @register
@@ -60,7 +60,7 @@ class L2Norm(KeyDiff):
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
-        return _kvpack.Eviction.norm(self._common(site, floor, self.budget, self.recent))
+        return _kvpack.Eviction("norm", **self._common(site, floor, self.budget, self.recent))
 
 
 @register
@@ -91,4 +91,4 @@ class Random(KeyDiff):
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
         seed = self.seed + (0 if site is None else site.layer << 32)  # each layer has lots of its own
-        return _kvpack.Eviction.random(self._common(site, floor, self.budget, self.recent), seed)
+        return _kvpack.Eviction("random", seed=seed, **self._common(site, floor, self.budget, self.recent))

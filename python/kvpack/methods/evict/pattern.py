@@ -46,14 +46,14 @@ class StreamingLLM(Evict):
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
-        rotation = None
+        closing = None
         if self.rerotate and site is not None:
             rotations = self._rotations(site)
             if not any(found.pairs for found in rotations):
                 raise OptionError(f"evict={self!r} is not accepted: the model has no rotary embedding")
             own = rotations[site.layer]
-            rotation = own.pairs, own.frequencies
-        return _kvpack.Eviction.newest(self._common(site, floor, self.budget, 0), rotation)
+            closing = own.options()
+        return _kvpack.Eviction("newest", closing=closing, **self._common(site, floor, self.budget, 0))
 
 
 @register
@@ -85,4 +85,5 @@ class Longformer(Evict):
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
-        return _kvpack.Eviction.dilated(self._common(site, floor, self.budget, self.window), self.dilation)
+        common = self._common(site, floor, self.budget, self.window)
+        return _kvpack.Eviction("dilated", dilation=self.dilation, **common)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
@@ -53,8 +53,10 @@ class SnapKV(Evict):
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
-        common = self._common(site, floor, self.budget, self.window)
-        return _kvpack.Eviction.snapkv(common, self.window, self.kernel, self.pooling)
+        return self._make(**self._common(site, floor, self.budget, self.window))
+
+    def _make(self, **common: Any) -> _kvpack.Eviction:
+        return _kvpack.Eviction("snapkv", window=self.window, kernel=self.kernel, pooling=self.pooling, **common)
 
 
 @register
@@ -86,5 +88,5 @@ class PyramidKV(SnapKV):
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""
         layer, layers = (0, 1) if site is None else (site.layer, site.layers)
-        common = self._common(site, floor, self.budget, self.window, (self.beta, layer, layers, self.window))
-        return _kvpack.Eviction.snapkv(common, self.window, self.kernel, self.pooling)
+        pyramid = {"beta": self.beta, "layer": layer, "layers": layers, "window": self.window}
+        return self._make(pyramid=pyramid, **self._common(site, floor, self.budget, self.window))

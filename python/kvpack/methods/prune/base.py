@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
-from ..base import Method
+from ... import _kvpack
+from ..base import Method, Site
 
 
 class Prune(Method):
-    """A method that holds fewer channels of keys or values than the model's head_dim.
+    """A method that holds nothing of some KV heads, or fewer numbers of their keys and values than the head dim.
 
-    Channels are left out, or projected to fewer. No method of this family is registered yet.
+    No method of this family is registered yet.
     """
 
     family: ClassVar[str] = "prune"
-    without: ClassVar[str] = "None to keep all channels"
+    without: ClassVar[str] = "None to hold all of each head"
+
+    @abstractmethod
+    def make(self, site: Site | None = None) -> _kvpack.Prune:
+        """The method as the store of a layer knows it."""

@@ -11,6 +11,7 @@ from .kvarn import KVarN
 from .graded import Graded
 from .kvquant import KVQuant
 from .calibrated import Calibrated
+from .simulated import Simulated
 from .compose import KeyValue, PerLayer
 from .gptq import GPTQ
 
@@ -30,4 +31,5 @@ __all__ = [
     "PerLayer",
     "Quantize",
     "Rotated",
+    "Simulated",
 ]

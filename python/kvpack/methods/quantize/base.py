@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ..base import Method, Site
-from .gptq import GPTQ
+from .gptq import GPTQ, Options
 
 
 class Quantize(Method):
@@ -18,11 +18,11 @@ class Quantize(Method):
     without: ClassVar[str] = "None for Exact()"
 
     @abstractmethod
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+    def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """How keys are stored in a layer; without a site what is the same in all layers."""
 
     @abstractmethod
-    def values_method(self, site: Site | None = None) -> _kvpack.Method:
+    def values_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """How values are stored in a layer; without a site what is the same in all layers."""
 
     def centers(self, site: Site | None = None) -> bool:
@@ -38,13 +38,13 @@ class Compensated(Quantize):
     compensation: GPTQ | None
 
     @abstractmethod
-    def _method(self) -> _kvpack.Method:
-        """How both are stored, without compensation."""
+    def _codec(self, compensation: Options | None = None) -> _kvpack.Codec:
+        """How both are stored, with what makes up for roundings."""
 
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+    def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """How keys are stored, with the compensation of their queries."""
-        return self._method() if self.compensation is None else self.compensation.for_keys(self._method(), site)
+        return self._codec(None if self.compensation is None else self.compensation.for_keys(site))
 
-    def values_method(self, site: Site | None = None) -> _kvpack.Method:
+    def values_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """How values are stored, with the compensation of the layer's output projection."""
-        return self._method() if self.compensation is None else self.compensation.for_values(self._method(), site)
+        return self._codec(None if self.compensation is None else self.compensation.for_values(site))

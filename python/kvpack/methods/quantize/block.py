@@ -9,7 +9,7 @@ from ... import _kvpack
 from ..base import check_whole
 from ..registry import register
 from .base import Compensated
-from .gptq import GPTQ, checked
+from .gptq import GPTQ, Options, checked
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class _Block(Compensated):
         check_whole(self, window=0, sinks=0)
         object.__setattr__(self, "compensation", checked(self.compensation))
 
-    def _method(self) -> _kvpack.Method:
-        return _kvpack.Method.block(self.bits, self.window, self.sinks)
+    def _codec(self, compensation: Options | None = None) -> _kvpack.Codec:
+        return _kvpack.Codec("block", bits=self.bits, window=self.window, sinks=self.sinks, compensation=compensation)
 
 
 @register

@@ -50,13 +50,13 @@ class KeyValue(Quantize):
         """As the codec of keys."""
         return self.keys.centers(site)
 
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+    def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """That of `keys`."""
-        return self.keys.keys_method(site)
+        return self.keys.keys_codec(site)
 
-    def values_method(self, site: Site | None = None) -> _kvpack.Method:
+    def values_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """That of `values`."""
-        return self.values.values_method(site)
+        return self.values.values_codec(site)
 
 
 class ByLayer(Quantize):
@@ -85,13 +85,13 @@ class ByLayer(Quantize):
         codecs = self.codecs() if site is None else (self.codec(site),)
         return any(codec.centers(site) for codec in codecs)
 
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+    def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """That of the layer."""
-        return self.codec(site).keys_method(site)
+        return self.codec(site).keys_codec(site)
 
-    def values_method(self, site: Site | None = None) -> _kvpack.Method:
+    def values_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """That of the layer."""
-        return self.codec(site).values_method(site)
+        return self.codec(site).values_codec(site)
 
 
 @dataclass(frozen=True)

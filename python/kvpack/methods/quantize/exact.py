@@ -19,8 +19,8 @@ class Exact(Quantize):
     name: ClassVar[str] = "exact"
     standard: ClassVar[tuple[str, ...]] = ("exact",)
 
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+    def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """As the model made them."""
-        return _kvpack.Method.exact()
+        return _kvpack.Codec("exact")
 
-    values_method = keys_method
+    values_codec = keys_codec

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ... import _kvpack
 from ...errors import ModelNeededError, OptionError
 from ..base import Site, check_switch
 
@@ -19,6 +18,10 @@ _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "out_lin", "atten
 
 LEAST_DAMPING = 1e-4
 """Below this rounding in float32 would decide."""
+
+
+Options: TypeAlias = dict[str, Any]
+"""Options of a codec, by name."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -86,38 +89,39 @@ class GPTQ:
     def _options(self) -> tuple[Any, ...]:
         return (self.damping, self.threshold, self.act_order, self.keys, self.values, self.key_metrics is None)
 
-    def for_keys(self, method: _kvpack.Method, site: Site | None) -> _kvpack.Method:
-        """A method of keys, with compensation in the metric of the prompt's queries, or in that which was given.
+    def for_keys(self, site: Site | None) -> Options | None:
+        """The options of a codec of keys: in the metric of the prompt's queries, or in that which was given.
 
         Raises:
             OptionError: there are not as many metrics as the model has layers.
         """
-        if not self.keys:
-            return method
-        if self.key_metrics is None:
-            return self._with(method, None)
-        if site is None:
-            return method
+        if not self.keys or (site is None and self.key_metrics is not None):
+            return None
+        if site is None or self.key_metrics is None:
+            return self._in(None)
         if len(self.key_metrics) != site.layers:
             raise OptionError(
                 f"key_metrics of {len(self.key_metrics)} layers are not accepted; accepted: "
                 f"of the model's {site.layers}"
             )
-        return self._with(method, self.key_metrics[site.layer])
+        return self._in(self.key_metrics[site.layer])
 
-    def for_values(self, method: _kvpack.Method, site: Site | None) -> _kvpack.Method:
-        """A method of values, with compensation in the metric of the layer's output projection.
+    def for_values(self, site: Site | None) -> Options | None:
+        """The options of a codec of values: in the metric of the layer's output projection.
 
         Raises:
             OptionError: the cache was made without the model, or the projection is not found.
         """
-        if not self.values or site is None:
-            return method
-        return self._with(method, output_metrics(site))
+        return None if not self.values or site is None else self._in(output_metrics(site))
 
-    def _with(self, method: _kvpack.Method, metrics: Tensor | None) -> _kvpack.Method:
+    def _in(self, metrics: Tensor | None) -> Options:
         rows = None if metrics is None else metrics.flatten(1).tolist()
-        return method.with_feedback(self.damping, self.threshold, self.act_order, rows)
+        return {
+            "damping": self.damping,
+            "threshold": self.threshold,
+            "act_order": self.act_order,
+            "metrics": rows,
+        }
 
 
 def _layers_of(metrics: Any) -> list[Any]:

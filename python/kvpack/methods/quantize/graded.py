@@ -71,15 +71,29 @@ class Graded(Quantize):
             raise OptionError(f"key_bits={self.key_bits!r} is not accepted; accepted: 1 to 8")
         check_whole(self, value_bits=1, group=1, window=1, sinks=0, seed=0)
         check_bits(self, "value_bits", (2, 3, 4, 8))
-        _kvpack.Layer(self.keys_method(), self.values_method())  # Rust knows the rest of the rules
+        _kvpack.Layer(self.keys_codec(), self.values_codec())  # Rust knows the rest of the rules
 
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+    def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """Per channel, with graded bits."""
-        method = _kvpack.Method.graded(self.key_bits, self.group, self.window, self.sinks)
-        method = method.with_full_window() if self.full_window else method
-        return method if self.compensation is None else self.compensation.for_keys(method, site)
+        return _kvpack.Codec(
+            "graded",
+            bits=self.key_bits,
+            group=self.group,
+            window=self.window,
+            sinks=self.sinks,
+            full_window=self.full_window,
+            compensation=None if self.compensation is None else self.compensation.for_keys(site),
+        )
 
-    def values_method(self, site: Site | None = None) -> _kvpack.Method:
+    def values_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """Rotated."""
-        method = _kvpack.Method.rotated(self.value_bits, "uniform", 0, self.window, self.sinks, self.seed)
-        return method if self.compensation is None else self.compensation.for_values(method, site)
+        return _kvpack.Codec(
+            "rotated",
+            bits=self.value_bits,
+            levels="uniform",
+            group=0,
+            window=self.window,
+            sinks=self.sinks,
+            seed=self.seed,
+            compensation=None if self.compensation is None else self.compensation.for_values(site),
+        )

@@ -9,7 +9,7 @@ from ... import _kvpack
 from ..base import check_bits, check_switch, check_whole
 from ..registry import register
 from .base import Compensated
-from .gptq import GPTQ, checked
+from .gptq import GPTQ, Options, checked
 
 
 @register
@@ -59,8 +59,15 @@ class KIVI(Compensated):
         check_bits(self, "bits", (2, 3, 4, 8))
         check_switch(self, "full_window")
         object.__setattr__(self, "compensation", checked(self.compensation))
-        self._method()  # Rust knows the rest of the rules
+        self._codec()  # Rust knows the rest of the rules
 
-    def _method(self) -> _kvpack.Method:
-        method = _kvpack.Method.kivi(self.bits, self.group, self.window, self.sinks)
-        return method.with_full_window() if self.full_window else method
+    def _codec(self, compensation: Options | None = None) -> _kvpack.Codec:
+        return _kvpack.Codec(
+            "kivi",
+            bits=self.bits,
+            group=self.group,
+            window=self.window,
+            sinks=self.sinks,
+            full_window=self.full_window,
+            compensation=compensation,
+        )

@@ -50,11 +50,10 @@ class KVarN(Quantize):
         check_whole(self, bits=1, sinks=0, seed=0)
         check_switch(self, "full_window")
         check_bits(self, "bits", (2, 3, 4, 8))
-        self.keys_method()
+        self.keys_codec()
 
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+    def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """Per channel, with a factor a token."""
-        method = _kvpack.Method.kvarn(self.bits, self.sinks, self.seed)
-        return method.with_full_window() if self.full_window else method
+        return _kvpack.Codec("kvarn", bits=self.bits, sinks=self.sinks, seed=self.seed, full_window=self.full_window)
 
-    values_method = keys_method  # per token, with a factor a channel
+    values_codec = keys_codec  # per token, with a factor a channel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ... import _kvpack
 from ...errors import OptionError
@@ -106,17 +106,27 @@ class KVQuant(Quantize):
             )
         return self.tables[site.layer]
 
-    def keys_method(self, site: Site | None = None) -> _kvpack.Method:
+    def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """Before RoPE, on the layer's static grids."""
         tables = self._of(site)
-        keys = (tables.low, tables.high, tables.pairs, tables.frequencies)
-        norm = tables.key_norm if self.norm else (1.0, 0.0)
-        return _kvpack.Method.kvquant(self.bits, tables.key_levels, norm, self.outliers, self.window, self.sinks, keys)
+        rotation = {"pairs": tables.pairs, "frequencies": tables.frequencies}
+        return self._codec(tables.key_levels, tables.key_norm, low=tables.low, high=tables.high, rotation=rotation)
 
-    def values_method(self, site: Site | None = None) -> _kvpack.Method:
+    def values_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """Per token."""
         tables = self._of(site)
-        norm = tables.value_norm if self.norm else (1.0, 0.0)
-        return _kvpack.Method.kvquant(
-            self.bits, tables.value_levels, norm, self.outliers, self.window, self.sinks, None
+        return self._codec(tables.value_levels, tables.value_norm)
+
+    def _codec(self, levels: tuple[float, ...], norm: tuple[float, float], **of_keys: Any) -> _kvpack.Codec:
+        factor, offset = norm if self.norm else (1.0, 0.0)
+        return _kvpack.Codec(
+            "kvquant",
+            bits=self.bits,
+            levels=levels,
+            factor=factor,
+            offset=offset,
+            outliers=self.outliers,
+            window=self.window,
+            sinks=self.sinks,
+            **of_keys,
         )

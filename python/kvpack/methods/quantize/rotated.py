@@ -10,7 +10,7 @@ from ...errors import OptionError
 from ..base import Property, Reasons, Site, check_bits, check_switch, check_whole
 from ..registry import register
 from .base import Compensated
-from .gptq import GPTQ, checked
+from .gptq import GPTQ, Options, checked
 
 
 @register
@@ -64,7 +64,7 @@ class Rotated(Compensated):
         check_bits(self, "bits", (2, 3, 4, 8))
         if self.levels not in ("uniform", "lloyd-max"):
             raise OptionError(f"levels={self.levels!r} is not accepted; accepted: 'uniform', 'lloyd-max'")
-        self._method()
+        self._codec()
 
     @property
     def needs(self) -> Reasons:
@@ -82,5 +82,14 @@ class Rotated(Compensated):
         """Whether a layer's keys are held less their mean."""
         return self.center
 
-    def _method(self) -> _kvpack.Method:
-        return _kvpack.Method.rotated(self.bits, self.levels, self.group, self.window, self.sinks, self.seed)
+    def _codec(self, compensation: Options | None = None) -> _kvpack.Codec:
+        return _kvpack.Codec(
+            "rotated",
+            bits=self.bits,
+            levels=self.levels,
+            group=self.group,
+            window=self.window,
+            sinks=self.sinks,
+            seed=self.seed,
+            compensation=compensation,
+        )

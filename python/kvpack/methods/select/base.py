@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
-from ..base import Amount, Method, Site
+from ... import _kvpack
+from ..base import Method, Site
 
 
 class Select(Method):
@@ -15,5 +16,5 @@ class Select(Method):
     without: ClassVar[str] = "None to read all tokens"
 
     @abstractmethod
-    def make(self, site: Site | None = None) -> tuple[Amount, int] | None:
-        """How much the layer reads: tokens, or a share of them, and tokens of a page; None for all."""
+    def make(self, site: Site | None = None) -> _kvpack.Selector | None:
+        """The method as the store of a layer knows it; None where the layer is read whole."""

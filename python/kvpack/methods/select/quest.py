@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ... import _kvpack
 from ...errors import OptionError
 from ..base import Amount, Site, check_whole
 from ..registry import register
@@ -47,6 +48,8 @@ class Quest(Select):
         if self.page > 256:
             raise OptionError(f"page={self.page} is not accepted; accepted: 1 to 256")
 
-    def make(self, site: Site | None = None) -> tuple[Amount, int] | None:
+    def make(self, site: Site | None = None) -> _kvpack.Selector | None:
         """As the store knows it."""
-        return None if site is not None and site.layer < self.dense_layers else (self.budget, self.page)
+        if site is not None and site.layer < self.dense_layers:
+            return None
+        return _kvpack.Selector("quest", budget=self.budget, page=self.page)
