@@ -4,11 +4,13 @@
 //!
 //! | room | what it is |
 //! |---|---|
-//! | [`error`], [`amount`], [`options`] | one error enum: what was wrong, what was given, what is accepted; tokens or a share; options by name |
-//! | [`tensor`] | borrowed views over f32 / f16 / bf16 memory, and exact rows |
-//! | [`memory`] | memory that may be refused |
 //! | `slabs` | the allocator of the Python package: apart from the heap of the process |
+//! | [`memory`] | memory that may be refused |
+//! | [`error`] | one error enum: what was wrong, what was given, what is accepted |
+//! | [`amount`] | tokens, or a share of some |
+//! | [`options`] | options by name |
 //! | [`pool`] | threads: torch's own team, or ours |
+//! | [`tensor`] | borrowed views over f32 / f16 / bf16 memory, and exact rows |
 //! | [`linalg`] | small matrices, maps to other coordinates, rotary positions, random numbers |
 //! | [`mod@format`] | packed codes, the grids that they count on, queries and weights as integers |
 //! | [`kernels`] | the inner loops: one file an instruction set, and the loops once for all |
@@ -18,7 +20,7 @@
 //! | [`select`] | fewer tokens read: one file a method, with its index of pages |
 //! | [`compact`] | tokens that become slots or a state |
 //! | [`prune`] | heads and dims that are not held |
-//! | [`share`] | layers that read another's tokens |
+//! | [`share`] | layers that read what others hold |
 //! | [`cache`] | the manager: layers, sequences, KV heads, sides, pages, tails, memory |
 //! | `binding` | `PyO3` only: extract, validate, release the GIL, call, map the error |
 //!

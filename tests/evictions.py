@@ -31,6 +31,12 @@ class Streaming(Rotary, kvpack.StreamingLLM):
     """Positions within the cache of it."""
 
 
+def keydiff(keys: Tensor, values: Tensor, queries: Tensor | None, positions: Tensor) -> Tensor:
+    """KeyDiff as a user writes it: `-cos(k, m)` with the mean `m` of all keys' directions."""
+    mean = torch.nn.functional.normalize(keys, dim=-1).mean(1, keepdim=True)
+    return -torch.nn.functional.cosine_similarity(keys, mean, dim=-1)
+
+
 EVICTIONS = with_registered(
     [
         kvpack.SnapKV(budget=0.25, window=16),
@@ -49,6 +55,7 @@ EVICTIONS = with_registered(
         kvpack.AdaKV(kvpack.SnapKV(budget=0.25, window=16)),
         kvpack.AdaKV(Turned(budget=0.25)),
         kvpack.AdaKV(kvpack.H2O(budget=0.25, block=32), floor=0.5),
+        kvpack.Scored(keydiff, budget=0.25, recent=4, decode=True, block=32),
     ],
     EVICT,
 )

@@ -37,16 +37,27 @@ def python_imports() -> dict[str, set[str]]:
     return found
 
 
+def rust_code(path: Path) -> str:
+    """A file without its comments, and without what only tests see."""
+    code = path.read_text().split("#[cfg(test)]\nmod tests {")[0]
+    return "\n".join(line for line in code.splitlines() if not line.lstrip().startswith("//"))
+
+
+def rust_files() -> list[Path]:
+    """The files of the crate but its tests'."""
+    return sorted(path for path in CRATE.rglob("*.rs") if not {"tests", "tests.rs", "map_tests.rs"} & set(path.parts))
+
+
 def rust_uses() -> dict[str, set[str]]:
     """Which rooms of the crate each room uses."""
     rooms = {path.stem for path in CRATE.iterdir() if path.stem not in ("lib", "tests")}
     found: dict[str, set[str]] = {room: set() for room in rooms}
-    for path in CRATE.rglob("*.rs"):
+    for path in rust_files():
         room = path.relative_to(CRATE).parts[0].removesuffix(".rs")
-        if room in rooms and path.stem != "tests":
-            code = path.read_text().split("#[cfg(test)]")[0]
-            code = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith("//"))
+        if room in rooms:
+            code = rust_code(path)
             used = set(re.findall(r"\bcrate::(\w+)", code))
+            used |= {name for group in re.findall(r"\bcrate::\{([^}]*)\}", code) for name in re.findall(r"\w+", group)}
             found[room] |= (used & rooms) - {room}
     return found
 
@@ -80,6 +91,15 @@ def test_a_circle_would_be_found() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
+def test_arrows_of_the_map_hold() -> None:
+    """A room uses none that stands below it in the table of `src/lib.rs`."""
+    rooms = re.findall(r"^//! \| \[?`(?:mod@)?(\w+)`", (CRATE / "lib.rs").read_text(), re.MULTILINE)
+    uses = rust_uses()
+    assert set(rooms) == set(uses)
+    wrong = {room: {used for used in uses[room] if rooms.index(used) > rooms.index(room)} for room in rooms}
+    assert not any(wrong.values()), wrong
+
+
 FAMILIES = ["quantize", "evict", "select", "compact", "prune", "share"]
 
 
@@ -88,6 +108,42 @@ def test_families_of_methods_are_folders() -> None:
     assert folders == set(FAMILIES) == set(kvpack.methods.FAMILIES)
     for family in FAMILIES:
         assert (PACKAGE / "methods" / family / "base.py").exists()
+        assert (CRATE / family / "mod.rs").exists()
+
+
+def test_no_method_is_named_outside_its_family() -> None:
+    """What is outside knows traits: `match` on a method, or a call of one, could not be written there."""
+    words = {"quantize": set(), "evict": set(), "select": set(), "compact": set(), "prune": set(), "share": set()}
+    for family, methods in words.items():
+        for path in rust_files():
+            if path.relative_to(CRATE).parts[0] == family:
+                methods |= set(
+                    re.findall(r"impl (?:Method|Scorer|Selector|Compactor|Prune|Share) for (\w+)", rust_code(path))
+                )
+    assert {"Kivi", "Kvarn"} <= words["quantize"]
+    assert {"SnapKv", "Keys"} <= words["evict"]
+    assert all(words.values())
+    for path in rust_files():
+        room = path.relative_to(CRATE).parts[0]
+        for family, methods in words.items():
+            if room != family:
+                named = {
+                    name for name in methods if re.search(rf"\b{family}::(?:\{{[^}}]*\b)?{name}\b", rust_code(path))
+                }
+                assert not named, f"{path.relative_to(CRATE)} names {named}"
+
+
+def test_quantize_forbids_states_by_types() -> None:
+    for path in rust_files():
+        if path.relative_to(CRATE).parts[0] == "quantize":
+            code = rust_code(path)
+            assert "unreachable!" not in code
+            assert "panic!" not in code
+
+
+@pytest.mark.parametrize("path", sorted(CRATE.rglob("*.rs")), ids=lambda path: str(path.relative_to(CRATE)))
+def test_files_of_the_crate_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
 
 
 def test_what_all_methods_share_knows_no_family() -> None:

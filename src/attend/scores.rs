@@ -36,6 +36,9 @@ pub fn add_scores(
     scratch: &mut Scratch,
 ) {
     let tokens = head.positions.len();
+    if tokens == 0 {
+        return;
+    }
     let stride = tokens.next_multiple_of(CHUNK);
     let mut logits = memory::zeros(queries.q.rows.min(BLOCK) * stride);
     let mut tile = memory::zeros(tile_rows(head.key_dim) * CHUNK);

@@ -136,9 +136,8 @@ fn candidates(eviction: &Eviction, row: &mut Sequence, numbers: usize) -> Result
         }
     }
     let row = &*row;
-    if row.iter().any(|head| !head.stays_whole(eviction))
-        && let Some(scores) = score_together(eviction, row)
-    {
+    let some = row.iter().any(|head| !head.stays_whole(eviction));
+    if some && let Some(scores) = score_together(eviction, row) {
         let each = row.iter().enumerate().zip(scores?);
         return Ok(each.map(|((h, head), scores)| head.candidates(eviction, h, scores)).collect());
     }
@@ -146,7 +145,8 @@ fn candidates(eviction: &Eviction, row: &mut Sequence, numbers: usize) -> Result
     Ok(pool::map(numbers * (SCORING + work), row.iter().enumerate().collect(), |(h, head)| {
         let place = head.place(eviction, h);
         let scores = match &head.history.observed {
-            Some(observed) if !head.stays_whole(eviction) => {
+            // Heads that share a budget are compared with each other, those with room for all of theirs too.
+            Some(observed) if !head.stays_whole(eviction) || some && eviction.floor.is_some() => {
                 observed.scores(&head.view(), place, &mut Scratch::new(chosen()))
             }
             _ => Vec::new(),

@@ -23,6 +23,8 @@ mod read;
 mod rows;
 mod seal;
 mod side;
+#[cfg(test)]
+mod side_tests;
 mod snapshot;
 mod step;
 mod tasks;

@@ -5,6 +5,7 @@
 mod attention;
 mod kvquant;
 mod memory;
+mod sockets;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DeviceError, OptionError
+from ..methods import Method
 from .contenders import Contender
 from .evaluation import Evaluation
 from .plan import prepare
@@ -34,7 +35,7 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     text: str,
-    methods: str | Path | Iterable[str | Contender] = "exact,kivi:bits=4",
+    methods: str | Path | Iterable[str | Method | Contender] = "exact,kivi:bits=4",
     *,
     out: str | Path | None = None,
     progress: bool = True,
@@ -46,8 +47,9 @@ def evaluate(
         model: a causal language model of transformers, on the CPU.
         tokenizer: its tokenizer.
         text: what is read; the tasks are hidden in it too.
-        methods: names such as `"exact,kivi:bits=2"`, a YAML file of them, or a list. `window:tokens=n` keeps only the
-            newest tokens; `hqq:bits=4` and `quanto:bits=4` are transformers' own.
+        methods: names such as `"exact,kivi:bits=2"`, a YAML file of them, or a list, of methods such as
+            `kvpack.KIVI(bits=2)` too. `window:tokens=n` keeps only the newest tokens; `hqq:bits=4` and `quanto:bits=4`
+            are transformers' own.
         out: a folder for the results of one model, with its weights, and one text and size. Each cell is written when
             it is finished, and what is there already is not measured again. Several processes can write into it.
         progress: whether to show a bar, and the table so far.

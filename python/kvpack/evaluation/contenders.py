@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .. import attention
 from ..cache import PackedCache
 from ..errors import OptionError
-from ..methods import Calibrated
+from ..methods import Calibrated, Method
 from ..methods.spec import Spec, make, names, parse_spec, split, split_parameters
 
 FULL = "full"
@@ -273,11 +273,19 @@ def parse(text: str) -> Contender:
     return Packed(parse_spec(text))
 
 
-def parse_all(methods: str | Path | Iterable[str | Contender]) -> list[Contender]:
+def _contender(method: Any) -> Any:
+    """What stands for one of a list."""
+    if isinstance(method, Method):
+        return Packed(Spec(method.label, {method.family: method}))
+    return parse(method.strip()) if isinstance(method, str) else method
+
+
+def parse_all(methods: str | Path | Iterable[str | Method | Contender]) -> list[Contender]:
     """Return the contenders of a list, of names with commas between, or of a YAML file.
 
     Args:
-        methods: `"exact,kivi:bits=2"`; the path of a YAML file that holds a list of such names; or a list.
+        methods: `"exact,kivi:bits=2"`; the path of a YAML file that holds a list of such names; or a list, of methods
+            such as `kvpack.KIVI(bits=2)` too.
 
     Raises:
         OptionError: one is not accepted, two are the same, there is none, or the file is no such list.
@@ -286,10 +294,12 @@ def parse_all(methods: str | Path | Iterable[str | Contender]) -> list[Contender
         methods = _read_yaml(Path(methods))
     if isinstance(methods, str):
         methods = split(methods, ",", REFERENCES)
-    contenders = [parse(method.strip()) if isinstance(method, str) else method for method in methods]
+    contenders = [_contender(method) for method in methods]
     for contender in contenders:
         if not isinstance(contender, Contender):
-            raise OptionError(f"methods: given {contender!r}, expected a name such as 'kivi:bits=2', or a Contender")
+            raise OptionError(
+                f"methods: given {contender!r}, expected a name such as 'kivi:bits=2', a method, or a Contender"
+            )
     if not contenders:
         raise OptionError(f"methods: given none, expected at least one of {', '.join([*names(), *REFERENCES])}")
     labels = [contender.label for contender in contenders]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
+from ..methods import Method
 from .contenders import Contender, parse_all
 from .evaluation import Evaluation
 from .run import jobs, rehearse, run
@@ -53,7 +54,7 @@ def prepare(
     config: Any,
     tokenizer: Any,
     text: str,
-    methods: str | Path | Iterable[str | Contender],
+    methods: str | Path | Iterable[str | Method | Contender],
     out: Path | None,
     dtype: str,
     settings: Mapping[str, Any],

@@ -61,6 +61,11 @@ class Scored(Evict):
         check_whole(self, queries=0)
 
     @property
+    def label(self) -> str:
+        """With the function's name."""
+        return f"{self.name}:{getattr(self.function, '__name__', 'function')}:budget={self.budget}"
+
+    @property
     def needs(self) -> Reasons:
         """The function looks at keys, and perhaps at queries."""
         needs = {Property.RAW_KEYS: "its function looks at keys"}

@@ -52,6 +52,13 @@ class Simulated(Quantize):
             if given is not None and not callable(given):
                 raise OptionError(f"{side}={given!r} is not accepted; accepted: None, a function of tokens [group, D]")
 
+    @property
+    def label(self) -> str:
+        """With the functions' names."""
+        given = [(side, getattr(self, side)) for side in ("keys", "values")]
+        parts = [f"{side}={getattr(fn, '__name__', 'function')}" for side, fn in given if fn is not None]
+        return ":".join([self.name, *parts])
+
     def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """What the function of keys gives."""
         return self._codec(self.keys)
