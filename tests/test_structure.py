@@ -45,7 +45,8 @@ def rust_code(path: Path) -> str:
 
 def rust_files() -> list[Path]:
     """The files of the crate but its tests'."""
-    return sorted(path for path in CRATE.rglob("*.rs") if not {"tests", "tests.rs", "map_tests.rs"} & set(path.parts))
+    tests = {path for path in CRATE.rglob("*.rs") if "tests" in path.parts or path.stem.endswith("tests")}
+    return sorted({*CRATE.rglob("*.rs")} - tests)
 
 
 def rust_uses() -> dict[str, set[str]]:

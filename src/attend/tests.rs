@@ -128,7 +128,7 @@ fn read(keys: &Dummy, values: &Dummy, summary: Option<&dyn Summary>, softcap: Op
     let softmax = Softmax { scaling: 1.0, softcap };
     let outputs = |queries: usize| {
         let q = numbers(GROUP * queries * DIM, 7);
-        let visible = Visibility::new(None, 0, tokens, 1, &positions);
+        let visible = Visibility::new(None, 0, tokens.max(1), 1, &positions);
         // Queries of the same, last position: so all see all.
         let given = Queries { q: q.clone(), range: 0..queries, first_head: 0, softmax, visible, scores: false };
         let mut scratch = Scratch::new(kernels::chosen().unwrap());

@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use super::Layer;
 use super::append::New;
-use super::forward::{Forward, Recording};
+use super::forward::Forward;
 use super::layer::expect;
 use super::packed::{Packed, State};
+use super::recording::Recording;
 use crate::error::{self, Error, Result};
 use crate::share::Share;
 use crate::tensor::View;

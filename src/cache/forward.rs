@@ -6,6 +6,7 @@ use std::thread::{self, ThreadId};
 
 use super::cache::{Cache, Foreign};
 use super::packed::Before;
+use super::recording::Recording;
 use crate::error::{self, Error, Result};
 
 /// What layers are given that is no state: tokens.
@@ -42,30 +43,6 @@ pub(super) struct Forward {
     of_module: bool,
     /// What the layers that it changed were like.
     saved: Vec<(usize, Saved)>,
-}
-
-/// Assisted decoding, which rolls the newest tokens back after each forward: packing waits for that.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Recording {
-    /// Whether anybody has cropped.
-    cropped: bool,
-    /// Forwards since then.
-    uncropped: usize,
-}
-
-/// Forwards without a crop, after some with, until recording is over.
-const PATIENCE: usize = 16;
-
-impl Recording {
-    /// It was just cropped.
-    pub(super) fn cropped() -> Self {
-        Self { cropped: true, uncropped: 0 }
-    }
-
-    /// Whether nobody crops any more.
-    fn is_over(self) -> bool {
-        self.cropped && self.uncropped >= PATIENCE
-    }
 }
 
 impl Cache {

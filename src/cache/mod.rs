@@ -20,6 +20,7 @@ mod memory;
 mod observe;
 mod packed;
 mod read;
+mod recording;
 mod rows;
 mod seal;
 mod side;
