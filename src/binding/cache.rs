@@ -88,7 +88,7 @@ impl Cache {
             }
         }
         if let Some(layers) = abandoned {
-            py.import("kvpack._forwards")?.call_method1("taken_back", layers)?;
+            py.import("kvpack._forwards")?.call_method1("rolled_back", layers)?;
         }
         result.map_err(|e| to_python(py, &e))
     }

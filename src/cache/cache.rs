@@ -2,7 +2,7 @@
 //!
 //! A forward is a transaction. It begins with the first layer that is given tokens and ends with the attention of the last
 //! one; whatever fails in between takes every layer back to what it was before. One that never ended, as its thread was
-//! interrupted between two layers, is taken back when the next one begins. Who only looks sees what was there before.
+//! interrupted between two layers, is rolled back when the next one begins. Who only looks sees what was there before.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -66,7 +66,7 @@ pub struct Cache {
     /// The last version given to a layer.
     pub(super) version: u64,
     pub(super) undone: Vec<Foreign>,
-    /// The layer that a forward came to which was begun and never ended, and so taken back.
+    /// The layer that a forward came to which was begun and never ended, and so rolled back.
     pub(super) abandoned: Option<usize>,
 }
 

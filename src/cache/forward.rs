@@ -126,7 +126,7 @@ impl Cache {
         std::mem::take(&mut self.undone)
     }
 
-    /// The layer that a forward came to which was taken back as it never ended, and the last one of the model, since the last call.
+    /// The layer that a forward came to which was rolled back as it never ended, and the last one of the model, since the last call.
     pub fn take_abandoned(&mut self) -> Option<(usize, usize)> {
         Some((self.abandoned.take()?, self.last))
     }

@@ -149,6 +149,15 @@ impl Packed {
                 accepted: format!("None, or {OURS}"),
             });
         }
+        if self.layer.methods().compactor.is_some() {
+            return Err(Error::Option {
+                name: "compact",
+                given: "a method that holds something else in place of tokens, while this layer's attention does not run in kvpack, \
+                        which alone can read it"
+                    .into(),
+                accepted: format!("None, or {OURS}"),
+            });
+        }
         let Some(eviction) = self.layer.eviction() else { return Ok(()) };
         if eviction.is_ragged() {
             return Err(Error::Option {

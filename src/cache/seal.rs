@@ -44,7 +44,7 @@ impl<P: Page> Side<P> {
         self.lent > 0
     }
 
-    /// Takes back to the tail what is lent.
+    /// Brings back to the tail what is lent.
     pub(super) fn own(&mut self) {
         let lent = self.segments.split_off(self.sealed().len());
         lent.iter().rev().for_each(|lent| self.tail.prepend(lent.exact()));

@@ -19,7 +19,7 @@ pub struct Candidates {
 
 /// Tokens that stay or go together.
 #[derive(Clone, Copy)]
-struct Unit {
+struct Granule {
     head: usize,
     first: usize,
     tokens: usize,
@@ -29,60 +29,60 @@ struct Unit {
     score: f32,
 }
 
-impl Unit {
+impl Granule {
     fn better(&self, other: &Self) -> Ordering {
         other.rank.cmp(&self.rank).then(other.score.total_cmp(&self.score)).then(self.first.cmp(&other.first))
     }
 }
 
-/// The tokens that stay, head by head. `units` are the lengths of the runs of tokens that stay or go together, of each head;
+/// The tokens that stay, head by head. `granules` are the lengths of the runs of tokens that stay or go together, of each head;
 /// with a floor (`AdaKV`, arXiv 2407.11550) all heads share one budget, of which the best `floor budget` tokens of every
 /// head are its own.
-pub fn keep(heads: &[Candidates], units: &[Vec<usize>], floor: Option<f32>) -> Vec<Vec<bool>> {
+pub fn keep(heads: &[Candidates], granules: &[Vec<usize>], floor: Option<f32>) -> Vec<Vec<bool>> {
     let mut keep: Vec<Vec<bool>> = heads.iter().map(|head| memory::filled(false, head.scores.len())).collect();
     let mut rest = Vec::new();
-    for (h, (head, units)) in heads.iter().zip(units).enumerate() {
+    for (h, (head, granules)) in heads.iter().zip(granules).enumerate() {
         let own = floor.map_or(head.budget, |floor| (floor * head.budget as f32) as usize);
-        let mut units = units_of(h, head, units);
-        units.sort_by(Unit::better);
-        rest.extend(fill(units, own, &mut keep));
+        let mut granules = granules_of(h, head, granules);
+        granules.sort_by(Granule::better);
+        rest.extend(fill(granules, own, &mut keep));
     }
     if floor.is_some() {
         let budget: usize = heads.iter().map(|head| head.budget).sum();
         let kept: usize = keep.iter().flatten().filter(|&&kept| kept).count();
-        rest.sort_by(Unit::better);
+        rest.sort_by(Granule::better);
         fill(rest, budget.saturating_sub(kept), &mut keep);
     }
     keep
 }
 
-/// Keeps units, best first, as long as their tokens fit into `room`, and those that stay in any case; the others are returned.
-fn fill(units: Vec<Unit>, mut room: usize, keep: &mut [Vec<bool>]) -> Vec<Unit> {
+/// Keeps granules, best first, as long as their tokens fit into `room`, and those that stay in any case; the others are returned.
+fn fill(granules: Vec<Granule>, mut room: usize, keep: &mut [Vec<bool>]) -> Vec<Granule> {
     let mut rest = Vec::new();
-    for unit in units {
-        if unit.rank == 2 || unit.tokens <= room && unit.score > f32::NEG_INFINITY {
-            keep[unit.head][unit.first..][..unit.tokens].fill(true);
-            room = room.saturating_sub(unit.tokens);
-        } else if unit.score > f32::NEG_INFINITY {
-            rest.push(unit);
+    for granule in granules {
+        if granule.rank == 2 || granule.tokens <= room && granule.score > f32::NEG_INFINITY {
+            keep[granule.head][granule.first..][..granule.tokens].fill(true);
+            room = room.saturating_sub(granule.tokens);
+        } else if granule.score > f32::NEG_INFINITY {
+            rest.push(granule);
         }
     }
     rest
 }
 
-fn units_of(h: usize, head: &Candidates, lengths: &[usize]) -> Vec<Unit> {
+fn granules_of(h: usize, head: &Candidates, lengths: &[usize]) -> Vec<Granule> {
     let tokens = head.scores.len();
     let newest = tokens - head.recent.min(tokens);
     let mut first = 0;
-    let unit = |&tokens: &usize| {
+    let granule = |&tokens: &usize| {
         let range = first..first + tokens;
         first = range.end;
         let rank = if head.fixed[range.clone()].contains(&true) { 2 } else { u8::from(range.end > newest) };
         let mean = head.scores[range.clone()].iter().sum::<f32>() / tokens as f32;
         let score = if rank == 1 { range.end as f32 } else { mean };
-        Unit { head: h, first: range.start, tokens, rank, score }
+        Granule { head: h, first: range.start, tokens, rank, score }
     };
-    lengths.iter().map(unit).collect()
+    lengths.iter().map(granule).collect()
 }
 
 #[cfg(test)]
@@ -94,9 +94,9 @@ mod tests {
         Candidates { fixed, recent, budget, scores: scores.to_vec() }
     }
 
-    fn kept(heads: &[Candidates], units: &[Vec<usize>], floor: Option<f32>) -> Vec<Vec<usize>> {
+    fn kept(heads: &[Candidates], granules: &[Vec<usize>], floor: Option<f32>) -> Vec<Vec<usize>> {
         let places = |keep: &Vec<bool>| (0..keep.len()).filter(|&t| keep[t]).collect();
-        keep(heads, units, floor).iter().map(places).collect()
+        keep(heads, granules, floor).iter().map(places).collect()
     }
 
     #[test]
@@ -122,8 +122,8 @@ mod tests {
     #[test]
     fn heads_share_a_budget_above_the_floor() {
         let (a, b) = (candidates(&[5.0, 6.0, 7.0, 8.0], 0, 1, 2), candidates(&[1.0, 2.0, 3.0, 4.0], 0, 1, 2));
-        let units = [vec![1; 4], vec![1; 4]];
-        assert_eq!(kept(&[a.clone(), b.clone()], &units, Some(0.5)), [vec![1, 2, 3], vec![3]]);
-        assert_eq!(kept(&[a, b], &units, Some(1.0)), [vec![2, 3], vec![2, 3]]);
+        let granules = [vec![1; 4], vec![1; 4]];
+        assert_eq!(kept(&[a.clone(), b.clone()], &granules, Some(0.5)), [vec![1, 2, 3], vec![3]]);
+        assert_eq!(kept(&[a, b], &granules, Some(1.0)), [vec![2, 3], vec![2, 3]]);
     }
 }

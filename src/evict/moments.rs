@@ -69,9 +69,9 @@ impl Moments {
 /// `products += rows^T rows` of rows of `dim` numbers.
 fn add_products(rows: &[f32], dim: usize, products: &mut [f32], kernels: &Kernels) {
     let n = rows.len() / dim;
-    let mut turned = memory::zeros(rows.len());
+    let mut transposed = memory::zeros(rows.len());
     for (t, row) in rows.chunks_exact(dim).enumerate() {
-        row.iter().enumerate().for_each(|(c, x)| turned[c * n + t] = *x);
+        row.iter().enumerate().for_each(|(c, x)| transposed[c * n + t] = *x);
     }
-    (kernels.matmul)(Mat::new(&turned, dim, n), Mat::new(rows, n, dim), dim, MatMut::new(products, dim, dim));
+    (kernels.matmul)(Mat::new(&transposed, dim, n), Mat::new(rows, n, dim), dim, MatMut::new(products, dim, dim));
 }

@@ -86,12 +86,12 @@ impl Plan {
         let queries = Arc::make_mut(&mut self.metric.queries);
         memory::resize(queries, dim * dim);
         self.metric.rows += rows;
-        let mut turned = memory::zeros(q.len());
+        let mut transposed = memory::zeros(q.len());
         for (t, q) in q.chunks_exact(dim).enumerate() {
-            (0..dim).for_each(|c| turned[c * rows + t] = q[c]);
+            (0..dim).for_each(|c| transposed[c * rows + t] = q[c]);
         }
         let out = MatMut::new(queries, dim, dim);
-        (kernels.matmul)(Mat::new(&turned, dim, rows), Mat::new(q, rows, dim), dim, out);
+        (kernels.matmul)(Mat::new(&transposed, dim, rows), Mat::new(q, rows, dim), dim, out);
     }
 
     /// Whether a prompt's queries are wanted.

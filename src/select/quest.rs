@@ -216,3 +216,58 @@ impl Bounds {
         chunks
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels;
+    use crate::tensor::{Dtype, Rows};
+
+    /// Equal keys, of which one page counts for many.
+    struct Weighted {
+        rows: Rows,
+        bias: Vec<f32>,
+    }
+
+    impl KeySegment for Weighted {
+        fn granularity(&self) -> usize {
+            1
+        }
+
+        fn bytes(&self, _: usize, _: usize) -> &[u8] {
+            &[]
+        }
+
+        fn bias(&self, first: usize, n: usize) -> Option<&[f32]> {
+            Some(&self.bias[first..first + n])
+        }
+
+        fn scores(&self, q: Mat<'_>, first: usize, n: usize, out: MatMut<'_>, s: &mut Scratch, ahead: &mut Ahead<'_>) {
+            self.rows.scores(q, first, n, out, s, ahead);
+        }
+
+        fn tile(&self, first: usize, n: usize, out: MatMut<'_>, scratch: &mut Scratch) {
+            KeySegment::tile(&self.rows, first, n, out, scratch);
+        }
+    }
+
+    #[test]
+    fn a_page_of_weighted_tokens_is_chosen() {
+        let mut rows = Rows::new(Dtype::F32, 8);
+        (0..64).for_each(|_| rows.push(&[1.0; 8]));
+        for heavy in [2, 5] {
+            let bias = (0..64).map(|t| if t / 8 == heavy { 3.0 } else { 0.0 }).collect();
+            let segment = Weighted { rows: rows.clone(), bias };
+            let mut index = Quest { budget: Amount::Tokens(16), page: 8 }.index();
+            let mut scratch = Scratch::new(kernels::chosen().unwrap());
+            let part = || Part { segment: &segment as &dyn KeySegment, tokens: 64 };
+            index.cover(part(), 8, &mut scratch);
+            let q = [1.0; 8];
+            let chosen = index.chosen(&[part()], Mat::new(&q, 1, 8), &mut scratch).unwrap();
+            let read: Vec<usize> = chosen.iter().map(|chunk| chunk.at / 8).collect();
+            assert_eq!(read, [0, heavy]);
+            let mark = index.mark();
+            assert_eq!((mark.pages, mark.covered), (8, 64));
+        }
+    }
+}

@@ -78,6 +78,6 @@ fn a_rotation_keeps_the_spectrum() {
     let h = metric(16);
     let gptq = Gptq::new(0.1, 0.0, false, Some(vec![h])).unwrap();
     let map = Arc::new(Map::hadamard(16, 1));
-    let [plain, turned] = [None, Some(&map)].map(|map| gptq.factor(0, &[], map, false).unwrap().gain);
-    assert!((plain / turned - 1.0).abs() < 1e-4, "{plain} {turned}");
+    let [plain, mapped] = [None, Some(&map)].map(|map| gptq.factor(0, &[], map, false).unwrap().gain);
+    assert!((plain / mapped - 1.0).abs() < 1e-4, "{plain} {mapped}");
 }

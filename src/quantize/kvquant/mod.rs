@@ -13,7 +13,7 @@
 //! of values those without which the range is smallest. They get codes as well; what the code lacks is stored beside it.
 //! The vector is that of a KV head, where the paper takes all heads' together; the number of outliers is its capped variant's.
 //!
-//! Grids of keys are static, so each token can be packed at once. A page holds keys as they were before RoPE, and turns them
+//! Grids of keys are static, so each token can be packed at once. A page holds keys as they were before RoPE, and rotates them
 //! when it is read ([`crate::linalg::Rope`]).
 
 #![forbid(unsafe_code)]
