@@ -171,7 +171,7 @@ def test_queries_and_masks_that_do_not_fit(
         kvpack_attention(FakeAttention(2), torch.randn(query), *handles, spoilt)
     assert caught.type is kvpack.ShapeError
     assert all(str(number) in str(caught.value) for number in named)
-    assert cache.get_seq_length() == before  # the forward that failed is taken back
+    assert cache.get_seq_length() == before  # the forward that failed is rolled back
     handles = cache.update(key, value, 0)
     good = torch.randn(2, 4, 3, 32)
     out = kvpack_attention(FakeAttention(2), good, *handles, None)[0]

@@ -8,6 +8,7 @@ import kvpack
 import pytest
 import torch
 import transformers
+from evictions import keydiff
 from kvpack.methods import EVICT, FAMILIES, Methods, Property, Site
 from kvpack.methods.combination import Party, check_together
 from support import CODECS, Tabled, codec_id, tiny_config, tiny_model
@@ -35,10 +36,11 @@ LOOKS_AT_KEYS = (
     kvpack.ExpectedAttention(),
     kvpack.StreamingLLM(rerotate=True),
     kvpack.AdaKV(kvpack.KeyDiff()),
+    kvpack.Scored(keydiff),
 )
 EVICTIONS = (
     *LOOKS_AT_KEYS,
-    *(method() for name, method in EVICT.items() if name not in ("keydiff", "l2norm", "expected", "adakv")),
+    *(method() for name, method in EVICT.items() if name not in ("keydiff", "l2norm", "expected", "adakv", "scored")),
     kvpack.AdaKV(kvpack.SnapKV()),
 )
 

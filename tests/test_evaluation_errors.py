@@ -69,7 +69,7 @@ def test_what_cannot_work_fails_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("changed", "word"),
     [
-        ({"methods": [kvpack.KIVI(bits=2)]}, "Contender"),
+        ({"methods": [kvpack.KIVI]}, "a method, or a Contender"),
         ({"tasks": 5}, "tasks=5"),
         ({"depths": ["a"]}, "'a'"),
         ({"context": 15}, "context=15"),

@@ -1,4 +1,4 @@
-"""Any codec of keys beside any codec of values, while tokens go, are taken back and come: what stays does not change.
+"""Any codec of keys beside any codec of values, while tokens go, are rolled back and come: what stays does not change.
 
 Keys and values are cut into pages in different places, and some pages can only be cut in whole groups of tokens.
 """
@@ -49,7 +49,7 @@ class Held:
         assert forward(self.cache, *new, torch.randn(1, HEADS, tokens, DIM)).isfinite().all()
 
     def crop(self, tokens: int) -> bool:
-        """Whether that many could be taken back; nothing changes where they could not."""
+        """Whether that many could be rolled back; nothing changes where they could not."""
         length = len(self.given[0])
         try:
             self.cache.crop(-tokens)

@@ -257,7 +257,7 @@ def test_an_interrupt_between_layers(layer: int, attention: str, caplog: pytest.
     assert state(cache)[0] == lengths
     assert state(cache)[2] == kept
     assert torch.equal(model(ids[:, LENGTH:], past_key_values=cache).logits, expected)
-    assert ("was taken back" in caplog.text) == (layer > 0)  # before layer 0 nothing had begun
+    assert ("was rolled back" in caplog.text) == (layer > 0)  # before layer 0 nothing had begun
 
 
 def test_recording_ends_when_nobody_crops_any_more() -> None:

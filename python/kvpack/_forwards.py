@@ -48,10 +48,10 @@ def is_under_way(forward: Begun | None, cache: object) -> bool:
     return False
 
 
-def taken_back(came_to: int, last: int) -> None:
+def rolled_back(came_to: int, last: int) -> None:
     """Says that a forward was begun and never ended, so that the cache is what it was before it."""
     logging.getLogger("kvpack").warning(
-        "a forward that came to layer %d and never to the attention of the last one, %d, was taken back: it was "
+        "a forward that came to layer %d and never to the attention of the last one, %d, was rolled back: it was "
         "interrupted, or the model has fewer layers than this cache was made for",
         came_to,
         last,

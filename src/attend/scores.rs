@@ -89,7 +89,9 @@ fn beside(
         first_head: row % queries.heads,
         kernels,
     };
-    summaries.iter().for_each(|summary| summary.add_to(&own, &mut partial));
+    for summary in summaries {
+        summary.add_to(&own, &mut partial);
+    }
     partial.sum[0] * (partial.max[0] - max).exp()
 }
 

@@ -82,7 +82,9 @@ fn newest(heads: &[&(Head<'_>, &dyn Observed, Place)], dim: usize) -> Option<(Ve
     }
     let mut q = memory::with_capacity(heads.len() * tokens * group * dim);
     for token in 0..tokens {
-        of_heads.iter().for_each(|of| q.extend_from_slice(&of.q()[token * group * dim..(token + 1) * group * dim]));
+        for of in &of_heads {
+            q.extend_from_slice(&of.q()[token * group * dim..(token + 1) * group * dim]);
+        }
     }
     Some((q, (tokens, group * heads.len(), dim)))
 }

@@ -1,5 +1,6 @@
 //! New tokens: what comes with a forward goes to the exact tails, and methods are told of it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::head::KvHead;
@@ -7,10 +8,11 @@ use super::layer::{COPYING, Layer, expect};
 use super::observe::At;
 use crate::attend::Softmax;
 use crate::error::{Error, Result};
+use crate::linalg::Map;
 use crate::pool;
 use crate::prune::Pruned;
 use crate::quantize::Codecs;
-use crate::tensor::{Slice, View};
+use crate::tensor::{Rows, Slice, View};
 
 /// Tokens of a long prompt that are copied and packed at a time.
 const STEP: usize = 256;
@@ -145,23 +147,27 @@ impl KvHead {
             self.center = Some(mean(k, at));
         }
         let step = if codecs.is_some() { STEP } else { n };
+        let as_they_are = self.center.is_none() && !matches!(self.pruned, Pruned::Sliced { .. });
         for start in (0..n).step_by(step) {
-            let tokens = (start..n.min(start + step)).filter(|&t| at.holds(t));
-            let kept = tokens.clone().count();
-            self.keys.tail.reserve(kept);
-            self.values.tail.reserve(kept);
-            for t in tokens {
-                let (key, value) = (k.row(at.row, at.head, t), v.row(at.row, at.head, t));
-                if self.center.is_some() || self.pruned.key_map().is_some() {
-                    self.push_key(key);
-                } else {
-                    self.keys.tail.extend(key);
+            let tokens = start..n.min(start + step);
+            if as_they_are && at.valid.is_none() {
+                extend(&mut self.keys.tail, k, at, tokens.clone());
+                extend(&mut self.values.tail, v, at, tokens.clone());
+                self.positions.push(at.seen + start, tokens.len());
+            } else {
+                let tokens: Vec<usize> = tokens.filter(|&t| at.holds(t)).collect();
+                self.keys.tail.reserve(tokens.len());
+                self.values.tail.reserve(tokens.len());
+                for t in tokens {
+                    let (key, value) = (k.row(at.row, at.head, t), v.row(at.row, at.head, t));
+                    if as_they_are {
+                        self.keys.tail.extend(key);
+                        self.values.tail.extend(value);
+                    } else {
+                        self.push(key, value);
+                    }
+                    self.positions.push(at.seen + t, 1);
                 }
-                match self.pruned.value_map() {
-                    Some(map) => self.values.tail.push(&map.apply_rows(&value.numbers(), value.len())),
-                    None => self.values.tail.extend(value),
-                }
-                self.positions.push(at.seen + t, 1);
             }
             if let Some(codecs) = codecs {
                 self.seal(codecs)?;
@@ -170,16 +176,27 @@ impl KvHead {
         Ok(())
     }
 
-    /// Appends a key that is not held as it is.
-    fn push_key(&mut self, key: Slice<'_>) {
-        let mut key = key.numbers();
+    /// Appends a token that is not held as it is.
+    fn push(&mut self, key: Slice<'_>, value: Slice<'_>) {
+        let (mut key, value) = (key.numbers(), value.numbers());
         if let Some(center) = &self.center {
             key.iter_mut().zip(&**center).for_each(|(x, center)| *x -= center);
         }
-        match self.pruned.key_map() {
-            Some(map) => self.keys.tail.push(&map.apply_rows(&key, key.len())),
-            None => self.keys.tail.push(&key),
-        }
+        let mapped = |map: Option<&Arc<Map>>, x: Vec<f32>| match map {
+            Some(map) => map.apply_rows(&x, x.len()),
+            None => x,
+        };
+        self.keys.tail.push(&mapped(self.pruned.key_map(), key));
+        self.values.tail.push(&mapped(self.pruned.value_map(), value));
+    }
+}
+
+/// Appends the rows of some tokens, at once where they follow each other in memory.
+fn extend(tail: &mut Rows, x: &View<'_>, at: &At<'_>, tokens: Range<usize>) {
+    tail.reserve(tokens.len());
+    match x.run(at.row, at.head, tokens.clone()) {
+        Some(run) => tail.extend(run),
+        None => tokens.for_each(|t| tail.extend(x.row(at.row, at.head, t))),
     }
 }
 

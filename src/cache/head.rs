@@ -139,14 +139,11 @@ impl KvHead {
 
     /// Adds what is allocated for it to `counter`: now, or when `mark` was made.
     pub(super) fn count(&self, mark: Option<&HeadMark>, counter: &mut Counter) {
-        let of_index = |mark: IndexMark| mark.bytes;
-        let (positions, index, history, center) = match mark {
-            Some(mark) => (Positions::bytes_of(mark.runs), mark.index.map_or(0, of_index), &mark.history, &mark.center),
-            None => {
-                let index = self.index.as_ref().map_or(0, |index| of_index(index.mark()));
-                (self.positions.bytes(), index, &self.history, &self.center)
-            }
-        };
+        let index = mark.map_or_else(|| self.index.as_ref().map(|index| index.mark()), |mark| mark.index);
+        let index = index.map_or(0, |index| index.bytes);
+        let positions = mark.map_or_else(|| self.positions.bytes(), |mark| Positions::bytes_of(mark.runs));
+        let history = mark.map_or(&self.history, |mark| &mark.history);
+        let center = mark.map_or(&self.center, |mark| &mark.center);
         counter.memory.index += size_of::<Self>() + positions + index;
         counter.history(history);
         counter.center(center.as_ref());

@@ -47,11 +47,11 @@ impl At<'_> {
 pub(super) fn gather(
     query: &View<'_>,
     row: usize,
-    places: impl ExactSizeIterator<Item = (usize, usize)>,
+    places: impl Iterator<Item = (usize, usize)> + Clone,
     scaling: f32,
 ) -> Vec<f32> {
     let dim = query.shape()[3];
-    let mut q = memory::zeros(places.len() * dim);
+    let mut q = memory::zeros(places.clone().count() * dim);
     for (q, (head, token)) in q.chunks_exact_mut(dim).zip(places) {
         query.row(row, head, token).to_f32(q);
     }

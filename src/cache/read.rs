@@ -210,7 +210,7 @@ impl Layer {
 
     /// Writes what was found.
     fn write_out(&self, merged: &[Merged], group: usize, value_dim: usize, out: &mut ViewMut<'_>) {
-        let (mut stored, mut row_out) = (vec![0.0; value_dim], vec![0.0; value_dim]);
+        let (mut stored, mut row_out) = (Vec::new(), vec![0.0; value_dim]);
         for Merged { task, whole, .. } in merged {
             let (head, queries) = (&self.rows[task.row][task.head], whole.rows() / group);
             for i in 0..whole.rows() {
@@ -220,9 +220,9 @@ impl Layer {
                     out.write_row(to, &row_out);
                     continue;
                 };
-                let stored = &mut stored[..map.dim(value_dim)];
-                whole.output(i, stored);
-                map.undo(stored, &mut row_out);
+                stored.resize(map.dim(value_dim), 0.0);
+                whole.output(i, &mut stored);
+                map.undo(&stored, &mut row_out);
                 out.write_row(to, &row_out);
             }
         }
@@ -271,7 +271,7 @@ impl Layer {
 /// A task's queries `[G, queries, dim]`, scaled, in the coordinates of its head.
 fn queries(request: &Request<'_>, task: &Task, head: &KvHead, group: usize) -> Vec<f32> {
     let heads = task.head * group..(task.head + 1) * group;
-    let places: Vec<_> = heads.flat_map(|h| task.queries.clone().map(move |i| (h, i))).collect();
-    let q = gather(&request.query, task.row, places.into_iter(), request.softmax.scaling);
+    let places = heads.flat_map(|h| task.queries.clone().map(move |i| (h, i)));
+    let q = gather(&request.query, task.row, places, request.softmax.scaling);
     head.in_head(q, request.query.shape()[3])
 }

@@ -101,8 +101,10 @@ fn check<P: Readable>(codec: &P::Codec, changes: &[Change], tolerance: f32) {
             Change::Seal => side.seal(codec).unwrap(),
             Change::Retain(seed) => {
                 let granules = side.granules();
-                let keeps =
-                    granules.iter().enumerate().map(|(i, &n)| (crate::linalg::random(seed, i as u64) % 4 > 0, n));
+                let keeps = granules
+                    .iter()
+                    .enumerate()
+                    .map(|(i, &n)| (!crate::linalg::random(seed, i as u64).is_multiple_of(4), n));
                 let keep: Vec<bool> = keeps.flat_map(|(keep, n)| vec![keep; n]).collect();
                 assert_eq!(keep.len(), held.len());
                 side.retain(&keep);

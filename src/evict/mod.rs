@@ -106,7 +106,7 @@ pub struct Eviction {
 type Maker = fn(&mut Options) -> Result<Arc<dyn Scorer>>;
 
 /// The methods by name.
-const METHODS: [(&str, Maker); 8] = [
+const METHODS: &[(&str, Maker)] = &[
     ("snapkv", |options| Ok(Arc::new(SnapKv::from_options(options)?))),
     ("attention", |options| Ok(Arc::new(Attention::from_options(options)?))),
     ("expected", |options| Ok(Arc::new(Expected::from_options(options)?))),
@@ -124,7 +124,7 @@ const METHODS: [(&str, Maker); 8] = [
 pub fn make(name: &str, options: &mut Options) -> Result<Arc<dyn Scorer>> {
     match METHODS.iter().find(|(known, _)| *known == name) {
         Some((_, make)) => make(options),
-        None => refuse("evict", name, METHODS.map(|(name, _)| name).join(", ")),
+        None => refuse("evict", name, METHODS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")),
     }
 }
 

@@ -86,7 +86,7 @@ impl Codec<KeyPage> for Block {
     }
 
     fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(KeyPage, usize)> {
-        Ok(TokenKeys::seal(self.blocks.clone(), None, plan.compensation(self.compensation()), rows, n))
+        Ok(TokenKeys::seal(self.blocks.clone(), None, plan.compensation(self.compensation()).as_deref(), rows, n))
     }
 }
 
@@ -97,7 +97,7 @@ impl Codec<ValuePage> for Block {
 
     fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(ValuePage, usize)> {
         let format = Format::new(self.blocks.clone(), None, rows.dim());
-        Ok(TokenValues::seal(format, plan.compensation(self.compensation()), rows, n))
+        Ok(TokenValues::seal(format, plan.compensation(self.compensation()).as_deref(), rows, n))
     }
 }
 

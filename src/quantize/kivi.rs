@@ -109,6 +109,6 @@ impl Codec<ValuePage> for Kivi {
 
     fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(ValuePage, usize)> {
         let format = Format::new(self.grids.clone(), None, rows.dim());
-        Ok(TokenValues::seal(format, plan.compensation(self.compensation()), rows, n))
+        Ok(TokenValues::seal(format, plan.compensation(self.compensation()).as_deref(), rows, n))
     }
 }

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use half::f16;
 
 use super::grid::Asymmetric;
-use super::pages::{Band, ChannelKeys, Channels, KeyPage, TokenValues, ValuePage};
+use super::pages::{Band, ChannelKeys, Channels, Factors, KeyPage, TokenValues, ValuePage};
 use super::tokens::{Format, TokenCoding};
 use super::{Codec, Method, Plan, f16_limit, whole_windows};
 use crate::error::{Result, refuse};
@@ -111,7 +111,7 @@ impl Codec<KeyPage> for Kvarn {
     fn seal(&self, plan: &mut Plan, rows: &Rows, _: usize) -> Result<(KeyPage, usize)> {
         self.map(plan, rows.dim());
         let bands = plan.bands(|| vec![Band { bits: self.grids.0.bits, channels: rows.dim() }]);
-        let factors = Some((|x, dim| deviations(x, dim).0) as fn(&[f32], usize) -> Vec<f16>);
+        let factors = Some((|x, dim| deviations(x, dim).0) as Factors);
         let form = Channels { group: BLOCK, bands, compensation: None, factors };
         Ok(ChannelKeys::seal(plan, form, rows.to_f32(0..BLOCK), rows.dim()))
     }

@@ -206,7 +206,7 @@ impl Made {
 type Maker = fn(&mut Options) -> Result<Made>;
 
 /// The methods by name.
-const METHODS: [(&str, Maker); 7] = [
+const METHODS: &[(&str, Maker)] = &[
     ("exact", |_| Ok(Made::both(Exact))),
     ("kivi", |options| Kivi::from_options(options).map(Made::both)),
     ("block", |options| Block::from_options(options).map(Made::both)),
@@ -223,7 +223,7 @@ const METHODS: [(&str, Maker); 7] = [
 pub fn make(name: &str, options: &mut Options) -> Result<Made> {
     match METHODS.iter().find(|(known, _)| *known == name) {
         Some((_, make)) => make(options),
-        None => refuse("quantize", name, METHODS.map(|(name, _)| name).join(", ")),
+        None => refuse("quantize", name, METHODS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")),
     }
 }
 

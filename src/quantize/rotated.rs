@@ -127,7 +127,7 @@ impl Codec<KeyPage> for Rotated {
 
     fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(KeyPage, usize)> {
         let map = self.map(plan, rows.dim());
-        Ok(TokenKeys::seal(self.grids.clone(), Some(map), plan.compensation(self.compensation()), rows, n))
+        Ok(TokenKeys::seal(self.grids.clone(), Some(map), plan.compensation(self.compensation()).as_deref(), rows, n))
     }
 }
 
@@ -138,7 +138,7 @@ impl Codec<ValuePage> for Rotated {
 
     fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(ValuePage, usize)> {
         let format = Format::new(self.grids.clone(), Some(self.map(plan, rows.dim())), rows.dim());
-        Ok(TokenValues::seal(format, plan.compensation(self.compensation()), rows, n))
+        Ok(TokenValues::seal(format, plan.compensation(self.compensation()).as_deref(), rows, n))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Borrowed tensors of other owners, with strides: ndarray's views in the formats that models use.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::slice::HalfFloatSliceExt;
@@ -105,6 +106,18 @@ impl<'a> View<'a> {
         }
     }
 
+    /// The numbers at `[b, h, t]` for all `t` of `tokens`, which is not empty; `None` where they do not follow each other in memory.
+    ///
+    /// # Panics
+    /// When an index is out of bounds.
+    pub fn run(&self, b: usize, h: usize, tokens: Range<usize>) -> Option<Slice<'a>> {
+        match self {
+            Self::F32(x) => run_of(x, [b, h], tokens).map(Slice::F32),
+            Self::F16(x) => run_of(x, [b, h], tokens).map(Slice::F16),
+            Self::Bf16(x) => run_of(x, [b, h], tokens).map(Slice::Bf16),
+        }
+    }
+
     fn rows(&self) -> impl Iterator<Item = [usize; 3]> + use<> {
         let [nb, nh, nt, _] = self.shape();
         (0..nb).flat_map(move |b| (0..nh).flat_map(move |h| (0..nt).map(move |t| [b, h, t])))
@@ -163,6 +176,17 @@ pub fn row_of<'a, T>(x: &ArrayView4<'a, T>, [b, h, t]: [usize; 3]) -> &'a [T] {
     // ndarray's own slicing takes four times as long.
     // SAFETY: the indices are within the shape, all of which an `ArrayView4` may read while 'a lasts.
     unsafe { std::slice::from_raw_parts(x.as_ptr().offset(at), d) }
+}
+
+/// The numbers of several such rows, where they follow each other.
+fn run_of<'a, T>(x: &ArrayView4<'a, T>, [b, h]: [usize; 2], tokens: Range<usize>) -> Option<&'a [T]> {
+    let d = x.dim().3;
+    if x.strides()[2] != d as isize {
+        return None;
+    }
+    let (first, last) = (row_of(x, [b, h, tokens.start]), row_of(x, [b, h, tokens.end - 1]));
+    // SAFETY: the first and the last row are within the tensor, and with this stride nothing is between the rows.
+    Some(unsafe { std::slice::from_raw_parts(first.as_ptr(), (tokens.len() - 1) * d + last.len()) })
 }
 
 impl<'a> ViewMut<'a> {

@@ -11,6 +11,9 @@ use crate::memory;
 use crate::quantize::grid::{MinMax, levels, range, round};
 use crate::quantize::{Factor, Gptq, Plan};
 
+/// Factors of the tokens of a block of vectors of so many numbers.
+pub(in crate::quantize) type Factors = fn(&[f32], usize) -> Vec<f16>;
+
 /// What a method decides of such a page.
 pub(in crate::quantize) struct Channels<'a> {
     /// Tokens of a channel that share a grid.
@@ -20,7 +23,7 @@ pub(in crate::quantize) struct Channels<'a> {
     /// How roundings are made up for, if they are.
     pub(in crate::quantize) compensation: Option<&'a Arc<Gptq>>,
     /// Factors of a block's tokens, which are divided by them first, if they have any.
-    pub(in crate::quantize) factors: Option<fn(&[f32], usize) -> Vec<f16>>,
+    pub(in crate::quantize) factors: Option<Factors>,
 }
 
 impl ChannelKeys {

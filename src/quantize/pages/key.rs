@@ -65,7 +65,7 @@ impl Page for KeyPage {
             Self::Tokens(page) => page.extend(rows, n, compensation),
             Self::PreRope(page) => page.extend(rows, n),
             Self::Exact(_) | Self::Rounded(_) | Self::Channels(_) | Self::Shifted(_) => {
-                assert_eq!(n, 0, "these key pages are sealed whole")
+                assert_eq!(n, 0, "these key pages are sealed whole");
             }
         }
     }

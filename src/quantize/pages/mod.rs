@@ -14,7 +14,7 @@ mod token_values;
 mod value;
 
 pub use channels::{Band, ChannelKeys};
-pub(super) use channels_pack::Channels;
+pub(super) use channels_pack::{Channels, Factors};
 pub use key::KeyPage;
 pub(super) use outliers::Outliers;
 pub(super) use pre_rope::HeadGrids;

@@ -30,7 +30,7 @@ impl TokenKeys {
     pub(in crate::quantize) fn seal(
         coding: Arc<dyn ScaledCoding>,
         map: Option<Arc<Map>>,
-        compensation: Option<Arc<Factor>>,
+        compensation: Option<&Factor>,
         rows: &Rows,
         n: usize,
     ) -> (KeyPage, usize) {
@@ -38,7 +38,7 @@ impl TokenKeys {
         let mut page = Self { format, tokens: 0, largest: 0.0, words: Box::default() };
         page.words = memory::zeros(page.start(page.format.groups())).into();
         let n = n.min(page.room());
-        page.extend(rows, n, compensation.as_deref());
+        page.extend(rows, n, compensation);
         (KeyPage::Tokens(page), n)
     }
 

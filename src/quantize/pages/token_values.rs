@@ -33,14 +33,14 @@ impl TokenValues {
     /// Seals the oldest of the first `n` of `rows`; returns the page and how many it took.
     pub(in crate::quantize) fn seal(
         format: Format,
-        compensation: Option<Arc<Factor>>,
+        compensation: Option<&Factor>,
         rows: &Rows,
         n: usize,
     ) -> (ValuePage, usize) {
         let mut page = Self { format, tokens: 0, capacity: PAGE, scaled: false, words: Box::default() };
         page.words = memory::zeros(page.outliers_at() + page.format.outliers().words()).into();
         let n = n.min(page.room());
-        page.extend(rows, n, compensation.as_deref());
+        page.extend(rows, n, compensation);
         (ValuePage::Tokens(page), n)
     }
 
