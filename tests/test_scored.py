@@ -216,7 +216,7 @@ def test_options_are_checked(options: dict[str, Any], words: str) -> None:
 
 
 def test_codecs_whose_keys_are_moved_are_refused() -> None:
-    with pytest.raises(kvpack.OptionError, match="its function looks at keys"):
+    with pytest.raises(kvpack.OptionError, match="it looks at keys"):
         kvpack.PackedCache(
             tiny_config(), evict=kvpack.Scored(keydiff, budget=9), quantize=kvpack.Rotated(bits=4, center=True)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from .base import Evict
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scored(Evict):
     """What a function of yours scores highest stays: `Scored(fn, budget=0.25)`.
 
@@ -60,6 +60,11 @@ class Scored(Evict):
         amount("recent", self.recent, "a whole number of tokens, or a share of the budget from 0 to 1.0")
         check_whole(self, queries=0)
 
+    def __repr__(self) -> str:
+        given = ((own.name, getattr(self, own.name), own.default) for own in fields(self) if own.name != "function")
+        options = (f", {name}={value!r}" for name, value, default in given if name == "budget" or value != default)
+        return f"Scored({getattr(self.function, '__name__', 'function')}{''.join(options)})"
+
     @property
     def label(self) -> str:
         """With the function's name."""
@@ -68,8 +73,8 @@ class Scored(Evict):
     @property
     def needs(self) -> Reasons:
         """The function looks at keys, and perhaps at queries."""
-        needs = {Property.RAW_KEYS: "its function looks at keys"}
-        return {**needs, Property.QUERIES_SEEN: "its function looks at queries"} if self.queries else needs
+        needs = {Property.RAW_KEYS: "it looks at keys"}
+        return {**needs, Property.QUERIES_SEEN: "it looks at queries"} if self.queries else needs
 
     def make(self, site: Site | None = None, floor: float | None = None) -> _kvpack.Eviction:
         """As the store knows it."""

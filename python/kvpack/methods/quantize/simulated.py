@@ -19,7 +19,7 @@ from .base import Quantize
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Simulated(Quantize):
     """Keys and values as functions of yours would give them back: `Simulated(keys=fn, values=fn)`.
 
@@ -51,6 +51,11 @@ class Simulated(Quantize):
             given = getattr(self, side)
             if given is not None and not callable(given):
                 raise OptionError(f"{side}={given!r} is not accepted; accepted: None, a function of tokens [group, D]")
+
+    def __repr__(self) -> str:
+        names = {side: getattr(getattr(self, side), "__name__", "function") for side in ("keys", "values")}
+        given = [f"{side}={name}" for side, name in names.items() if getattr(self, side) is not None]
+        return f"Simulated({', '.join([*given, f'group={self.group}', f'window={self.window}'])})"
 
     @property
     def label(self) -> str:
