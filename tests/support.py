@@ -111,7 +111,9 @@ def side_bits(codec: Any, head_dim: int) -> float:
         return codec.bits + 16 / (codec.group or head_dim)
     if isinstance(codec, kvpack.KVarN):
         return codec.bits + (32 / 128 + 16 / head_dim + 32 / head_dim + 16 / 128) / 2
-    return codec.bits + 16 / 32
+    if isinstance(codec, kvpack.Q8 | kvpack.Q4):
+        return codec.bits + 16 / 32
+    pytest.skip(f"{type(codec).__name__}: how many bits it has is not said here")
 
 
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=codec_id)
