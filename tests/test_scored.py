@@ -295,3 +295,35 @@ def test_both_are_measured_like_any_method() -> None:
         "q8", "scored:keydiff:budget=0.25", "simulated:keys=halved", "kivi:bits=2"
     ]  # fmt: skip
     assert isinstance(contenders[1].new_cache(tiny_config()), kvpack.PackedCache)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 7])
+def test_a_codecs_function_may_fail_at_any_call_while_decoding(after: int) -> None:
+    model, ids, token = tiny_model(tiny_config(LAYERS)), ids_of(2, 40), ids_of(2, 1)
+    left = 10_000
+
+    def countdown(x: Tensor) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise BrokenError("codec")
+        return x / 2
+
+    cache = kvpack.PackedCache(model, quantize=kvpack.Simulated(countdown, countdown, group=4, window=8))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(3):
+            model(token, past_key_values=cache)
+        left = after
+        for _ in range(12):
+            fork, before = cache.fork(), (cache.memory(), cache.get_seq_length(), cache.layers[1].keys)
+            try:
+                model(token, past_key_values=cache)
+            except BrokenError:
+                break
+        else:
+            pytest.fail("it was never called")
+        left = 10_000
+        assert (cache.memory(), cache.get_seq_length()) == before[:2]
+        assert torch.equal(cache.layers[1].keys, before[2])
+        assert torch.equal(model(token, past_key_values=cache).logits, model(token, past_key_values=fork).logits)
