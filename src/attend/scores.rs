@@ -2,7 +2,9 @@
 
 #![forbid(unsafe_code)]
 
-use super::{CHUNK, Head, Partial, Scratch, SinkLogits, Softmax, Summary, SummaryQueries, add_bias, cap, key_chunks};
+use super::{
+    CHUNK, Head, KeyChunk, Partial, Scratch, SinkLogits, Softmax, Summary, SummaryQueries, add_bias, cap, key_chunks,
+};
 use crate::format::tile_rows;
 use crate::kernels::{Kernels, Weighed};
 use crate::linalg::{MappedRows, Mat, MatMut};
@@ -50,7 +52,7 @@ pub fn add_scores(
         let rows = BLOCK.min(queries.q.rows - first);
         let logits = &mut logits[..rows * stride];
         logits.fill(0.0);
-        add_logits(head, queries.q.part(first, rows), MatMut::new(logits, rows, stride), &mut tile, scratch);
+        add_logits(&chunks, queries.q.part(first, rows), MatMut::new(logits, rows, stride), &mut tile, scratch);
         for (row, x) in (first..).zip(logits.chunks_exact_mut(stride)) {
             let seen = head.positions.count_below(queries.positions[row] as usize + 1);
             let x = &mut x[..seen];
@@ -95,10 +97,10 @@ fn beside(
     partial.sum[0] * (partial.max[0] - max).exp()
 }
 
-/// Adds the logits of queries for all tokens.
-fn add_logits(head: &Head<'_>, q: Mat<'_>, mut logits: MatMut<'_>, tile: &mut [f32], scratch: &mut Scratch) {
+/// Adds the logits of queries for the tokens of all chunks.
+fn add_logits(chunks: &[KeyChunk<'_>], q: Mat<'_>, mut logits: MatMut<'_>, tile: &mut [f32], scratch: &mut Scratch) {
     let mut mapped = MappedRows::default();
-    for chunk in key_chunks(&head.keys) {
+    for chunk in chunks {
         let q = chunk.segment.map().map_or(q, |map| mapped.through(map, q));
         let rows = tile_rows(q.stride);
         chunk.segment.tile(chunk.first, chunk.tokens, MatMut::new(tile, rows, CHUNK), scratch);

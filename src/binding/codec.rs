@@ -1,13 +1,13 @@
 //! Codecs that are Python functions: what they would lose can be tried before they have kernels.
 
 use std::fmt;
-use std::sync::Arc;
 
 use ndarray::Array2;
-use numpy::{IntoPyArray, PyReadonlyArray2};
+use numpy::PyArray2;
 use pyo3::prelude::*;
 
-use crate::error::{Error, Raised, Result};
+use super::function::call;
+use crate::error::{Error, Result};
 use crate::quantize::{Codec, KeyPage, Method, Plan, ValuePage};
 use crate::tensor::{Limit, Rows};
 
@@ -40,6 +40,10 @@ impl Method for PythonCodec {
     fn limit(&self) -> Limit {
         Limit::of_numbers(f32::MAX)
     }
+
+    fn work(&self) -> usize {
+        0
+    }
 }
 
 impl PythonCodec {
@@ -51,18 +55,10 @@ impl PythonCodec {
     fn rounded(&self, rows: &Rows) -> Result<(Rows, usize)> {
         let (n, dim) = (self.group, rows.dim());
         let given = Array2::from_shape_vec((n, dim), rows.to_f32(0..n)).map_err(|e| Error::Internal(e.to_string()))?;
-        let read = Python::attach(|py| -> PyResult<Vec<f32>> {
-            let read = self.function.call1(py, (given.into_pyarray(py),))?;
-            let read: PyReadonlyArray2<'_, f32> = read.extract(py)?;
-            Ok(read.as_array().iter().copied().collect())
-        });
-        let read = read.map_err(|error| Error::Raised(Raised(Arc::new(error))))?;
-        if read.len() != n * dim {
-            let given = format!("{} numbers", read.len());
-            return Err(Error::Shape { what: "rounded tokens", given, expected: format!("[{n}, {dim}]") });
-        }
+        let read =
+            call(&self.function, |py| (PyArray2::from_owned_array(py, given).unbind(),), "rounded tokens", (n, dim))?;
         let mut out = Rows::new(rows.dtype(), dim);
-        read.chunks_exact(dim).for_each(|row| out.push(row));
+        read.rows().into_iter().for_each(|row| out.push(&row.to_vec()));
         Ok((out, n))
     }
 }

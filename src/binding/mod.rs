@@ -8,6 +8,7 @@
 mod cache;
 mod codec;
 mod errors;
+mod function;
 mod inspect;
 mod look;
 mod methods;

@@ -1,14 +1,14 @@
 //! Scores of tokens that are computed by a Python function.
 
 use std::fmt;
-use std::sync::Arc;
 
-use ndarray::Array3;
-use numpy::{IntoPyArray, PyReadonlyArray2};
+use ndarray::{Array, Array3, ShapeBuilder, StrideShape};
+use numpy::{PyArray2, PyArray3};
 use pyo3::prelude::*;
 
+use super::function::call;
 use crate::attend::{Head, Scratch};
-use crate::error::{Error, Raised, Result};
+use crate::error::{Error, Result};
 use crate::evict::{NewQueries, NewestQueries, Observed, Place, Scorer, Wanted};
 use crate::{kernels, memory, pool};
 
@@ -29,56 +29,46 @@ impl PythonScorer {
 
     /// The scores of tokens of heads that hold equally many.
     fn score(&self, heads: &[&(Head<'_>, &dyn Observed, Place)]) -> Result<Vec<Vec<f32>>> {
-        let (n, count) = (heads[0].0.positions.len(), heads.len());
+        let (count, n) = (heads.len(), heads[0].0.positions.len());
         let (key_dim, value_dim) = (heads[0].0.key_dim, heads[0].0.value_dim);
-        let kernels = kernels::chosen()?;
-        let held = pool::map(COPYING * count * n * (key_dim + value_dim), heads.to_vec(), |(head, ..)| {
-            let (mut keys, mut values) = (memory::with_capacity(n * key_dim), memory::with_capacity(n * value_dim));
-            let mut scratch = Scratch::new(kernels);
-            head.each_key(&mut scratch, |_, key| keys.extend_from_slice(key));
-            head.each_value(&mut scratch, |_, value| values.extend_from_slice(value));
-            (keys, values, head.positions.all())
-        });
-        let keys = held.iter().flat_map(|(keys, ..)| keys).copied().collect();
-        let values = held.iter().flat_map(|(_, values, _)| values).copied().collect();
-        let positions: Vec<i64> = held.iter().flat_map(|(.., positions)| positions).map(|&p| p.into()).collect();
-        let shaped =
-            |numbers, shape| Array3::from_shape_vec(shape, numbers).map_err(|e| Error::Internal(e.to_string()));
-        let (keys, values) = (shaped(keys, (count, n, key_dim))?, shaped(values, (count, n, value_dim))?);
-        let positions = positions.into_iter().collect::<ndarray::Array1<_>>();
-        let positions = positions.into_shape_with_order((count, n)).map_err(|e| Error::Internal(e.to_string()))?;
-        let queries = newest(heads, key_dim).map(|(q, shape)| shaped(q, shape)).transpose()?;
-        let scores = Python::attach(|py| -> PyResult<Vec<f32>> {
-            let queries = queries.map(|queries| queries.into_pyarray(py));
-            let arrays = (keys.into_pyarray(py), values.into_pyarray(py), queries, positions.into_pyarray(py));
-            let scores = self.function.call1(py, arrays)?;
-            let scores: PyReadonlyArray2<'_, f32> = scores.extract(py)?;
-            Ok(scores.as_array().iter().copied().collect())
-        });
-        let scores = scores.map_err(|error| Error::Raised(Raised(Arc::new(error))))?;
-        if scores.len() != count * n {
-            return Err(Error::Shape {
-                what: "scores",
-                given: format!("{} numbers", scores.len()),
-                expected: format!("[{count}, {n}]"),
-            });
+        if n == 0 {
+            return Ok(vec![Vec::new(); count]);
         }
-        Ok(scores
-            .chunks_exact(n.max(1))
-            .map(<[f32]>::to_vec)
-            .chain(std::iter::repeat(Vec::new()))
-            .take(count)
-            .collect())
+        let (mut keys, mut values) = (memory::zeros(count * n * key_dim), memory::zeros(count * n * value_dim));
+        let places = keys.chunks_exact_mut(n * key_dim).zip(values.chunks_exact_mut(n * value_dim));
+        let (kernels, work) = (kernels::chosen()?, COPYING * count * n * (key_dim + value_dim));
+        pool::map(work, heads.iter().zip(places).collect(), |((head, ..), (keys, values))| {
+            let mut scratch = Scratch::new(kernels);
+            head.each_key(&mut scratch, |t, key| keys[t * key_dim..][..key_dim].copy_from_slice(key));
+            head.each_value(&mut scratch, |t, value| values[t * value_dim..][..value_dim].copy_from_slice(value));
+        });
+        let positions = heads.iter().flat_map(|(head, ..)| head.positions.all()).map(i64::from).collect();
+        let (keys, values) = (shaped((count, n, key_dim), keys)?, shaped((count, n, value_dim), values)?);
+        let (positions, queries) = (shaped((count, n), positions)?, newest(heads, key_dim)?);
+        let args = |py: Python<'_>| {
+            let queries = queries.map(|queries| PyArray3::from_owned_array(py, queries).unbind());
+            let [keys, values] = [keys, values].map(|x| PyArray3::from_owned_array(py, x).unbind());
+            (keys, values, queries, PyArray2::from_owned_array(py, positions).unbind())
+        };
+        let scores = call(&self.function, args, "scores", (count, n))?;
+        Ok(scores.rows().into_iter().map(|row| row.to_vec()).collect())
     }
 }
 
+/// Numbers in that shape, which has as many.
+fn shaped<T, S: ShapeBuilder>(shape: S, numbers: Vec<T>) -> Result<Array<T, S::Dim>>
+where
+    StrideShape<S::Dim>: From<S>,
+{
+    Array::from_shape_vec(shape, numbers).map_err(|error| Error::Internal(error.to_string()))
+}
+
 /// The remembered queries of all heads, `[tokens, query heads, dim]`.
-fn newest(heads: &[&(Head<'_>, &dyn Observed, Place)], dim: usize) -> Option<(Vec<f32>, (usize, usize, usize))> {
+fn newest(heads: &[&(Head<'_>, &dyn Observed, Place)], dim: usize) -> Result<Option<Array3<f32>>> {
     let of_heads: Vec<&NewestQueries> = heads.iter().filter_map(|(_, observed, _)| observed.queries()).collect();
-    let first = of_heads.first()?;
-    let (tokens, group) = (first.tokens(), first.heads());
+    let (tokens, group) = of_heads.first().map_or((0, 0), |first| (first.tokens(), first.heads()));
     if of_heads.len() < heads.len() || tokens == 0 {
-        return None;
+        return Ok(None);
     }
     let mut q = memory::with_capacity(heads.len() * tokens * group * dim);
     for token in 0..tokens {
@@ -86,7 +76,7 @@ fn newest(heads: &[&(Head<'_>, &dyn Observed, Place)], dim: usize) -> Option<(Ve
             q.extend_from_slice(&of.q()[token * group * dim..(token + 1) * group * dim]);
         }
     }
-    Some((q, (tokens, group * heads.len(), dim)))
+    shaped((tokens, group * heads.len(), dim), q).map(Some)
 }
 
 impl fmt::Debug for PythonScorer {
@@ -128,16 +118,11 @@ impl Observed for Remembered {
     }
 
     fn truncate(&mut self, end: usize, tokens: usize) {
-        if tokens == 0 {
-            self.queries = NewestQueries::default();
-        }
-        self.queries.truncate(end);
+        self.queries.truncate(end, tokens);
     }
 
     fn retain(&mut self, _: &[bool], decoding: bool) {
-        if !decoding {
-            self.queries = NewestQueries::default();
-        }
+        self.queries.chosen(decoding);
     }
 
     fn queries(&self) -> Option<&NewestQueries> {

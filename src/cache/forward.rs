@@ -79,13 +79,6 @@ impl Cache {
         })
     }
 
-    /// Says that this thread's forward is one of a whole model, which goes on to its last layer.
-    pub fn is_of_module(&mut self) {
-        if let Some(forward) = self.forward.as_mut().filter(|forward| forward.thread == thread::current().id()) {
-            forward.of_module = true;
-        }
-    }
-
     /// Whether a forward has begun and not ended.
     pub fn is_under_way(&self) -> bool {
         self.forward.as_ref().is_some_and(|forward| forward.phase == Phase::UnderWay)

@@ -66,6 +66,12 @@ fn by_token(tokens: &[usize], heads: Range<usize>) -> Vec<(usize, usize)> {
     tokens.iter().flat_map(|&token| heads.clone().map(move |head| (head, token))).collect()
 }
 
+fn add_squares(q: &[f32], sums: &mut [f32]) {
+    for (sum, q) in sums.iter_mut().zip(q) {
+        *sum += q * q;
+    }
+}
+
 impl KvHead {
     /// Tells the codec of keys of the squares of queries.
     pub(super) fn observe_squares(&mut self, query: &View<'_>, at: &At<'_>) {
@@ -75,9 +81,9 @@ impl KvHead {
         self.keys.plan_mut().observe(tokens.len(), stored, |t, sums| {
             for head in own.clone() {
                 query.row(at.row, head, tokens[t]).to_f32(&mut q);
-                let mapped = map.as_ref().map(|map| map.query_rows(&q, dim));
-                for (sum, q) in sums.iter_mut().zip(mapped.as_ref().unwrap_or(&q)) {
-                    *sum += q * q;
+                match &map {
+                    Some(map) => add_squares(&map.query_rows(&q, dim), sums),
+                    None => add_squares(&q, sums),
                 }
             }
         });

@@ -28,8 +28,18 @@ impl NewestQueries {
         (self.heads, self.softcap) = (new.heads, new.softcap);
     }
 
-    /// Forgets those at positions from `end` on.
-    pub fn truncate(&mut self, end: usize) {
+    /// After a choice of tokens: without `decoding` no query is wanted until the next prompt.
+    pub fn chosen(&mut self, decoding: bool) {
+        if !decoding {
+            *self = Self::default();
+        }
+    }
+
+    /// Forgets those at positions from `end` on, and all where no token is left.
+    pub fn truncate(&mut self, end: usize, tokens: usize) {
+        if tokens == 0 {
+            *self = Self::default();
+        }
         let row = self.q.len() / self.positions.len().max(1);
         let kept = self.positions.partition_point(|&p| (p as usize) < end);
         self.positions.truncate(kept);

@@ -111,16 +111,11 @@ impl Observed for Window {
     }
 
     fn truncate(&mut self, end: usize, tokens: usize) {
-        if tokens == 0 {
-            self.queries = NewestQueries::default();
-        }
-        self.queries.truncate(end);
+        self.queries.truncate(end, tokens);
     }
 
     fn retain(&mut self, _: &[bool], decoding: bool) {
-        if !decoding {
-            self.queries = NewestQueries::default();
-        }
+        self.queries.chosen(decoding);
     }
 
     fn queries(&self) -> Option<&NewestQueries> {

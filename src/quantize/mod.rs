@@ -56,7 +56,8 @@ pub trait Method: Debug + Send + Sync {
     /// The largest numbers and vectors that can be stored.
     fn limit(&self) -> Limit;
 
-    /// Multiply-adds that take as long as packing a number.
+    /// Multiply-adds that take as long as packing a number; 0 where it has to be done on the caller's thread, as code of the caller's
+    /// does it.
     fn work(&self) -> usize {
         PACKING
     }
@@ -157,9 +158,12 @@ impl Codecs {
         }
     }
 
-    /// Multiply-adds that take as long as packing a number.
+    /// Multiply-adds that take as long as packing a number; 0 as in [`Method::work`].
     pub fn work(&self) -> usize {
-        self.keys.work().max(self.values.work())
+        match [self.keys.work(), self.values.work()] {
+            [0, _] | [_, 0] => 0,
+            [keys, values] => keys.max(values),
+        }
     }
 
     /// Bytes of what a calibration found; and a number and bytes of what all layers share.

@@ -21,7 +21,7 @@ from .. import attention
 from ..cache import PackedCache
 from ..errors import OptionError
 from ..methods import Calibrated, Method
-from ..methods.spec import Spec, make, names, parse_spec, split, split_parameters
+from ..methods.spec import Spec, make, names, parse_spec, spell, split, split_parameters
 
 FULL = "full"
 
@@ -273,10 +273,18 @@ def parse(text: str) -> Contender:
     return Packed(parse_spec(text))
 
 
+def _label(method: Method) -> str:
+    """The text that stands for a method, or how it is shown where there is none."""
+    try:
+        return spell(method)
+    except OptionError:
+        return repr(method)
+
+
 def _contender(method: Any) -> Any:
     """What stands for one of a list."""
     if isinstance(method, Method):
-        return Packed(Spec(method.label, {method.family: method}))
+        return Packed(Spec(_label(method), {method.family: method}))
     return parse(method.strip()) if isinstance(method, str) else method
 
 

@@ -65,13 +65,6 @@ class Method(ABC):
     renamed: ClassVar[Mapping[str, str]] = {}
 
     @property
-    def label(self) -> str:
-        """What it is called in tables: the text that `parse_spec` reads as this method, where there is one."""
-        from .spec import spell  # it knows all methods
-
-        return spell(self)
-
-    @property
     def needs(self) -> Reasons:
         """What it needs of the methods that it is combined with, and of the model."""
         return {}

@@ -58,7 +58,7 @@ def accept_old_names(method: Any) -> None:
     init = method.__init__
 
     @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **options: Any) -> None:  # noqa: N807
+    def accepting(self: Any, *args: Any, **options: Any) -> None:
         init(self, *args, **renamed_options(method, options))
 
-    method.__init__ = __init__
+    method.__init__ = accepting

@@ -245,7 +245,7 @@ def make(method: type, name: str, parameters: Mapping[str, Any]) -> Any:
     Raises:
         OptionError: it has no such parameter, or does not accept a value.
     """
-    accepted = [field.name for field in fields(method)]
+    accepted = [field.name for field in fields(method) if field.init]
     parameters = renamed_options(method, parameters)
     for parameter in parameters:
         if parameter not in accepted:

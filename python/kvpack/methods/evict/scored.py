@@ -66,11 +66,6 @@ class Scored(Evict):
         return f"Scored({getattr(self.function, '__name__', 'function')}{''.join(options)})"
 
     @property
-    def label(self) -> str:
-        """With the function's name."""
-        return f"{self.name}:{getattr(self.function, '__name__', 'function')}:budget={self.budget}"
-
-    @property
     def needs(self) -> Reasons:
         """The function looks at keys, and perhaps at queries."""
         needs = {Property.RAW_KEYS: "it looks at keys"}

@@ -100,6 +100,9 @@ class Calibrated(ByLayer):
 
     path: str
     sha256: str = field(init=False, repr=False)
+    header: Header = field(init=False, repr=False)
+    _layers: Mapping[int, Quantize] = field(init=False, repr=False)
+    _known: weakref.ref[Any] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike):
@@ -116,7 +119,7 @@ class Calibrated(ByLayer):
 
     def codecs(self) -> Iterable[Quantize]:
         """Those of the file."""
-        found: Mapping[int, Quantize] = self._layers  # type: ignore[attr-defined]
+        found: Mapping[int, Quantize] = self._layers
         return found.values()
 
     def codec(self, site: Site | None) -> Quantize:
@@ -129,14 +132,14 @@ class Calibrated(ByLayer):
         if site is None:
             raise OptionError(f"{self!r} has no codec without a model")
         self._check(site)
-        found: Quantize = self._layers.get(site.layer)  # type: ignore[attr-defined]
+        found = self._layers.get(site.layer)
         if found is None:
             raise ModelMismatchError(f"{self!r} has nothing for layer {site.layer} of this model")
         return found
 
     def words(self) -> str:
         """What was found, for a terminal."""
-        header: Header = self.header  # type: ignore[attr-defined]
+        header: Header = self.header
         if header["method"] == "kvquant":
             return f"KVQuant's tables of {len(header['layers'])} layers, from {header['tokens']} tokens"
         found = header["report"]
@@ -148,11 +151,11 @@ class Calibrated(ByLayer):
 
     def _check(self, site: Site) -> None:
         """Raises ModelMismatchError when the site is in another model; each model is looked at once."""
-        known = self._known and self._known()  # type: ignore[attr-defined]
+        known = self._known and self._known()
         holder = site.config if site.model is None else site.model
         if known is holder:
             return
-        expected = self.header["model"]  # type: ignore[attr-defined]
+        expected = self.header["model"]
         given = fingerprint(site.config)
         different = [name for name, value in expected["config"].items() if given.get(name) != value]
         if different:

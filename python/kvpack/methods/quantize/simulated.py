@@ -26,7 +26,7 @@ class Simulated(Quantize):
     A function gets `group` consecutive tokens of one KV head, float32 `[group, D]`, keys after RoPE, and returns what
     would be read in their place, of the same shape. That is held in the model's dtype: it shows what a codec would
     lose, and saves no memory. What a function raises comes through as it is, and the cache is what it was before the
-    forward. It must not use the cache that calls it, and may be called in several threads.
+    forward. It must not use the cache that calls it.
 
     Attributes:
         keys: what keys become; None: they stay exact.
@@ -56,13 +56,6 @@ class Simulated(Quantize):
         names = {side: getattr(getattr(self, side), "__name__", "function") for side in ("keys", "values")}
         given = [f"{side}={name}" for side, name in names.items() if getattr(self, side) is not None]
         return f"Simulated({', '.join([*given, f'group={self.group}', f'window={self.window}'])})"
-
-    @property
-    def label(self) -> str:
-        """With the functions' names."""
-        given = [(side, getattr(self, side)) for side in ("keys", "values")]
-        parts = [f"{side}={getattr(fn, '__name__', 'function')}" for side, fn in given if fn is not None]
-        return ":".join([self.name, *parts])
 
     def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """What the function of keys gives."""
