@@ -20,6 +20,7 @@ from .cache import PackedCache as PackedCache
 from .calibration import calibrate as calibrate
 from .calibration import load_calibration as load_calibration
 from .companions import *
+from .encoder_decoder import PackedEncoderDecoderCache as PackedEncoderDecoderCache
 from .errors import *
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
@@ -38,8 +39,10 @@ if not TYPE_CHECKING:  # type checkers see the imports, and no old names
     from .methods import compact, evict, prune, quantize, select, share
 
     _parts = (companions, errors, quantize, evict, select, compact, prune, share)
-    _own = "Attachment Evaluation Memory PackedCache attach calibrate evaluate info load_calibration plot"
-    __all__ = sorted([*_own.split(), "presets", *(name for part in _parts for name in part.__all__)])
+    _classes = "Attachment Evaluation Memory PackedCache PackedEncoderDecoderCache"
+    _functions = "attach calibrate evaluate info load_calibration"
+    _own = f"{_classes} {_functions} plot presets".split()
+    __all__ = sorted([*_own, *(name for part in _parts for name in part.__all__)])
 
     def __getattr__(name: str) -> Any:
         return renamed_class(globals(), name)

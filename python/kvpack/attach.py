@@ -7,10 +7,11 @@ import warnings
 from types import TracebackType
 from typing import Any
 
-from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers import Cache
 
 from . import models
 from .cache import PackedCache
+from .encoder_decoder import PackedEncoderDecoderCache
 from .errors import OptionError
 from .forward import CACHE_ARGUMENT
 from .methods import Evict, Quantize, Select
@@ -63,10 +64,11 @@ class Attachment:
 
     def make_cache(self) -> Cache:
         """A fresh cache for a call of `generate`; `cache` is what of it is packed."""
+        if models.has_encoder(self.model):
+            both = PackedEncoderDecoderCache(self.model, **self._options)
+            self.cache = both.self_attention_cache
+            return both
         self.cache = PackedCache(self.model, **self._options)
-        config = models.decoder_config(self.model)
-        if getattr(self.model.config, "is_encoder_decoder", False):
-            return EncoderDecoderCache(self.cache, DynamicCache(config=config))
         return self.cache
 
     def copy_for(self, model: Any, own: Any) -> _Generate:
@@ -111,7 +113,7 @@ def attach(
     own. A `copy.deepcopy` of the model is attached likewise.
 
     Args:
-        model: a transformers model on the CPU; of one with an encoder the decoder's self-attention is packed.
+        model: a transformers model on the CPU; of one with an encoder a PackedEncoderDecoderCache is made.
         evict: as in `PackedCache`.
         quantize: as in `PackedCache`.
         select: as in `PackedCache`.
@@ -147,12 +149,13 @@ def _attached(model: Any) -> bool:
     return False
 
 
-def _implementations(config: Any) -> str | dict[str, Any]:
+def _implementations(config: Any) -> str | dict[str, Any] | None:
     """The attention implementations of a configuration and its parts, as `set_attn_implementation` takes them."""
     found = ((name, getattr(config, name, None)) for name in config.sub_configs)
     parts = {name: _implementations(part) for name, part in found if part is not None}
-    own: str = config._attn_implementation
-    return {"": own, **parts} if parts else own
+    own: str | None = config._attn_implementation
+    parts = {name: part for name, part in parts.items() if part is not None}  # some have no attention
+    return {"": own, **parts} if parts and own is not None else parts or own
 
 
 def _wants_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

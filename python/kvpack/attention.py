@@ -38,6 +38,7 @@ def kvpack_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a PackedCache on its packed form; over anything else what the model would do without kvpack.
@@ -54,6 +55,7 @@ def kvpack_attention(
         softcap: `c` of `c tanh(logit / c)` (Gemma 2).
         s_aux: learned sink logits, one a query head (gpt-oss).
         is_causal: whether None as a mask is causal; None is what the module says, or yes.
+        position_bias: added to the scaled logits `[B or 1, Hq, q, n]` (T5).
         **kwargs: what models pass besides. What would change the result goes, with real keys and values, to the
             model's own eager attention, if that takes it.
 
@@ -79,20 +81,25 @@ def kvpack_attention(
         new = query.shape[2]
         if is_causal is None and attention_mask is None and new > 1:
             is_causal = getattr(module, "is_causal", True)
+        shown = attention_mask
+        if position_bias is not None:
+            attention_mask, is_causal = _with_bias(attention_mask, position_bias, causal=bool(is_causal)), False
         if isinstance(key, LazyKV) and isinstance(value, LazyKV) and not dropout and not more:
             if attention_mask is None and new > 1 and not is_causal:
                 attention_mask = torch.ones((1, 1, new, key.shape[2]), dtype=torch.bool)
             if query.dtype is not key.dtype:
                 query = autocast(query)  # as `update` did with the keys
-            valid = _PADS.valid(attention_mask, new)
+            valid = _PADS.valid(shown, new)
             out = key.layer.attend(query, attention_mask, valid, scaling, softcap, s_aux, value)
         else:
             more.update((name, x) for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None)
             options = {"scaling": scaling, "dropout": dropout, **kwargs, **more}
             own = bool(more)
             out = _exact_attention(module, query, key, value, attention_mask, is_causal, own=own, options=options)
-            if holder is not None and reading is not None:
-                _tell(holder, reading, _PADS.valid(attention_mask, new), (autocast(query), scaling, softcap, s_aux))
+            if isinstance(key, LazyKV):
+                key.layer.store.attended(key.layer.index)  # beside values that are no handle any more
+            elif holder is not None and reading is not None:
+                _tell(holder, reading, _PADS.valid(shown, new), (autocast(query), scaling, softcap, s_aux))
     except StaleHandleError:
         raise  # these are no keys of the forward under way
     except BaseException:
@@ -139,6 +146,18 @@ def _checked_mask(mask: Tensor, query: Tensor, packed: bool) -> Tensor:
     if mask.dim() == 4 and mask.shape[2] == 1 < query.shape[2]:
         return mask.expand(-1, -1, query.shape[2], -1)
     return mask
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor, *, causal: bool) -> Tensor:
+    """An additive mask that has what is added to the logits too."""
+    if mask is None:
+        if not causal:
+            return bias
+        q, n = bias.shape[-2:]
+        mask = torch.ones((q, n), dtype=torch.bool).tril(n - q)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
 
 
 def _exact_attention(

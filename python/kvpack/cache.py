@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from . import models
 from ._tensors import RECORDING_EXISTS, crop_of, rows_at
 from .errors import ModelMismatchError, OptionError, ShapeError
+from .hybrid import PackedHybridLayer
 from .identity import head_dim
 from .layer import PackedLayer
-from .methods import Evict, Exact, Methods, Quantize, Select, Site
+from .methods import Evict, Exact, Methods, Quantize, Select
 from .methods.combination import model_party
+from .sites import pack, sites_of
 from .transaction import TransactionalCache
 
 
@@ -24,13 +26,16 @@ class PackedCache(TransactionalCache):
     """A KV cache that holds keys and values packed, and is read as it is.
 
     A drop-in for transformers' DynamicCache: `model.generate(**inputs, past_key_values=cache)`. It is right with any
-    attention implementation, and fast when the model runs with `attn_implementation="kvpack"`. Full-attention layers
-    are packed; sliding, linear and other layers keep transformers' own objects (`repr(cache)` says which).
+    attention implementation, and fast when the model runs with `attn_implementation="kvpack"`. Layers of
+    full attention, of sliding windows and of chunks are packed; states of linear attention and other layers stay
+    transformers' own (`repr(cache)` says which).
 
     A forward is a transaction: whatever fails between its first layer and its last one's attention, an interrupt too,
     leaves all layers as they were. What only looks (`memory`, `kept`, `fork`, `info` ...) changes nothing, and answers
     at any time, from any thread, with what was there before the forward that is under way.
     """
+
+    _of_encoder = False  # whether it holds an encoder's tokens
 
     def __init__(
         self,
@@ -57,8 +62,7 @@ class PackedCache(TransactionalCache):
         self.methods = Methods(Exact() if quantize is None else quantize, evict, select)
         self.methods.check_with(model_party(config))
         self.config = config
-        # transformers decides the structure (sliding, linear, layers that share keys and values ...);
-        # exactly the plain full-attention layers are replaced.
+        # transformers decides the structure (sliding, linear, layers that share keys and values ...).
         layers: list[Any] = DynamicCache(config=config).layers
         if not layers:
             raise OptionError(
@@ -67,19 +71,17 @@ class PackedCache(TransactionalCache):
             )
         shared = bool(getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0))
         model = None if model_or_config is config or not hasattr(model_or_config, "config") else model_or_config
-        sites = {
-            i: Site(i, len(layers), config, model) for i, layer in enumerate(layers) if type(layer) is DynamicLayer
-        }
+        sites = sites_of(layers, config, model, encoder=self._of_encoder)
         taking_part = [i for i, layer in enumerate(layers) if type(layer).__name__ != "DummyLayer"] or [0]
         self._first, last = taking_part[0], taking_part[-1]
         self._begun = None
         last_is_read = isinstance(layers[last], CacheLayerMixin)
         self.store = self.methods.make_cache(sites, shared, len(layers), last, last_is_read, head_dim(config))
         for i, site in sites.items():
-            layers[i] = PackedLayer(self.store, i, self.methods, site)
+            layers[i] = pack(layers[i], self.store, self.methods, site)
         super().__init__(layers=layers)
         self.companions = []
-        self._has_encoder = bool(getattr(getattr(model_or_config, "config", model_or_config), "is_encoder_decoder", 0))
+        self._has_encoder = models.has_encoder(model_or_config) and not self._of_encoder
         self._newest_layer = -1
         if (unpacked := models.describe_unpacked(layers)) is not None:
             warnings.warn(unpacked, stacklevel=2)
@@ -135,8 +137,11 @@ class PackedCache(TransactionalCache):
             own = packed.layers[i]
             if not isinstance(own, PackedLayer):
                 packed.layers[i] = copy.deepcopy(layer)
-            elif layer.is_initialized and layer.get_seq_length() > 0:
-                own.load(layer.keys, layer.values, attention_mask)
+                continue
+            if layer.is_initialized and (seen := layer.get_seq_length()) > 0:
+                own.load(layer.keys, layer.values, attention_mask, seen - layer.keys.shape[2])
+            if isinstance(own, PackedHybridLayer):
+                own.take_states(layer)
         return packed
 
     # ---- changing the batch and the length, all layers or none ----------------------------------------------------
@@ -172,12 +177,10 @@ class PackedCache(TransactionalCache):
         self._select("batch_select_indices", indices)
 
     def _select(self, method: str, indices: Tensor) -> None:
-        batch = self.batch_size
-        if batch < 1:
-            return
-        rows = rows_at(indices, batch)
-        companions = [companion.select(rows) for companion in self.companions]
-        self._change_all(method, (indices,), lambda: self.store.select(rows))
+        packed = max(self.batch_size, 0)  # -1 where nothing is packed; other layers may have rows all the same
+        rows = rows_at(indices, packed) if packed else []
+        companions = [companion.select(rows) for companion in self.companions] if rows else self.companions
+        self._change_all(method, (indices,), lambda: self.store.select(rows) if rows else None)
         self.companions = companions
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -208,8 +211,8 @@ class PackedCache(TransactionalCache):
         other.__dict__.update(self.__dict__, store=self.store.fork(), _begun=None)
         other.companions = [companion.fork() for companion in self.companions]
         other.layers = [
-            layer.on(other.store, i) if isinstance(layer, PackedLayer) else copy.deepcopy(self._shown(i))
-            for i, layer in enumerate(self.layers)
+            layer.on(other.store, i) if isinstance(layer, PackedLayer) else copy.deepcopy(layer)
+            for i, layer in enumerate(map(self._shown, range(len(self.layers))))
         ]
         return other
 

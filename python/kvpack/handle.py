@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
+    from . import _kvpack
     from .layer import PackedLayer
 
 _CPU = torch.device("cpu")
@@ -39,6 +40,7 @@ class LazyKV(Tensor):
     which: Literal["keys", "values"]
     version: int
     _full: Tensor | None = None
+    _still: _kvpack.Cache | None = None
 
     @staticmethod
     def __new__(
@@ -48,10 +50,12 @@ class LazyKV(Tensor):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         version: int,
+        still: _kvpack.Cache | None = None,
     ) -> LazyKV:
-        """A handle on what `layer` holds while it has that version."""
+        """A handle on what `layer` holds while it has that version, or for ever where `still` is a copy of it."""
         handle: LazyKV = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=_CPU)
         handle.layer, handle.which, handle.version = layer, which, version
+        handle._still = still
         return handle
 
     def materialize(self) -> Tensor:
@@ -61,7 +65,7 @@ class LazyKV(Tensor):
             StaleHandleError: the layer has changed since the handle was made.
         """
         if self._full is None:
-            self._full = self.layer.for_model(self.which, self.version)
+            self._full = self.layer.for_model(self.which, self.version, self._still)
         return self._full
 
     def __repr__(self, *, tensor_contents: object = None) -> str:

@@ -17,6 +17,7 @@ from ._threads import threads
 from .beside import tensor_bytes
 from .companion import Companion
 from .errors import ShapeError
+from .handle import LazyKV
 from .memory import Memory, compensation, measured, readable_bytes
 from .methods import Evict, Methods, Quantize, Select
 
@@ -55,19 +56,22 @@ class LayerInspection:
 
     @property
     def keys(self) -> Tensor | None:
-        """All keys, materialised; None before the first."""
+        """All keys, materialised when something other than kvpack's attention reads them; None before the first."""
         return self._now("keys")
 
     @property
     def values(self) -> Tensor | None:
-        """All values, materialised; None before the first."""
+        """All values, likewise."""
         return self._now("values")
 
     def _now(self, which: Literal["keys", "values"]) -> Tensor | None:
         if not self.is_initialized:
             return None
+        version = self.store.version(self.index)
         still = self.store.fork_layer(self.index)  # meanwhile another thread may go on
-        return materialized(still, 0, which, still.version(0))
+        sizes, dtype = still.extent(0, still.version(0), which, False)
+        layer: Any = self
+        return LazyKV(layer, which, tuple(sizes), _TORCH_DTYPES[dtype], version, still)
 
     def sizes(self) -> tuple[int, int, int, int]:
         """Batch, KV heads, key dim and value dim.
@@ -179,6 +183,11 @@ class LayerInspection:
         return torch.from_numpy(self.store.key_bits(self.index, row, head))
 
 
+def beside(layer: Any) -> Any:
+    """What of a layer is transformers' own: all, its states of linear attention, or nothing (None)."""
+    return getattr(layer, "states", None) if isinstance(layer, LayerInspection) else layer
+
+
 class CacheInspection(Cache):
     """What the layers of a cache hold: those of `store`, and those beside it."""
 
@@ -205,12 +214,14 @@ class CacheInspection(Cache):
     def _shown(self, i: int) -> Any:
         """Layer `i` as it was before the forward that is under way."""
         layer = self.layers[i]
-        state = None if isinstance(layer, LayerInspection) or i >= len(self.store) else self.store.kept(i)
-        return layer if state is None else state.shown()
+        state = None if beside(layer) is None or i >= len(self.store) else self.store.kept(i)
+        if state is None:
+            return layer
+        return layer.with_states(state.shown()) if hasattr(layer, "with_states") else state.shown()
 
     def _as_shown(self) -> Cache:
         """What answers for transformers' Cache, with layers as they were before the forward that is under way."""
-        if not self.store.is_under_way() or all(isinstance(layer, LayerInspection) for layer in self.layers):
+        if not self.store.is_under_way() or all(beside(layer) is None for layer in self.layers):
             return self
         return Cache(layers=[self._shown(i) for i in range(len(self.layers))])
 
@@ -249,7 +260,8 @@ class CacheInspection(Cache):
         for i, layer in enumerate(self.layers):
             packed = isinstance(layer, LayerInspection)
             pending.append([x for owner in self.store.owners(i) for x in owner] if packed else [])
-            others.append(0 if packed else tensor_bytes(self._shown(i)))
+            own = beside(self._shown(i))
+            others.append(0 if own is None else tensor_bytes(own))
         return measured(held, pending, others, [companion.bytes() for companion in self.companions])
 
     def lossy_share(self, new: int = 0) -> float:

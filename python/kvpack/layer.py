@@ -18,11 +18,10 @@ from .methods import Methods, Site
 
 
 class PackedLayer(LayerInspection, CacheLayerMixin):
-    """Keys and values of one full-attention layer: layer `index` of `store`, which knows all that there is to know."""
+    """Keys and values of one attention layer: layer `index` of `store`, which knows all that there is to know."""
 
     is_compileable = False
     is_croppable = True
-    is_sliding = False
     supports_early_init = False
 
     def __init__(self, store: _kvpack.Cache, index: int, methods: Methods, site: Site | None = None) -> None:
@@ -36,9 +35,15 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         """
         self.store, self.index, self.methods = store, index, methods
         self.config = None if site is None else site.config
+        self.sliding_window = None if site is None else site.window
 
     def __repr__(self) -> str:
         return f"PackedLayer({self.methods.words()}, {self.get_seq_length()} tokens)"
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether queries see the newest tokens only."""
+        return self.sliding_window is not None
 
     # ---- a forward -------------------------------------------------------------------------------------------------
 
@@ -142,18 +147,27 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         )
         return out
 
-    def load(self, keys: Tensor, values: Tensor, attention_mask: Tensor | None) -> None:
-        """Stores another cache's keys and values in this empty layer; the mask `[B, tokens]` is 0 for pads."""
+    def load(self, keys: Tensor, values: Tensor, attention_mask: Tensor | None, missing: int = 0) -> None:
+        """Stores another cache's keys and values in this empty layer.
+
+        Args:
+            keys: `[B, Hkv, n, Dk]`.
+            values: `[B, Hkv, n, Dv]`.
+            attention_mask: `[B, missing + n]`, 0 for pads.
+            missing: positions before them, which the layer's window has passed.
+        """
         keys, values = plain("keys", keys.detach()), plain("values", values.detach())
-        expected = (keys.shape[0], keys.shape[2])
+        expected = (keys.shape[0], missing + keys.shape[2])
         if attention_mask is not None and tuple(attention_mask.shape) != expected:
             raise ShapeError(f"attention mask: given {tuple(attention_mask.shape)}, expected {expected}")
-        valid = None if attention_mask is None else row_of(attention_mask != 0)
+        valid = None if attention_mask is None else row_of(attention_mask[:, missing:] != 0)
         described = None if valid is None else describe(valid)
-        self.store.load(self.index, describe(keys), describe(values), described, torch.get_num_threads())
+        self.store.load(self.index, describe(keys), describe(values), described, missing, torch.get_num_threads())
 
-    def for_model(self, which: Literal["keys", "values"], version: int) -> Tensor:
-        """`materialized` for attention that is not kvpack's, which is counted."""
+    def for_model(self, which: Literal["keys", "values"], version: int, still: _kvpack.Cache | None = None) -> Tensor:
+        """`materialized` for attention that is not kvpack's, which is counted; of a copy made for looking, not."""
+        if still is not None:
+            return materialized(still, 0, which, still.version(0))
         out = materialized(self.store, self.index, which, version, compact=True)
         if which == "keys":
             self.store.materialised(self.index)
@@ -167,12 +181,12 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Mask columns for `query_length` new tokens, and the position of the first column."""
-        gone = 0 if self.methods.evict is None else self.store.gone(self.index)
+        gone = 0 if self.methods.evict is None and not self.is_sliding else self.store.gone(self.index)
         return self.get_seq_length() - gone + query_length, gone
 
     def get_max_length(self) -> int:
-        """-1: no maximum."""
-        return -1
+        """The sliding window; -1: no maximum."""
+        return -1 if self.sliding_window is None else self.sliding_window
 
     get_max_cache_shape = get_max_length
 
@@ -210,7 +224,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
 
     def on(self, store: _kvpack.Cache, index: int) -> PackedLayer:
         """The view of the same layer in another store."""
-        other = object.__new__(PackedLayer)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, store=store, index=index)
         return other
 

@@ -22,7 +22,7 @@ from .source import bases_of, parts_of, sources_of
 NAME = "kvpack"
 
 # Arguments that kvpack's attention function takes and heeds.
-HEEDED = frozenset({"attention_mask", "scaling", "dropout", "softcap", "s_aux", "is_causal"})
+HEEDED = frozenset({"attention_mask", "scaling", "dropout", "softcap", "s_aux", "is_causal", "position_bias"})
 # Arguments that change nothing where kvpack's attention function runs.
 HARMLESS = frozenset(
     {
@@ -62,6 +62,9 @@ _REFUSED = {
     "xlnet": "keeps memories of its own",
     "xlstm": "keeps the states of a recurrence of its own",
 }
+
+# Decoders of models that do not say so and yet read another part's tokens through an EncoderDecoderCache.
+_READS_AN_ENCODER = frozenset({"blip_text_model"})
 
 # transformers' classes whose own `generate` calls one decoder's, once, with the arguments that are left.
 _DELEGATES = frozenset(
@@ -205,11 +208,18 @@ def check(model_or_config: Any) -> None:
         )
 
 
+def has_encoder(model_or_config: Any) -> bool:
+    """Whether the decoder reads another part's tokens too, which an EncoderDecoderCache holds apart."""
+    config = getattr(model_or_config, "config", model_or_config)
+    kind = getattr(decoder_config(config), "model_type", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) or kind in _READS_AN_ENCODER
+
+
 def given_alone() -> OptionError:
     """What to raise where a model with an encoder uses a PackedCache for attention to the encoder too."""
     return OptionError(
-        "cache: given a PackedCache alone to a model with an encoder, expected transformers.EncoderDecoderCache("
-        "kvpack.PackedCache(model), transformers.DynamicCache()): attention to the encoder has a cache of its own"
+        "cache: given a PackedCache alone to a model with an encoder, expected "
+        "kvpack.PackedEncoderDecoderCache(model): attention to the encoder has a cache of its own"
     )
 
 

@@ -13,7 +13,7 @@ from ._forwards import Begun, begun, is_under_way
 from .beside import State
 from .errors import ConcurrencyError, ModelMismatchError
 from .handle import Reading
-from .inspection import CacheInspection
+from .inspection import CacheInspection, beside
 from .layer import PackedLayer
 
 _R = TypeVar("_R")
@@ -82,11 +82,11 @@ class TransactionalCache(CacheInspection):
                 raise models.given_alone()  # these are the encoder's
             beginning = begun() if layer_idx == self._first else None
             of_module = beginning is not None and beginning.in_module
-            if isinstance(layer, PackedLayer):
+            if isinstance(layer, PackedLayer) and kind == 0:
                 given = self._changing(lambda: change(layer, of_module))
             else:
                 if self._changing(lambda: self.store.enter(layer_idx, kind, of_module)):
-                    self.store.keep(layer_idx, State(layer))
+                    self.store.keep(layer_idx, State(beside(layer)))
                 given = change(layer, of_module)
             self._newest_layer = layer_idx
             if beginning is not None:
@@ -130,14 +130,14 @@ class TransactionalCache(CacheInspection):
             self.store.abandon()
             return change()
 
-    def _change_all(self, beside: str, argument: Any, packed: Callable[[], None]) -> None:
-        """Calls method `beside` of all layers that are not packed, and `packed`; if one fails, nothing has changed."""
+    def _change_all(self, method: str, argument: Any, packed: Callable[[], None]) -> None:
+        """Calls `method` of all that is held beside packed layers, and `packed`; if one fails, nothing has changed."""
         self._changing(self.store.settle_forward)
-        states = [State(layer) for layer in self.layers if not isinstance(layer, PackedLayer)]
+        states = [State(held) for layer in self.layers if (held := beside(layer)) is not None]
         changes = self.store.changes()
         try:
             for state in states:
-                getattr(state.layer, beside)(*argument)
+                getattr(state.layer, method)(*argument)
             packed()
         except BaseException:
             if self.store.changes() == changes:  # else an interrupt came when all was done

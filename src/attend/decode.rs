@@ -28,9 +28,19 @@ pub fn attend_one(
     let mut far = ValueCursor::new(&head.values);
     let mut scores = memory::zeros(heads * CHUNK);
     let (mut held, mut weighed) = (Vec::new(), Vec::with_capacity(heads));
-    let all_visible = queries.visible.all(0, head.positions.last().unwrap_or(0));
+    let [oldest, newest] = [head.positions.first(), head.positions.last()].map(Option::unwrap_or_default);
+    let all_visible = queries.visible.all(0, [oldest, newest]);
     for (i, chunk) in chunks.iter().enumerate() {
         let &KeyChunk { segment, first, tokens: n, at } = chunk;
+        let mut chunk_visible = all_visible;
+        if !all_visible {
+            head.positions.collect_into(at, n, &mut held);
+            let ends = [held[0], held[n - 1]];
+            if queries.visible.none(&(0..1), ends) && !queries.scores {
+                continue;
+            }
+            chunk_visible = queries.visible.all(0, ends);
+        }
         // What is wanted next comes from memory while this is computed: values behind scores, the next keys behind values.
         // The work on a short chunk takes less time than memory does.
         if let Some(next) = chunks.get(i + FAR).filter(|_| scattered) {
@@ -40,14 +50,11 @@ pub fn attend_one(
         let mut ahead = Ahead::new(cursor.next_bytes(at, n));
         let q = segment.map().map_or(q, |map| mapped.through(map, q));
         segment.scores(q, first, n, MatMut::new(&mut scores, heads, CHUNK), scratch, &mut ahead);
-        if !all_visible {
-            head.positions.collect_into(at, n, &mut held);
-        }
         let bias = chunk.bias();
         for (g, scores) in scores.chunks_exact_mut(CHUNK).enumerate() {
             cap(queries.softmax.softcap, &mut scores[..n]);
             add_bias(bias, &mut scores[..n]);
-            if !all_visible {
+            if !chunk_visible {
                 queries.visible.apply(queries.first_head + g, 0, &held, &mut scores[..n]);
             }
         }

@@ -34,7 +34,7 @@ pub fn attend_many(head: &Head<'_>, queries: &Queries<'_>, tokens: Range<usize>,
             continue;
         }
         head.positions.collect_into(at, n, &mut held);
-        if queries.visible.none(queries.range.end - 1, held[0]) {
+        if queries.visible.none(&queries.range, [held[0], held[n - 1]]) {
             continue;
         }
         let q = Mat::new(&queries.q, rows, dk);
@@ -86,7 +86,7 @@ fn adjust(queries: &Queries<'_>, row: usize, held: &[u32], bias: Option<&[f32]>,
     let (g, i) = (row / queries.range.len(), queries.range.start + row % queries.range.len());
     cap(queries.softmax.softcap, scores);
     add_bias(bias, scores);
-    if !queries.visible.all(i, held[held.len() - 1]) {
+    if !queries.visible.all(i, [held[0], held[held.len() - 1]]) {
         queries.visible.apply(queries.first_head + g, i, held, scores);
     }
 }

@@ -29,7 +29,7 @@ pub use scores::{ScoringQueries, add_scores};
 pub use segment::{Head, KeySegment, Part, Scratch, ValueSegment, Weights};
 pub use softmax::{Softmax, add_bias, cap};
 pub use summary::{SinkLogits, Summary, SummaryQueries};
-pub use visibility::{Mask, MaskData, Visibility};
+pub use visibility::{Mask, MaskData, Seen, Visibility};
 pub use weights::{Attention, TokenWeights};
 
 /// What rounding queries to integers may add to a logit (root mean square). It changes weights by as much, and outputs, which

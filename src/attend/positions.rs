@@ -142,6 +142,11 @@ impl Positions {
         all
     }
 
+    /// The oldest position.
+    pub fn first(&self) -> Option<u32> {
+        self.runs().find(|&(_, n)| n > 0).map(|(start, _)| start)
+    }
+
     /// The newest position.
     pub fn last(&self) -> Option<u32> {
         (self.len > 0).then(|| self.end - 1)

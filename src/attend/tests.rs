@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ndarray::Array2;
 
 use super::{
-    Head, KeySegment, Part, Partial, Positions, Queries, ScoringQueries, Scratch, SinkLogits, Softmax, Summary,
+    Head, KeySegment, Part, Partial, Positions, Queries, ScoringQueries, Scratch, Seen, SinkLogits, Softmax, Summary,
     SummaryQueries, ValueSegment, Visibility, Weights, add_scores, attend_many, attend_one, key_chunks,
 };
 use crate::kernels::{self, Ahead};
@@ -128,7 +128,8 @@ fn read(keys: &Dummy, values: &Dummy, summary: Option<&dyn Summary>, softcap: Op
     let softmax = Softmax { scaling: 1.0, softcap };
     let outputs = |queries: usize| {
         let q = numbers(GROUP * queries * DIM, 7);
-        let visible = Visibility::new(None, 0, tokens.max(1), 1, &positions);
+        let seen = Seen { mask: None, positions: tokens.max(1), window: None };
+        let visible = Visibility::new(seen, 0, 1, &positions);
         // Queries of the same, last position: so all see all.
         let given = Queries { q: q.clone(), range: 0..queries, first_head: 0, softmax, visible, scores: false };
         let mut scratch = Scratch::new(kernels::chosen().unwrap());

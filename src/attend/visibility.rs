@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use ndarray::ArrayView4;
 
 use super::Positions;
@@ -16,7 +18,8 @@ pub enum MaskData<'a> {
     Bias(View<'a>),
 }
 
-/// A mask over logical positions: column `p` speaks of the token at position `p`. Batch and heads may be 1.
+/// A mask over logical positions: its columns speak of the newest ones, all of them but where a window hides the rest. Batch and
+/// heads may be 1.
 #[derive(Clone, Copy)]
 pub struct Mask<'a>(pub MaskData<'a>);
 
@@ -29,8 +32,9 @@ impl Mask<'_> {
         }
     }
 
-    /// Whether a boolean mask shows all of `held` to the one query of batch row `b`.
-    fn shows_all(&self, b: usize, held: &Positions) -> bool {
+    /// Whether a boolean mask, whose first column is position `first`, shows all of `held` from there on to the one query of batch
+    /// row `b`.
+    fn shows_all(&self, b: usize, first: u32, held: &Positions) -> bool {
         let MaskData::Bool(m) = self.0 else {
             return false;
         };
@@ -39,8 +43,23 @@ impl Mask<'_> {
             return false;
         }
         let row = row_of(&m, [b.min(batch - 1), 0, 0]);
-        held.runs().all(|(start, len)| row[start as usize..][..len as usize].iter().all(|&x| x != 0))
+        let shown = |(start, len): (u32, u32)| {
+            let (start, end) = (start.max(first) - first, (start + len).saturating_sub(first));
+            start >= end || row[start as usize..end as usize].iter().all(|&x| x != 0)
+        };
+        held.runs().all(shown)
     }
+}
+
+/// Which positions queries see.
+#[derive(Clone, Copy)]
+pub struct Seen<'a> {
+    /// Which each of them sees; without it, causality.
+    pub mask: Option<Mask<'a>>,
+    /// Positions that there are.
+    pub positions: usize,
+    /// How many of the newest ones, itself among them, a query sees at most; `None`: all.
+    pub window: Option<usize>,
 }
 
 /// What the queries of one batch row see: a mask's word, or without a mask causality.
@@ -49,31 +68,48 @@ pub struct Visibility<'a> {
     batch_row: usize,
     /// The position of the first query.
     first_query: usize,
+    /// The position of the mask's first column; what is older is hidden.
+    first_column: u32,
+    window: Option<usize>,
 }
 
 impl<'a> Visibility<'a> {
-    /// For the `queries` newest of `seen` positions of batch row `batch_row`, which holds tokens at `held`.
-    pub fn new(mask: Option<Mask<'a>>, batch_row: usize, seen: usize, queries: usize, held: &Positions) -> Self {
-        let mask = mask.filter(|m| !(queries == 1 && m.shows_all(batch_row, held)));
-        Self { mask, batch_row, first_query: seen - queries }
+    /// For the queries of the `queries` newest positions of batch row `batch_row`, which holds tokens at `held`.
+    pub fn new(seen: Seen<'a>, batch_row: usize, queries: usize, held: &Positions) -> Self {
+        let first_column = seen.mask.map_or(0, |mask| seen.positions - mask.shape()[3]) as u32;
+        let mask = seen.mask.filter(|m| !(queries == 1 && m.shows_all(batch_row, first_column, held)));
+        // There may be more queries than positions where a mask says what they see.
+        let first_query = seen.positions.saturating_sub(queries);
+        Self { mask, batch_row, first_query, first_column, window: seen.window }
     }
 
-    /// Whether query `i` sees all tokens at positions up to `last`.
-    pub fn all(&self, i: usize, last: u32) -> bool {
-        self.mask.is_none() && last as usize <= self.first_query + i
+    /// Whether query `i` sees all tokens at positions from `first` to `last`.
+    pub fn all(&self, i: usize, [first, last]: [u32; 2]) -> bool {
+        let query = self.first_query + i;
+        self.mask.is_none() && last as usize <= query && !self.passed(query, first)
     }
 
-    /// Whether query `i` sees none of the tokens from position `first` on.
-    pub fn none(&self, i: usize, first: u32) -> bool {
-        self.mask.is_none() && first as usize > self.first_query + i
+    /// Whether `queries` see none of the tokens at positions from `first` to `last`.
+    pub fn none(&self, queries: &Range<usize>, [first, last]: [u32; 2]) -> bool {
+        if self.mask.is_some() {
+            return last < self.first_column;
+        }
+        let [oldest, newest] = [queries.start, queries.end - 1].map(|i| self.first_query + i);
+        first as usize > newest || self.passed(oldest, last)
+    }
+
+    /// Whether the window of a query at that position has passed `token`.
+    fn passed(&self, query: usize, token: u32) -> bool {
+        self.window.is_some_and(|window| token as usize + window <= query)
     }
 
     /// Adds the mask to the logits of the tokens at `positions`, for query `i` of query head `head`.
     pub fn apply(&self, head: usize, i: usize, positions: &[u32], scores: &mut [f32]) {
         match self.mask {
             None => {
+                let query = self.first_query + i;
                 for (s, &p) in scores.iter_mut().zip(positions) {
-                    if p as usize > self.first_query + i {
+                    if p as usize > query || self.passed(query, p) {
                         *s = f32::NEG_INFINITY;
                     }
                 }
@@ -82,7 +118,7 @@ impl<'a> Visibility<'a> {
                 let (nb, nh, ..) = m.dim();
                 let row = row_of(&m, [self.batch_row.min(nb - 1), head.min(nh - 1), i]);
                 for (s, &p) in scores.iter_mut().zip(positions) {
-                    if row[p as usize] == 0 {
+                    if p < self.first_column || row[(p - self.first_column) as usize] == 0 {
                         *s = f32::NEG_INFINITY;
                     }
                 }
@@ -90,15 +126,17 @@ impl<'a> Visibility<'a> {
             Some(Mask(MaskData::Bias(m))) => {
                 let [nb, nh, ..] = m.shape();
                 let row = m.row(self.batch_row.min(nb - 1), head.min(nh - 1), i);
-                add_bias(row, positions, scores);
+                let hidden = positions.partition_point(|&p| p < self.first_column);
+                scores[..hidden].fill(f32::NEG_INFINITY);
+                add_bias(row, self.first_column, &positions[hidden..], &mut scores[hidden..]);
             }
         }
     }
 }
 
-fn add_bias(row: Slice<'_>, positions: &[u32], scores: &mut [f32]) {
+fn add_bias(row: Slice<'_>, first: u32, positions: &[u32], scores: &mut [f32]) {
     for (s, &p) in scores.iter_mut().zip(positions) {
-        let p = p as usize;
+        let p = (p - first) as usize;
         *s += match row {
             Slice::F32(x) => x[p],
             Slice::F16(x) => x[p].to_f32(),

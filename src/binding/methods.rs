@@ -139,9 +139,10 @@ pub(super) struct Layer(pub(super) cache::Layer);
 impl Layer {
     /// Keys and values are stored so, an eviction chooses tokens that stay, a compactor keeps something of those that leave, a selector
     /// chooses what a step of decoding reads, and `prune` what is held of each head. With `selects` and without a selector it is read
-    /// whole, among layers that are not; with `center` keys are held less the mean of the first ones.
+    /// whole, among layers that are not; with `center` keys are held less the mean of the first ones. Of a `window` queries see so many
+    /// of the newest positions, their own among them.
     #[new]
-    #[pyo3(signature = (keys, values, *, evict=None, compact=None, select=None, prune=None, selects=false, center=false))]
+    #[pyo3(signature = (keys, values, *, evict=None, compact=None, select=None, prune=None, selects=false, center=false, window=None))]
     #[allow(clippy::too_many_arguments)] // by name, one a family
     fn new(
         py: Python<'_>,
@@ -153,6 +154,7 @@ impl Layer {
         prune: Option<&Prune>,
         selects: bool,
         center: bool,
+        window: Option<usize>,
     ) -> PyResult<Self> {
         let codecs = made(py, codecs(keys, values).and_then(|codecs| kernels::chosen().map(|_| codecs)))?;
         let layer = cache::Layer::new(cache::Methods {
@@ -162,7 +164,7 @@ impl Layer {
             selector: select.map(|select| Arc::clone(&select.0)),
             prune: prune.map(|prune| Arc::clone(&prune.0)),
         });
-        let layer = layer.with_centers(center);
+        let layer = layer.with_centers(center).with_window(window);
         Ok(Self(if selects { layer.among_selected() } else { layer }))
     }
 

@@ -47,7 +47,8 @@ impl Cache {
         self.look(py, |cache| Ok(cache.records()))
     }
 
-    /// Stores tokens of another cache in an empty layer.
+    /// Stores tokens of another cache in an empty layer; before them were `missing` positions, which its window has passed.
+    #[allow(clippy::too_many_arguments)]
     fn load(
         &self,
         py: Python<'_>,
@@ -55,13 +56,14 @@ impl Cache {
         k: Tensor,
         v: Tensor,
         valid: Option<Tensor>,
+        missing: usize,
         threads: usize,
     ) -> PyResult<()> {
         pool::set_threads(threads);
         // SAFETY: as in `commit`.
         self.change(py, |cache| unsafe {
             let valid = valid.as_ref().map(|valid| valid.flags("valid")).transpose()?;
-            cache.load(layer, &k.view("keys")?, &v.view("values")?, valid.as_deref())
+            cache.load(layer, &k.view("keys")?, &v.view("values")?, valid.as_deref(), missing)
         })
     }
 

@@ -39,6 +39,12 @@ impl Cache {
         })
     }
 
+    /// Stores what a layer was just given before anything has read it, in no more memory than that takes: nothing follows it.
+    fn store(&self, py: Python<'_>, layer: usize, threads: usize) -> PyResult<()> {
+        pool::set_threads(threads);
+        self.change(py, |cache| cache.store(layer))
+    }
+
     /// Says that a layer that is held elsewhere is about to be given tokens (kind 0), or states of another kind; `of_module`
     /// as in `update`. Returns whether what brings it back is still to be kept.
     fn enter(&self, py: Python<'_>, layer: usize, kind: u8, of_module: bool) -> PyResult<bool> {

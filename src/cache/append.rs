@@ -79,6 +79,12 @@ impl Layer {
             self.rows = (0..batch).map(|_| Arc::new((0..heads).map(empty).collect())).collect();
         }
         let (seen, centers, methods) = (self.seen, self.centers(), Arc::clone(&self.methods));
+        // Of a first prompt nobody will read what the window has passed.
+        let first = if flush && self.heads().all(|head| head.positions.is_empty()) {
+            self.passed(seen + n).saturating_sub(seen)
+        } else {
+            0
+        };
         // With an eviction nothing is packed before it was chosen.
         let codecs = (flush && methods.eviction.is_none()).then_some(&methods.codecs);
         let wants = methods.codecs.keys.wants();
@@ -95,7 +101,7 @@ impl Layer {
             if let Some(query) = query.filter(|_| wants.moment) {
                 head.observe_moment(query, &place);
             }
-            head.append(k, v, &place, codecs, centers)?;
+            head.append(k, v, &place, first..n, codecs, centers)?;
             if let Some(eviction) = &methods.eviction {
                 head.witness(eviction, new, &place);
             }
@@ -108,11 +114,19 @@ impl Layer {
             }
         }
         self.seen += n;
+        if first > 0 {
+            self.came_to(seen + first);
+        }
         if flush && self.eviction().is_some() {
             return self.flush();
         }
         self.index();
         Ok(())
+    }
+
+    /// Whether so many new tokens are more than are held exactly anyway, and wait for nothing.
+    pub(super) fn is_long(&self, new: usize) -> bool {
+        new > self.codecs().window() || self.window.is_some_and(|window| new >= window)
     }
 
     fn check_seen(&self, queries: Option<LayerQueries<'_>>) -> Result<()> {
@@ -130,26 +144,26 @@ impl Layer {
 }
 
 impl KvHead {
-    /// Appends tokens. With codecs it packs what is due as it goes, so that a long prompt is never copied whole.
+    /// Appends `new` tokens. With codecs it packs what is due as it goes, so that a long prompt is never copied whole.
     fn append(
         &mut self,
         k: &View<'_>,
         v: &View<'_>,
         at: &At<'_>,
+        new: Range<usize>,
         codecs: Option<&Codecs>,
         centers: bool,
     ) -> Result<()> {
         if self.pruned == Pruned::Gone {
             return Ok(());
         }
-        let n = k.shape()[2];
         if centers && self.positions.is_empty() {
             self.center = Some(mean(k, at));
         }
-        let step = if codecs.is_some() { STEP } else { n };
+        let step = if codecs.is_some() { STEP } else { new.len().max(1) };
         let as_they_are = self.center.is_none() && !matches!(self.pruned, Pruned::Sliced { .. });
-        for start in (0..n).step_by(step) {
-            let tokens = start..n.min(start + step);
+        for start in new.clone().step_by(step) {
+            let tokens = start..new.end.min(start + step);
             if as_they_are && at.valid.is_none() {
                 extend(&mut self.keys.tail, k, at, tokens.clone());
                 extend(&mut self.values.tail, v, at, tokens.clone());

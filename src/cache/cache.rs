@@ -211,16 +211,25 @@ impl Cache {
         self.recording.is_some()
     }
 
-    /// Stores tokens of another cache in layer `i`, which is empty; `valid` as in [`Self::commit`].
+    /// Stores tokens of another cache in layer `i`, which is empty; `valid` as in [`Self::commit`]. Before them were `missing` positions,
+    /// which the layer's window has passed.
     ///
     /// # Errors
     /// What does not fit; the layer is empty then.
-    pub fn load(&mut self, i: usize, k: &View<'_>, v: &View<'_>, valid: Option<&[bool]>) -> Result<()> {
+    pub fn load(
+        &mut self,
+        i: usize,
+        k: &View<'_>,
+        v: &View<'_>,
+        valid: Option<&[bool]>,
+        missing: usize,
+    ) -> Result<()> {
         self.settle_forward()?;
         let packed = self.packed_mut(i)?;
         expect("layer: tokens before another cache's are packed", packed.seen(), 0)?;
         let (k, v) = (&k.reborrow(), &v.reborrow());
         packed.layer.check(k, v)?;
+        packed.layer.begin_at(missing);
         let loaded = error::caught(|| packed.layer.append(&New { k, v, valid, queries: None, flush: true }));
         if loaded.is_err() {
             self.reset_layer(i);

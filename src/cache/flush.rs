@@ -22,11 +22,13 @@ const SCORING: usize = 8;
 const RECEIVING: usize = 128;
 
 impl Layer {
-    /// Lets tokens go, compacts what leaves, seals others, and indexes what was sealed, as far as that is due.
+    /// Lets tokens go that the model's window has passed and those that are not chosen, compacts what leaves, seals others, and
+    /// indexes what was sealed, as far as that is due.
     ///
     /// # Errors
     /// Those of a scorer or a codec; the layer is between two states then, and its caller brings the old one back.
     pub fn flush(&mut self) -> Result<()> {
+        self.slide();
         self.evict()?;
         self.seal()?;
         self.index();

@@ -54,8 +54,8 @@ impl Cache {
     pub fn enter(&mut self, i: usize, kind: u8, of_module: bool) -> Result<bool> {
         self.begin(i, kind, of_module)?;
         self.tokens_came();
-        let unknown =
-            |forward: &Forward| forward.phase != Phase::Finished && forward.saved.iter().all(|&(saved, _)| saved != i);
+        let known = |(saved, before): &(usize, Saved)| *saved == i && matches!(before, Saved::Other(_));
+        let unknown = |forward: &Forward| forward.phase != Phase::Finished && !forward.saved.iter().any(known);
         Ok(self.forward.as_ref().is_some_and(unknown))
     }
 
@@ -180,8 +180,8 @@ impl Cache {
 
     /// Remembers what layer `i` is like, once a forward.
     pub(super) fn save(&mut self, i: usize, tokens: usize) -> Result<()> {
-        let known =
-            |forward: &Forward| forward.phase == Phase::Finished || forward.saved.iter().any(|&(saved, _)| saved == i);
+        let here = |(saved, before): &(usize, Saved)| *saved == i && matches!(before, Saved::Packed(_));
+        let known = |forward: &Forward| forward.phase == Phase::Finished || forward.saved.iter().any(here);
         if self.forward.as_ref().is_some_and(known) {
             return Ok(());
         }
@@ -266,9 +266,9 @@ impl Cache {
     /// What layer `i` was like, if it is in the midst of a forward.
     pub(super) fn saved(&self, i: usize) -> Option<&Before> {
         let (forward, i) = (self.hidden()?, self.source(i));
-        match forward.saved.iter().find(|(saved, _)| *saved == i) {
-            Some((_, Saved::Packed(before))) => Some(before),
+        forward.saved.iter().find_map(|(saved, before)| match before {
+            Saved::Packed(before) if *saved == i => Some(&**before),
             _ => None,
-        }
+        })
     }
 }

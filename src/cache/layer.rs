@@ -66,6 +66,8 @@ pub struct Layer {
     selects: bool,
     /// Whether keys are held less the mean of the first ones.
     centers: bool,
+    /// How many of the newest positions, its own among them, a query of the model sees; `None`: all.
+    pub(super) window: Option<usize>,
     pub(super) shape: Option<Shape>,
     pub(super) rows: Vec<Arc<Sequence>>,
     /// Positions seen, pads included: the logical length.
@@ -82,6 +84,7 @@ impl Layer {
             selects: methods.selector.is_some(),
             methods: Arc::new(methods),
             centers: false,
+            window: None,
             shape: None,
             rows: Vec::new(),
             seen: 0,
@@ -109,6 +112,12 @@ impl Layer {
     /// Whether attention changes nothing when all keys move, and keys are held so.
     pub fn centers(&self) -> bool {
         self.centers
+    }
+
+    /// The layer, of which a query sees the `window` newest positions only, its own among them.
+    #[must_use]
+    pub fn with_window(self, window: Option<usize>) -> Self {
+        Self { window: window.map(|window| window.max(1)), ..self }
     }
 
     /// What is done to its tokens.

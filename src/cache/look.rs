@@ -117,6 +117,9 @@ impl Cache {
     /// [`Error::Shape`] when it is not packed; [`Error::Option`] when tokens cannot be let go so.
     pub fn gone(&self, i: usize) -> Result<usize> {
         let packed = self.look(i)?;
+        if packed.layer.window.is_some() {
+            return Ok(packed.layer.passed(packed.seen()));
+        }
         let ours = packed.layer.seen() > 0 && !packed.state.outside;
         if packed.layer.eviction().is_none() || packed.seen() == 0 || ours {
             return Ok(0);
@@ -208,7 +211,8 @@ impl Cache {
         Ok(self.packed(i)?.state.attention.as_deref())
     }
 
-    /// Sizes `[B, H, n, D]` of what [`Self::write`] writes of layer `i`: of `compact` the tokens that are held, else all positions.
+    /// Sizes `[B, H, n, D]` of what [`Self::write`] writes of layer `i`: of `compact` the tokens that are held, else all positions; with
+    /// a window those that attention of the newest tokens, else of the next ones, reads.
     ///
     /// # Errors
     /// [`Error::Shape`] when it is not packed or empty; [`Error::Option`] when heads hold different numbers of tokens, or none
@@ -220,7 +224,7 @@ impl Cache {
             given: "no tokens".into(),
             expected: "at least one token".into(),
         })?;
-        let tokens = if compact { packed.held_by_all()? } else { packed.seen() };
+        let tokens = if compact { packed.held_by_all()? } else { packed.seen() - packed.layer.passed(packed.seen()) };
         Ok(([batch, heads, tokens, if which == Which::Keys { key_dim } else { value_dim }], dtype))
     }
 
@@ -252,7 +256,9 @@ impl Cache {
                 out.write_row([b, h, first + t], &row);
             }
         }
-        packed.layer.write(which, compact, out, kernels);
+        let in_order = compact && packed.layer.window.is_none();
+        let first = if in_order { None } else { Some(packed.seen() - expected[2]) };
+        packed.layer.write(which, first, out, kernels);
         Ok(())
     }
 

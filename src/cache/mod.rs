@@ -26,6 +26,7 @@ mod seal;
 mod side;
 #[cfg(test)]
 mod side_tests;
+mod slide;
 mod snapshot;
 mod step;
 mod tasks;

@@ -27,6 +27,8 @@ impl Pending {
 #[derive(Clone, Default)]
 pub(super) struct State {
     pub(super) pending: Option<Pending>,
+    /// Of the positions seen, how many attention of the newest forward does not read: what a window has passed.
+    pub(super) missed: usize,
     /// Whether the model's own attention reads it: its tokens were stored without ours having been called.
     pub(super) outside: bool,
     /// Whether what the newest query attends to is wanted.
@@ -214,8 +216,12 @@ impl Packed {
         Ok(())
     }
 
-    /// Positions that the model's own attention does not see any more.
+    /// Positions stored that attention of the next tokens does not read: those that the window has passed or, where the model's own
+    /// attention reads them, that were let go.
     pub(super) fn gone(&self) -> usize {
+        if self.layer.window.is_some() {
+            return self.layer.passed(self.layer.seen());
+        }
         let held = || self.layer.head(0, 0).map_or(0, |head| head.positions().len());
         if self.state.outside && self.layer.eviction().is_some() { self.layer.seen() - held() } else { 0 }
     }
@@ -223,6 +229,9 @@ impl Packed {
     /// Tokens that every head holds, for other attention than ours.
     pub(super) fn held_by_all(&self) -> Result<usize> {
         self.layer.check_materialised()?;
+        if self.layer.window.is_some() {
+            return Ok(self.seen() - self.state.missed);
+        }
         if self.layer.eviction().is_none() || self.layer.seen() == 0 {
             return Ok(self.seen());
         }

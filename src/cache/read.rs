@@ -6,7 +6,7 @@ use super::layer::{COPYING, Layer, Shape, expect};
 use super::observe::gather;
 use super::tasks::{Merged, Task, merged, tasks};
 use crate::attend::{
-    Attention, KeyChunk, Mask, Partial, Queries, Scratch, SinkLogits, Softmax, Summary, SummaryQueries, Visibility,
+    Attention, KeyChunk, Mask, Partial, Queries, Scratch, Seen, SinkLogits, Softmax, Summary, SummaryQueries, Visibility,
     attend_many, attend_one, chunks_in, key_chunks,
 };
 use crate::error::{Error, Result};
@@ -134,7 +134,12 @@ impl Layer {
             range: task.queries.clone(),
             first_head: task.head * group,
             softmax: request.softmax,
-            visible: Visibility::new(request.mask, task.row, self.seen(), request.query.shape()[2], &head.positions),
+            visible: Visibility::new(
+                Seen { mask: request.mask, positions: self.seen(), window: self.window },
+                task.row,
+                request.query.shape()[2],
+                &head.positions,
+            ),
             scores: request.scores,
         };
         let (view, mut scratch) = (head.view(), Scratch::new(kernels));
@@ -163,8 +168,9 @@ impl Layer {
         expect("query: head dim", dim, shape.key_dim)?;
         let refuse =
             |what, given: String, expected: String| -> Result<Shape> { Err(Error::Shape { what, given, expected }) };
-        if queries == 0 || queries > self.seen() {
-            return refuse("query: tokens", queries.to_string(), format!("1 to {}, the positions seen", self.seen()));
+        let seen = self.seen();
+        if queries == 0 || queries > seen && request.mask.is_none() {
+            return refuse("query: tokens", queries.to_string(), format!("1 to {seen}, the positions seen, without a mask"));
         }
         if query_heads == 0 || !query_heads.is_multiple_of(shape.heads) {
             let expected = format!("a multiple of {} KV heads", shape.heads);
@@ -173,8 +179,10 @@ impl Layer {
         if let Some(mask) = request.mask {
             let [mb, mh, mq, mn] = mask.shape();
             let fits = |n: usize, of: usize| n == 1 || n == of;
-            if !(fits(mb, batch) && fits(mh, query_heads) && mq == queries && mn == self.seen()) {
-                let expected = format!("[1 or {batch}, 1 or {query_heads}, {queries}, {}]", self.seen());
+            // Of what a window hides from all queries, columns may be missing.
+            let least = self.window.map_or(seen, |window| seen.min(window - 1 + queries));
+            if !(fits(mb, batch) && fits(mh, query_heads) && mq == queries && (least..=seen).contains(&mn)) {
+                let expected = format!("[1 or {batch}, 1 or {query_heads}, {queries}, {least}]");
                 return refuse("attention mask", format!("{:?}", mask.shape()), expected);
             }
         }
@@ -249,16 +257,18 @@ impl Layer {
         Ok(())
     }
 
-    /// Writes all keys or values to `out` `[B, H, n, D]`, dequantised: each at its position, or where it is `compact` in the order
-    /// of those that are held. The rest of `out` is left alone.
-    pub fn write(&self, which: Which, compact: bool, out: ViewMut<'_>, kernels: &'static Kernels) {
+    /// Writes all keys or values to `out` `[B, H, n, D]`, dequantised: each at its position, of which `first` is the first that is
+    /// wanted, or without that in the order of those that are held. The rest of `out` is left alone.
+    pub fn write(&self, which: Which, first: Option<usize>, out: ViewMut<'_>, kernels: &'static Kernels) {
         let [.., dim] = out.shape();
         let work = COPYING * out.shape().iter().product::<usize>();
         pool::map(work, self.heads().zip(out.split()).collect(), |(head, mut out)| {
             let (mut scratch, mut order) = (Scratch::new(kernels), 0..);
             let write = |position: u32, row: &[f32]| {
                 let order = order.next().unwrap_or(0);
-                out.write_row([0, 0, if compact { order } else { position as usize }], row);
+                if let Some(place) = first.map_or(Some(order), |first| (position as usize).checked_sub(first)) {
+                    out.write_row([0, 0, place], row);
+                }
             };
             match which {
                 Which::Keys => head.each_key(dim, &mut scratch, write),

@@ -33,6 +33,15 @@ impl Layer {
         change(shared.rows.iter_mut().filter(|row| wanted(row)).map(Arc::make_mut).collect());
     }
 
+    /// Gives back the room for tokens to come.
+    pub(super) fn fit(&mut self) {
+        let fit = |head: &mut KvHead| {
+            head.keys.fit();
+            head.values.fit();
+        };
+        self.each_unique(|_| true, |rows| rows.into_iter().flatten().for_each(fit));
+    }
+
     /// Checks that [`Self::crop`] can be done.
     ///
     /// # Errors

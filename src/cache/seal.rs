@@ -102,6 +102,16 @@ impl<P: Page> Side<P> {
         Ok(())
     }
 
+    /// Gives back the room for tokens to come.
+    pub(super) fn fit(&mut self) {
+        self.own();
+        self.tail = self.tail.copy(0..self.tail.len());
+        if let Some(last) = self.segments.last_mut().filter(|last| last.is_open()) {
+            last.cut_front(0);
+        }
+        self.segments.shrink_to_fit();
+    }
+
     /// Seals `due` tokens of the tail; `sinks` before them stay exact.
     fn seal_tail(&mut self, codec: &P::Codec, sinks: usize, mut due: usize) -> Result<()> {
         if due > 0 && sinks > 0 {

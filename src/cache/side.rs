@@ -23,6 +23,12 @@ impl<P: Page> Segment<P> {
         self.page.room() > 0 && self.len == self.page.tokens()
     }
 
+    /// Lets its `n` oldest tokens go.
+    pub(super) fn cut_front(&mut self, n: usize) {
+        let kept: Vec<usize> = (n..self.len).collect();
+        *self = Self { len: kept.len(), page: Arc::new(self.page.part(&kept)) };
+    }
+
     /// The rows of an exact page.
     pub(super) fn exact(&self) -> Slice<'_> {
         self.page.as_exact().expect("an exact page").slice(0..self.len)

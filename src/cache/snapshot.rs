@@ -36,12 +36,14 @@ enum Row {
 impl Layer {
     /// What it is like now, before so many tokens come.
     pub(super) fn snapshot(&mut self, new: usize) -> Snapshot {
-        let few = new <= self.codecs().window();
-        let eviction = self.methods.eviction.clone();
-        let goes =
-            |row: &Sequence| eviction.as_ref().is_some_and(|eviction| row.iter().any(|head| head.is_due(eviction)));
-        let mut save = |row: &mut Arc<Sequence>| match Arc::get_mut(row) {
-            Some(heads) if few && !goes(heads) && !heads.iter().any(KvHead::lends) => {
+        let few = !self.is_long(new);
+        let goes = |row: &Sequence| {
+            self.eviction().is_some_and(|eviction| row.iter().any(|head| head.is_due(eviction)))
+                || self.slides(row, self.seen.saturating_add(new))
+        };
+        let goes: Vec<bool> = self.rows.iter().map(|row| few && goes(row)).collect();
+        let save = |(row, goes): (&mut Arc<Sequence>, bool)| match Arc::get_mut(row) {
+            Some(heads) if few && !goes && !heads.iter().any(KvHead::lends) => {
                 Row::Marks(heads.iter_mut().map(KvHead::mark).collect())
             }
             _ => Row::Whole(Arc::clone(row)),
@@ -49,7 +51,7 @@ impl Layer {
         Snapshot {
             shape: self.shape,
             room: self.rows.capacity(),
-            rows: self.rows.iter_mut().map(&mut save).collect(),
+            rows: self.rows.iter_mut().zip(goes).map(save).collect(),
             seen: self.seen,
             final_to: self.final_to,
         }

@@ -29,6 +29,7 @@ impl Cache {
             packed.layer.check(&k.view(), &v.view())?;
             let first = packed.layer.seen() == 0;
             let gone = packed.gone();
+            packed.state.missed = gone;
             packed.state.pending = Some(Pending { k, v });
             packed.version = version;
             let given = Given { version, first, tokens: packed.seen() - gone };
@@ -63,6 +64,20 @@ impl Cache {
         })
     }
 
+    /// Stores what layer `i` was just given before anything has read it, in no more memory than that takes: nothing follows it.
+    ///
+    /// # Errors
+    /// What does not fit, and the forward is rolled back.
+    pub fn store(&mut self, i: usize) -> Result<()> {
+        self.step(|cache| {
+            let recording = cache.recording.is_some();
+            let packed = cache.packed_mut(i)?;
+            packed.commit_unread(recording)?;
+            packed.layer.fit();
+            Ok(())
+        })
+    }
+
     /// Stores what layer `i` was given last, then writes the attention of the newest positions' queries to `out`. Returns
     /// whether the forward is over.
     ///
@@ -93,7 +108,7 @@ impl Cache {
             }
             packed.state.counts.fused += 1;
             packed.watch(&queries, &attention, kernels)?;
-            if new > packed.layer.codecs().window() && !recording && !packed.shared {
+            if packed.layer.is_long(new) && !recording && !packed.shared {
                 packed.layer.flush()?; // a long chunk would otherwise be held exactly in all layers at once
             }
             Ok(cache.attention_ends(i))

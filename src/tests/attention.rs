@@ -49,8 +49,8 @@ fn dense(layer: &Layer, case: &Case, kernels: &'static Kernels) -> (Vec<f32>, Ve
     let shape = |d| [case.batch, case.heads, layer.seen(), d];
     let mut k = vec![0.0f32; shape(case.key_dim).iter().product()];
     let mut v = vec![0.0f32; shape(case.value_dim).iter().product()];
-    layer.write(Which::Keys, false, ViewMut::of_slice(&mut k, shape(case.key_dim)), kernels);
-    layer.write(Which::Values, false, ViewMut::of_slice(&mut v, shape(case.value_dim)), kernels);
+    layer.write(Which::Keys, Some(0), ViewMut::of_slice(&mut k, shape(case.key_dim)), kernels);
+    layer.write(Which::Values, Some(0), ViewMut::of_slice(&mut v, shape(case.value_dim)), kernels);
     (k, v)
 }
 

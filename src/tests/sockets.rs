@@ -221,7 +221,7 @@ fn a_layer_may_read_what_another_holds() {
     let mut apart = Cache::new(layers(), 1, true).with_share(&Apart);
     let mut shared = Cache::new(layers(), 1, true).with_share(&First);
     for cache in [&mut apart, &mut shared] {
-        cache.load(0, &kept(1).view(), &kept(2).view(), None).unwrap();
+        cache.load(0, &kept(1).view(), &kept(2).view(), None, 0).unwrap();
     }
     assert_eq!(apart.seen(1).unwrap(), 0);
     assert_eq!((shared.seen(0).unwrap(), shared.seen(1).unwrap()), (30, 30));

@@ -23,12 +23,16 @@ class Site:
         layers: how many layers the model has.
         config: the configuration of the model's decoder.
         model: the model, where the cache was made for one and not for a configuration.
+        window: how many of the newest tokens a query sees, its own among them; None: all.
+        encoder: whether it holds an encoder's tokens, for a decoder's attention to them.
     """
 
     layer: int
     layers: int
     config: Any
     model: Any = None
+    window: int | None = None
+    encoder: bool = False
 
 
 class Property(Enum):

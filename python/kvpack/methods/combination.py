@@ -137,16 +137,24 @@ class Methods:
         return ", ".join(repr(method) for family in order if (method := getattr(self, family)) is not None)
 
     def make_layer(self, site: Site | None = None) -> _kvpack.Layer:
-        """How a layer stores its tokens, which of them stay, and which a step of decoding reads."""
+        """How a layer stores its tokens, which of them stay, and which a step of decoding reads.
+
+        Of a layer with a sliding window the tokens stay that the model sees, and all of them are read.
+        """
+        window = None if site is None else site.window
+        whole = window is not None
+        # What is calibrated for a layer is so for the tokens of its own model part.
+        place = None if site is not None and site.encoder else site
         return _kvpack.Layer(
-            self.quantize.keys_codec(site),
-            self.quantize.values_codec(site),
-            evict=None if self.evict is None else self.evict.make(site),
-            compact=None if self.compact is None else self.compact.make(site),
-            select=None if self.select is None else self.select.make(site),
+            self.quantize.keys_codec(place),
+            self.quantize.values_codec(place),
+            evict=None if self.evict is None or whole else self.evict.make(site),
+            compact=None if self.compact is None or whole else self.compact.make(site),
+            select=None if self.select is None or whole else self.select.make(site),
             prune=None if self.prune is None else self.prune.make(site),
-            selects=self.select is not None,
-            center=self.quantize.centers(site),
+            selects=self.select is not None and not whole,
+            center=self.quantize.centers(place),
+            window=window,
         )
 
     def make_cache(

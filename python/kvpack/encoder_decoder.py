@@ -1,0 +1,122 @@
+"""The cache of a model with an encoder: its decoder's own tokens, and what the decoder reads of the encoder's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EncoderDecoderCache
+
+from .cache import PackedCache
+from .memory import Memory
+from .methods import Evict, Quantize, Select
+
+
+class EncoderCache(PackedCache):
+    """Keys and values of an encoder's tokens, for the decoder's attention to them: written once, read at each step.
+
+    Which of them are pads is not known: a mask may hide from some queries what others see.
+    """
+
+    _of_encoder = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes all keys `[B, Hkv, n, Dk]` and values `[B, Hkv, n, Dv]` of a layer, and packs them at once.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, NonFiniteError, GradError, OptionError: the tensors do not fit.
+        """
+        given = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.store.store(layer_idx, torch.get_num_threads())
+        given[0].__dict__.pop("_kvpack_reading", None)  # nobody need tell of having read them
+        return given
+
+
+class _Updated(dict[int, bool]):
+    """Which layers hold the encoder's tokens: what the cache of those says."""
+
+    def __init__(self, cache: PackedCache) -> None:
+        super().__init__(dict.fromkeys(range(len(cache)), False))
+        self.cache = cache
+
+    def __getitem__(self, layer: int) -> bool:
+        layers = self.cache.layers
+        return bool(layers[layer].get_seq_length() > 0)
+
+    def get(self, layer: int, default: Any = None) -> Any:
+        """Whether that layer holds them."""
+        try:
+            return self[layer]
+        except IndexError:
+            return default
+
+
+class PackedEncoderDecoderCache(EncoderDecoderCache):
+    """A packed cache for a model with an encoder (T5, BART, Whisper ...): `model.generate(..., past_key_values=cache)`.
+
+    A transformers EncoderDecoderCache of two packed caches.
+
+    Attributes:
+        self_attention_cache: the PackedCache of the decoder's own tokens.
+        cross_attention_cache: the PackedCache of the encoder's.
+    """
+
+    self_attention_cache: PackedCache
+    cross_attention_cache: PackedCache
+
+    def __init__(
+        self,
+        model_or_config: Any,
+        *,
+        evict: Evict | None = None,
+        quantize: Quantize | None = None,
+        select: Select | None = None,
+        cross: Quantize | None = None,
+    ) -> None:
+        """An empty cache for one model.
+
+        Args:
+            model_or_config: the transformers model on the CPU, or its configuration.
+            evict: which of the decoder's tokens stay; without it all.
+            quantize: how they are stored; without it `Exact()`.
+            select: which of them a step of decoding reads; without it all.
+            cross: how the encoder's tokens are stored; without it as `quantize` says.
+
+        Raises:
+            OptionError: an option is not accepted, does not fit the model, or is calibrated for the decoder's own
+                tokens and would store the encoder's.
+            DeviceError: the model is on another device.
+        """
+        super().__init__(
+            PackedCache(model_or_config, evict=evict, quantize=quantize, select=select),
+            EncoderCache(model_or_config, quantize=quantize if cross is None else cross),
+        )
+
+        self.is_updated = _Updated(self.cross_attention_cache)
+
+    def fork(self) -> PackedEncoderDecoderCache:
+        """A copy that shares all pages with this one; each side copies only what it changes."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.self_attention_cache = self.self_attention_cache.fork()
+        other.cross_attention_cache = self.cross_attention_cache.fork()
+        other.is_updated = _Updated(other.cross_attention_cache)
+        return other
+
+    __copy__ = fork
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedEncoderDecoderCache:
+        memo[id(self)] = other = self.fork()
+        return other
+
+    def memory(self) -> Memory:
+        """Bytes held, measured from the allocations: by part, by layer of the decoder, in total."""
+        both = [self.self_attention_cache.memory(), self.cross_attention_cache.memory()]
+        parts = {name: sum(memory.parts[name] for memory in both) for name in both[0].parts}
+        return Memory(parts, [sum(layers) for layers in zip(*(memory.layers for memory in both), strict=True)])
+
+    def check_dynamic_cache(self, method: str) -> None:
+        """Nothing to do: packed caches have all methods."""
