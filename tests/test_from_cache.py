@@ -18,7 +18,6 @@ from support import (
 )
 from test_architectures import FUSED, config_of
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
@@ -95,7 +94,7 @@ def test_hybrid_models_keep_transformers_own_layers(name: str) -> None:
     model(ids, past_key_values=prefilled)
     packed = [type(layer).__name__ == "PackedLayer" for layer in made.layers]
     assert any(packed)
-    assert not all(packed)
+    assert all(packed) == (name != "qwen3_next")
     for is_packed, layer, own, original in zip(packed, made.layers, prefilled.layers, full.layers, strict=True):
         assert type(layer) is type(own)
         if not is_packed:
@@ -111,8 +110,9 @@ def test_hybrid_models_keep_transformers_own_layers(name: str) -> None:
 def test_repr_says_which_layers_are_packed() -> None:
     config = config_of("gemma3_text", FUSED["gemma3_text"])
     cache = kvpack.PackedCache(config, quantize=kvpack.KIVI(bits=4, group=16))
-    sliding = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    assert len(sliding) == 5
-    assert "DynamicSlidingWindowLayer" in repr(cache)
-    assert "PackedLayer" in repr(cache)
+    assert [layer.is_sliding for layer in cache.layers] == [True] * 5 + [False]
+    assert "6 PackedLayer" in repr(cache)
+    states = kvpack.PackedCache(config_of("qwen3_next", FUSED["qwen3_next"]))
+    assert "LinearAttentionLayer" in repr(states)
+    assert "1 PackedLayer" in repr(states)
     assert "KIVI(bits=4" in repr(cache)

@@ -11,7 +11,7 @@ from typing import Any
 import kvpack
 import pytest
 import torch
-from support import CODECS, codec_id, every_codec, forward, random_kv, stored_bits, tiny_config
+from support import CODECS, codec_id, every_codec, forward, random_kv, stored_bits, tiny_config, tiny_model
 
 TOKENS = 16_384
 SHAPES = [(3, 64), (8, 128)]
@@ -243,13 +243,18 @@ def test_the_parts_are_what_they_are_called() -> None:
 def test_what_transformers_holds_is_counted_too() -> None:
     from test_architectures import FUSED, config_of
 
-    config = config_of("gemma3_text", FUSED["gemma3_text"])
-    cache = kvpack.PackedCache(config)
-    for layer in range(config.num_hidden_layers):
-        cache.update(*random_kv(1, 2, 100, 16), layer)
-    sliding = [layer for layer in cache.layers if layer.is_sliding]
-    assert len(sliding) == 5
-    expected = sum(layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes() for layer in sliding)
+    model = tiny_model(config_of("qwen3_next", FUSED["qwen3_next"]))
+    cache = kvpack.PackedCache(model)
+    model(torch.arange(3, 40)[None], past_key_values=cache)
+    states = [
+        state
+        for layer in cache.layers
+        if hasattr(layer, "conv_states")
+        for held in (layer.conv_states, layer.recurrent_states)
+        for state in held.values()
+    ]
+    assert states
+    expected = sum(state.untyped_storage().nbytes() for state in states)
     assert cache.memory().parts["other layers"] == pytest.approx(expected, rel=0.02)
 
 

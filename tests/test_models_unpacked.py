@@ -16,9 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 SSM = {"state_size": 8}
 UNPACKED: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 8, "num_key_value_heads": 2},
-    "starcoder2": {"sliding_window": 8, "num_key_value_heads": 2},
     "mamba": SSM,
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 32, "n_groups": 1},
 }
 
 

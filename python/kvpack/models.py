@@ -241,9 +241,7 @@ def check_generate(model: Any) -> None:
 
 
 _KINDS = (
-    ("Sliding", "a sliding window, which is small already"),
     ("Indexed", "sparse attention with an index of its own"),
-    ("LinearAttentionAnd", "states of a recurrence beside attention"),
     ("LinearAttention", "states of a recurrence, no attention"),
     ("Dummy", "another layer's keys and values, or no attention"),
 )
@@ -254,7 +252,7 @@ def describe_unpacked(layers: Sequence[Any]) -> str | None:
     kinds: dict[str, int] = {}
     for layer in layers:
         name = type(layer).__name__
-        if name == "PackedLayer":
+        if name in ("PackedLayer", "PackedHybridLayer"):
             return None
         kinds[name] = kinds.get(name, 0) + 1
     told = []
@@ -262,6 +260,7 @@ def describe_unpacked(layers: Sequence[Any]) -> str | None:
         why = next((why for part, why in _KINDS if part in name), "a kind of its own")
         told.append(f"{count} {name} ({why})")
     return (
-        f"nothing is packed: kvpack packs layers of full attention, and this model has {' and '.join(told) or 'none'}. "
+        "nothing is packed: kvpack packs layers of full attention, of sliding windows and of chunks, and this model has "
+        f"{' and '.join(told) or 'none'}. "
         "They stay transformers' own, and quantize=, evict= and select= do nothing."
     )
