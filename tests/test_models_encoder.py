@@ -1,7 +1,8 @@
-"""Models with an encoder: the self-attention of their decoders is packed."""
+"""Models with an encoder: what their decoders hold of their own tokens and of the encoder's is packed."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import kvpack
@@ -15,6 +16,7 @@ from transformers import (
     EncoderDecoderCache,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    MusicgenForConditionalGeneration,
     WhisperForConditionalGeneration,
 )
 
@@ -78,6 +80,91 @@ def test_attach_to_models_with_an_encoder(kind: str, beams: int) -> None:
     assert [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")] == before
 
 
+def inputs_of(kind: str) -> dict[str, torch.Tensor]:
+    """Two rows, the second padded."""
+    if kind == "whisper":
+        return {"input_features": torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(0))}
+    mask = torch.ones(2, 37, dtype=torch.long)
+    mask[1, 30:] = 0
+    return {"input_ids": torch.arange(3, 77).view(2, 37) * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("kind", [*ENCODERS, "whisper"])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.filterwarnings("ignore:.*instead of 'kvpack'")
+def test_both_caches_packed(kind: str, beams: int) -> None:
+    inputs, reference = inputs_of(kind), with_encoder(kind)
+    expected = reference.generate(**inputs, **GREEDY, num_beams=beams)
+    for attention in (None, "kvpack"):
+        model = with_encoder(kind, attention)
+        for cross in (None, kvpack.Q8()):
+            cache = kvpack.PackedEncoderDecoderCache(model, cross=cross)
+            assert torch.equal(model.generate(**inputs, **GREEDY, num_beams=beams, past_key_values=cache), expected)
+            crossed = cache.cross_attention_cache
+            assert (crossed.lossy_share() > 0) == (cross is not None)
+            assert crossed.memory().parts["pending"] == 0
+            in_place = attention is not None and kind not in ("longt5", "bert2bert")
+            assert (crossed.info()["fused"] > 0) == in_place
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_prompt_lookup_with_an_encoder(kind: str) -> None:
+    inputs, model = {"input_ids": torch.arange(3, 40)[None]}, with_encoder(kind, "kvpack")
+    options = {**GREEDY, "max_new_tokens": 20, "prompt_lookup_num_tokens": 3}
+    expected = with_encoder(kind).generate(**inputs, **options)
+    cache = kvpack.PackedEncoderDecoderCache(model)
+    assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
+    with kvpack.attach(model):
+        assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_steps_of_a_copy_of_both_caches() -> None:
+    model = with_encoder("bart", "kvpack")
+    ids = torch.tensor([[1, 5, 9]])
+    cache = kvpack.PackedEncoderDecoderCache(model)
+    model(**INPUTS, decoder_input_ids=ids, past_key_values=cache, use_cache=True)
+    copies = [cache.fork(), copy.deepcopy(cache)]
+    assert cache.memory().total == sum(
+        part.memory().total for part in (cache.self_attention_cache, cache.cross_attention_cache)
+    )
+    logits = [
+        model(**INPUTS, decoder_input_ids=ids[:, :1], past_key_values=one, use_cache=True).logits
+        for one in (cache, *copies)
+    ]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_a_forward_that_failed_between_the_two_caches_is_done_again() -> None:
+    model = with_encoder("bart", "kvpack")
+    expected = model(**INPUTS, decoder_input_ids=torch.tensor([[1, 5]])).logits
+    cache = kvpack.PackedEncoderDecoderCache(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("now")
+
+    hook = model.model.decoder.layers[1].encoder_attn.k_proj.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="now"):
+        model(**INPUTS, decoder_input_ids=torch.tensor([[1, 5]]), past_key_values=cache, use_cache=True)
+    hook.remove()
+    assert cache.get_seq_length() == 0
+    again = model(**INPUTS, decoder_input_ids=torch.tensor([[1, 5]]), past_key_values=cache, use_cache=True).logits
+    assert (again - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["t5", "whisper"])
+def test_bytes_of_an_encoders_tokens(kind: str) -> None:
+    shape = {"num_heads": 4, "d_kv": 64, "d_model": 256} if kind == "t5" else {}
+    config = CONFIG_MAPPING["t5"](**{**T5, **shape, "num_layers": 4}) if kind == "t5" else CONFIG_MAPPING["whisper"]()
+    cache = kvpack.PackedEncoderDecoderCache(config, cross=kvpack.Q8())
+    keys = torch.randn(1, 4, 1024, 64)
+    for layer in range(len(cache)):
+        cache.cross_attention_cache.update(keys, keys, layer)
+    held = cache.cross_attention_cache.memory()
+    assert held.parts["exact"] == 0
+    assert held.total < 0.545 * len(cache) * 2 * keys.numel() * 2  # of float16
+
+
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 @pytest.mark.filterwarnings("ignore:.*instead of 'kvpack'")
 def test_a_packed_cache_within_an_encoder_decoder_cache(kind: str) -> None:
@@ -106,8 +193,31 @@ def test_a_forward_with_a_packed_cache_alone_is_refused_too(kind: str) -> None:
         model(**INPUTS, decoder_input_ids=torch.tensor([[1, 5]]), past_key_values=cache, use_cache=True)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_attach_to_a_model_that_generates_several_times(beams: int) -> None:
+    model, options = with_encoder("whisper"), {"max_new_tokens": 6, "num_beams": beams, "do_sample": False}
+    for frames in (100, 250):  # two and a half times what the encoder takes
+        inputs = {"input_features": torch.randn(1, 8, frames, generator=torch.Generator().manual_seed(0))}
+        if frames > 100:
+            inputs["attention_mask"] = torch.ones(1, frames, dtype=torch.long)
+            options["return_timestamps"] = True
+            model.generation_config.no_timestamps_token_id = 90
+        expected = model.generate(**inputs, **options)
+        with kvpack.attach(model) as handle:
+            assert torch.equal(model.generate(**inputs, **options), expected)
+            assert handle.cache.info()["fused"] > 0
+
+
 def test_attach_refuses_models_that_generate_in_ways_of_their_own() -> None:
-    model = with_encoder("whisper")
+    model = type("Model", (), {"generate": MusicgenForConditionalGeneration.generate, "set_attn_implementation": None})
     with pytest.raises(kvpack.OptionError, match=r"generate is its own.*part of it"):
-        kvpack.attach(model)
-    assert "generate" not in vars(model)
+        kvpack.attach(model())
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_through_transformers_own_plug_in_point(kind: str, beams: int) -> None:
+    model = with_encoder(kind, "kvpack")
+    expected = with_encoder(kind).generate(**INPUTS, **GREEDY, num_beams=beams)
+    got = model.generate(**INPUTS, **GREEDY, num_beams=beams, custom_generate=kvpack.generate, quantize=kvpack.Exact())
+    assert torch.equal(got, expected)

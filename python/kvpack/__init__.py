@@ -24,6 +24,7 @@ from .encoder_decoder import PackedEncoderDecoderCache as PackedEncoderDecoderCa
 from .errors import *
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
+from .generation import generate as generate
 from .memory import Memory as Memory
 from .methods import PRESETS
 from .methods.compact import *
@@ -40,7 +41,7 @@ if not TYPE_CHECKING:  # type checkers see the imports, and no old names
 
     _parts = (companions, errors, quantize, evict, select, compact, prune, share)
     _classes = "Attachment Evaluation Memory PackedCache PackedEncoderDecoderCache"
-    _functions = "attach calibrate evaluate info load_calibration"
+    _functions = "attach calibrate evaluate generate info load_calibration"
     _own = f"{_classes} {_functions} plot presets".split()
     __all__ = sorted([*_own, *(name for part in _parts for name in part.__all__)])
 

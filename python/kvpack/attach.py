@@ -7,13 +7,14 @@ import warnings
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
 from transformers import Cache
 
 from . import models
 from .cache import PackedCache
-from .encoder_decoder import PackedEncoderDecoderCache
 from .errors import OptionError
 from .forward import CACHE_ARGUMENT
+from .generation import new_cache, run
 from .methods import Evict, Quantize, Select
 
 
@@ -31,7 +32,10 @@ class _Generate:
         """As the model's `generate`."""
         attachment = self.attachment
         if attachment.attached and _wants_our_cache(attachment.model, args, kwargs):
-            kwargs[CACHE_ARGUMENT] = attachment.make_cache()
+            if models.generates_several(attachment.model):
+                kwargs["custom_generate"] = attachment.generate_each
+            else:
+                kwargs[CACHE_ARGUMENT] = attachment.make_cache()
         generate = self.own or _generate_of(attachment.model)
         return generate(*args, **kwargs)
 
@@ -64,12 +68,14 @@ class Attachment:
 
     def make_cache(self) -> Cache:
         """A fresh cache for a call of `generate`; `cache` is what of it is packed."""
-        if models.has_encoder(self.model):
-            both = PackedEncoderDecoderCache(self.model, **self._options)
-            self.cache = both.self_attention_cache
-            return both
-        self.cache = PackedCache(self.model, **self._options)
-        return self.cache
+        made, self.cache = new_cache(self.model, **self._options)
+        return made
+
+    def generate_each(
+        self, model: Any, input_ids: Tensor, *, inputs_tensor: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """One of several generations that the model's own `generate` runs."""
+        return run(model, input_ids, self.make_cache(), inputs_tensor, kwargs)
 
     def copy_for(self, model: Any, own: Any) -> _Generate:
         """The wrapper of a copy of the model, which may still be in the making."""
@@ -160,7 +166,7 @@ def _implementations(config: Any) -> str | dict[str, Any] | None:
 
 def _wants_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of `generate` is left to kvpack; warns where the model's own defaults say it is not."""
-    if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
+    if any(kwargs.get(name) is not None for name in ("past_key_values", "cache", "custom_generate")):
         return False
     given = args[1] if len(args) > 1 else kwargs.get("generation_config")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # What `generate` calls its cache: transformers 5.24 renamed it, and warns of the old name.
 CACHE_ARGUMENT = (
@@ -28,6 +29,8 @@ def forward(model: Any, ids: Tensor, *, first: int = 0, gradients: bool = False)
         The cache, whose layers have all keys and values `[1, H, n, D]`, and the mean loss of the next token.
     """
     cache = DynamicCache(config=model.config)
+    # All tokens are wanted, those too that a sliding window passes: masks say what is seen.
+    cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
     arguments: dict[str, Any] = {CACHE_ARGUMENT: cache, "use_cache": True}
     if first and "position_ids" in signature(model.forward).parameters:
         arguments["position_ids"] = torch.arange(first, first + ids.shape[1])[None]

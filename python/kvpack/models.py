@@ -63,6 +63,9 @@ _REFUSED = {
     "xlstm": "keeps the states of a recurrence of its own",
 }
 
+# transformers' classes whose own `generate` calls the general one for each part of the input, with what else it was given.
+_SEVERAL = frozenset({"whisper"})
+
 # Decoders of models that do not say so and yet read another part's tokens through an EncoderDecoderCache.
 _READS_AN_ENCODER = frozenset({"blip_text_model"})
 
@@ -223,16 +226,27 @@ def given_alone() -> OptionError:
     )
 
 
+def generates_several(model: Any) -> bool:
+    """Whether the model's own `generate` runs transformers' several times, and passes `custom_generate` on to it."""
+    return _family(model) in _SEVERAL
+
+
+def _family(model: Any) -> str | None:
+    """Which of transformers' models the model's own `generate` is of; None where it is transformers' general one."""
+    generate = getattr(type(model), "generate", None)
+    module = getattr(generate, "__module__", "")
+    own = generate is not GenerationMixin.generate and module.startswith("transformers.models.")
+    return module.split(".")[2] if own else None
+
+
 def check_generate(model: Any) -> None:
     """Refuses to attach to a model whose `generate` is its own and may use one cache for several generations.
 
     Raises:
         OptionError: it is such a model.
     """
-    generate = getattr(type(model), "generate", None)
-    module = getattr(generate, "__module__", "")
-    family = module.split(".")[2] if module.startswith("transformers.models.") else None
-    if generate is not GenerationMixin.generate and family is not None and family not in _DELEGATES:
+    family = _family(model)
+    if family is not None and family not in _DELEGATES | _SEVERAL:
         raise OptionError(
             f"model: given a {type(model).__name__}, whose generate is its own and may run several generations, which "
             "one cache cannot serve; expected the part of it that generates text (or give generate a cache, where a "

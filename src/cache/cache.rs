@@ -216,14 +216,7 @@ impl Cache {
     ///
     /// # Errors
     /// What does not fit; the layer is empty then.
-    pub fn load(
-        &mut self,
-        i: usize,
-        k: &View<'_>,
-        v: &View<'_>,
-        valid: Option<&[bool]>,
-        missing: usize,
-    ) -> Result<()> {
+    pub fn load(&mut self, i: usize, k: &View<'_>, v: &View<'_>, valid: Option<&[bool]>, missing: usize) -> Result<()> {
         self.settle_forward()?;
         let packed = self.packed_mut(i)?;
         expect("layer: tokens before another cache's are packed", packed.seen(), 0)?;

@@ -6,8 +6,8 @@ use super::layer::{COPYING, Layer, Shape, expect};
 use super::observe::gather;
 use super::tasks::{Merged, Task, merged, tasks};
 use crate::attend::{
-    Attention, KeyChunk, Mask, Partial, Queries, Scratch, Seen, SinkLogits, Softmax, Summary, SummaryQueries, Visibility,
-    attend_many, attend_one, chunks_in, key_chunks,
+    Attention, KeyChunk, Mask, Partial, Queries, Scratch, Seen, SinkLogits, Softmax, Summary, SummaryQueries,
+    Visibility, attend_many, attend_one, chunks_in, key_chunks,
 };
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
@@ -170,7 +170,11 @@ impl Layer {
             |what, given: String, expected: String| -> Result<Shape> { Err(Error::Shape { what, given, expected }) };
         let seen = self.seen();
         if queries == 0 || queries > seen && request.mask.is_none() {
-            return refuse("query: tokens", queries.to_string(), format!("1 to {seen}, the positions seen, without a mask"));
+            return refuse(
+                "query: tokens",
+                queries.to_string(),
+                format!("1 to {seen}, the positions seen, without a mask"),
+            );
         }
         if query_heads == 0 || !query_heads.is_multiple_of(shape.heads) {
             let expected = format!("a multiple of {} KV heads", shape.heads);

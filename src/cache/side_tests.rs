@@ -27,6 +27,8 @@ enum Change {
     Retain(u64),
     /// The newest tokens go.
     Cut(usize),
+    /// The oldest tokens go.
+    Slide(usize),
     /// The tail is lent to copies.
     Lend,
     /// Tokens come and pages are sealed, and all of it is rolled back.
@@ -39,6 +41,7 @@ fn changes() -> impl Strategy<Value = Vec<Change>> {
         4 => Just(Change::Seal),
         1 => any::<u64>().prop_map(Change::Retain),
         1 => (1usize..90).prop_map(Change::Cut),
+        1 => (1usize..150).prop_map(Change::Slide),
         1 => Just(Change::Lend),
         1 => (1usize..150).prop_map(Change::RollBack),
     ];
@@ -114,6 +117,11 @@ fn check<P: Readable>(codec: &P::Codec, changes: &[Change], tolerance: f32) {
             Change::Cut(n) => {
                 held.truncate(held.len().saturating_sub(n));
                 side.truncate(held.len());
+            }
+            Change::Slide(n) => {
+                let n = side.whole(n.min(held.len()));
+                side.drop_oldest(n);
+                held.drain(..n);
             }
             Change::Lend => side.lend(),
             Change::RollBack(n) => {

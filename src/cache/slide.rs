@@ -80,7 +80,7 @@ impl KvHead {
 
 impl<P: Page> Side<P> {
     /// The most of the `n` oldest tokens that are whole granules.
-    fn whole(&self, n: usize) -> usize {
+    pub(super) fn whole(&self, n: usize) -> usize {
         let mut before = 0;
         for segment in &self.segments {
             if before + segment.len > n {
@@ -93,7 +93,7 @@ impl<P: Page> Side<P> {
     }
 
     /// Lets the `n` oldest tokens go, which are whole granules.
-    fn drop_oldest(&mut self, mut n: usize) {
+    pub(super) fn drop_oldest(&mut self, mut n: usize) {
         if n > self.sealed_tokens() {
             self.own();
         }

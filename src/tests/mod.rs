@@ -5,6 +5,7 @@
 mod attention;
 mod kvquant;
 mod memory;
+mod sliding;
 mod sockets;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
