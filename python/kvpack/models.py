@@ -63,7 +63,7 @@ _REFUSED = {
     "xlstm": "keeps the states of a recurrence of its own",
 }
 
-# transformers' classes whose own `generate` calls the general one for each part of the input, with what else it was given.
+# transformers' classes whose own `generate` calls the general one for each part of the input, with what else it got.
 _SEVERAL = frozenset({"whisper"})
 
 # Decoders of models that do not say so and yet read another part's tokens through an EncoderDecoderCache.
@@ -274,7 +274,7 @@ def describe_unpacked(layers: Sequence[Any]) -> str | None:
         why = next((why for part, why in _KINDS if part in name), "a kind of its own")
         told.append(f"{count} {name} ({why})")
     return (
-        "nothing is packed: kvpack packs layers of full attention, of sliding windows and of chunks, and this model has "
+        "nothing is packed: kvpack packs layers of full attention, of sliding windows and of chunks; this model has "
         f"{' and '.join(told) or 'none'}. "
         "They stay transformers' own, and quantize=, evict= and select= do nothing."
     )

@@ -160,6 +160,8 @@ impl KvHead {
         if centers && self.positions.is_empty() {
             self.center = Some(mean(k, at));
         }
+        self.keys.headless |= new.start > 0;
+        self.values.headless |= new.start > 0;
         let step = if codecs.is_some() { STEP } else { new.len().max(1) };
         let as_they_are = self.center.is_none() && !matches!(self.pruned, Pruned::Sliced { .. });
         for start in new.clone().step_by(step) {

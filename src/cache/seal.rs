@@ -53,7 +53,7 @@ impl<P: Page> Side<P> {
 
     /// Tokens, of those that wait, that stay exact when the first page is sealed.
     fn sinks(&self, codec: &P::Codec) -> usize {
-        if self.sealed().is_empty() { codec.sinks() } else { 0 }
+        if self.sealed().is_empty() && !self.headless { codec.sinks() } else { 0 }
     }
 
     fn due(&self, codec: &P::Codec) -> usize {

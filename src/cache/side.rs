@@ -41,6 +41,8 @@ pub(super) struct Side<P> {
     pub(super) segments: Vec<Segment<P>>,
     /// How many of the last segments are [lent](super::seal).
     pub(super) lent: usize,
+    /// Whether the sequence's first tokens have left it, and there are no sinks any more.
+    pub(super) headless: bool,
     pub(super) tail: Rows,
     /// Copied before a change, as pages are.
     pub(super) plan: Arc<Plan>,
@@ -87,7 +89,7 @@ impl<P: Page> Side<P> {
 
     /// An empty one of KV head number `head`.
     pub(super) fn new(head: usize, tail: Rows) -> Self {
-        Self { segments: Vec::new(), lent: 0, tail, plan: Arc::new(Plan::new(head)) }
+        Self { segments: Vec::new(), lent: 0, headless: false, tail, plan: Arc::new(Plan::new(head)) }
     }
 
     /// What the method decided.

@@ -97,6 +97,7 @@ impl<P: Page> Side<P> {
         if n > self.sealed_tokens() {
             self.own();
         }
+        self.headless |= n > 0;
         let whole = self.segments.iter().take_while(|segment| {
             let leaves = segment.len <= n;
             n -= if leaves { segment.len } else { 0 };

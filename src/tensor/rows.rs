@@ -122,7 +122,7 @@ impl Rows {
                     self.dropped -= free;
                     self.held = self.held.map(|_| 0);
                 }
-                let rows = need + (need / 4).clamp(1, SPARE_ROWS) + need / 8;
+                let rows = need + (need / 4).clamp(1, SPARE_ROWS);
                 if need * self.dim > x.capacity() {
                     memory::reserve(x, rows * self.dim - x.len());
                 }
@@ -165,7 +165,7 @@ impl Rows {
     fn reclaim(&mut self) {
         let held = self.len();
         each_buffer!(&mut self.data, x => {
-            let wasteful = x.capacity() > (2 * held + 2 * SPARE_ROWS) * self.dim;
+            let wasteful = x.capacity() > (held + held / 2 + 2 * SPARE_ROWS) * self.dim;
             if wasteful || self.dropped > held + SPARE_ROWS {
                 x.drain(..self.dropped * self.dim);
                 self.dropped = 0;

@@ -143,17 +143,18 @@ class Methods:
         """
         window = None if site is None else site.window
         whole = window is not None
+        quantize = self.quantize if window is None else self.quantize.within(window)
         # What is calibrated for a layer is so for the tokens of its own model part.
         place = None if site is not None and site.encoder else site
         return _kvpack.Layer(
-            self.quantize.keys_codec(place),
-            self.quantize.values_codec(place),
+            quantize.keys_codec(place),
+            quantize.values_codec(place),
             evict=None if self.evict is None or whole else self.evict.make(site),
             compact=None if self.compact is None or whole else self.compact.make(site),
             select=None if self.select is None or whole else self.select.make(site),
             prune=None if self.prune is None else self.prune.make(site),
             selects=self.select is not None and not whole,
-            center=self.quantize.centers(place),
+            center=quantize.centers(place),
             window=window,
         )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from ... import _kvpack
 from ..base import Method, Site
@@ -28,6 +29,17 @@ class Quantize(Method):
     def centers(self, site: Site | None = None) -> bool:
         """Whether a layer's keys are held less their mean."""
         return False
+
+    def within(self, window: int) -> Quantize:
+        """The codec for a layer of which queries see `window` tokens: at most an eighth of these stay exact.
+
+        Published windows are small beside the contexts that they are meant for; of a sliding window of 512 tokens 128
+        exact ones would be most of what is held. An exact window is whole groups, at least one.
+        """
+        own, group = getattr(self, "window", 0), getattr(self, "group", 1) or 1
+        most = max(window // 8 // group, 1) * group
+        codec: Any = self
+        return self if own <= most else replace(codec, window=most)
 
 
 class Compensated(Quantize):

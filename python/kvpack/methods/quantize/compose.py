@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from ... import _kvpack
@@ -50,6 +50,10 @@ class KeyValue(Quantize):
         """As the codec of keys."""
         return self.keys.centers(site)
 
+    def within(self, window: int) -> Quantize:
+        """Both within it."""
+        return replace(self, keys=self.keys.within(window), values=self.values.within(window))
+
     def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """That of `keys`."""
         return self.keys.keys_codec(site)
@@ -85,13 +89,21 @@ class ByLayer(Quantize):
         codecs = self.codecs() if site is None else (self.codec(site),)
         return any(codec.centers(site) for codec in codecs)
 
+    def within(self, window: int) -> Quantize:
+        """The same: each layer's codec is made so when the layer is."""
+        return self
+
+    def _at(self, site: Site | None) -> Quantize:
+        codec = self.codec(site)
+        return codec if site is None or site.window is None else codec.within(site.window)
+
     def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """That of the layer."""
-        return self.codec(site).keys_codec(site)
+        return self._at(site).keys_codec(site)
 
     def values_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """That of the layer."""
-        return self.codec(site).values_codec(site)
+        return self._at(site).values_codec(site)
 
 
 @dataclass(frozen=True)
