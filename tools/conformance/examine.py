@@ -1,0 +1,224 @@
+"""Examines one model: builds it, runs all modes with transformers' cache and kvpack's, and makes its row."""
+
+from __future__ import annotations
+
+import copy
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import kvpack
+import torch
+from kvpack.beside import tensor_bytes
+from torch import Tensor
+
+from . import models
+from .compare import EIGHT_BIT_TOLERANCE, HALF_FLOOR, HALF_RATIO, TOLERANCE, difference, distance
+from .modes import EIGHT_BITS, EVICTION, MODES, Mode, long, steps
+from .subject import Subject, attached, loaded, perturbed, reference, self_attention
+
+Row = dict[str, Any]
+EIGHT_BIT_NOISE = 0.005  # the deviation of a number's error on a grid of 255 steps over four to five deviations
+
+
+def examine(model_type: str, kind: str, tell: Callable[[str], None] = lambda _: None) -> Row:
+    """The row of a model: see `table.py` for what is in it.
+
+    Args:
+        model_type: as transformers names it.
+        kind: of its head: see `models.KINDS`.
+        tell: is told what is about to be done.
+    """
+    begun = time.perf_counter()
+    row: Row = {"model": model_type, "kind": kind, "class": models.class_name(model_type, kind)}
+    try:
+        tell("building")
+        model = models.build(model_type, kind)
+        inputs = models.inputs_of(model)
+        plain = steps(reference(model, inputs))
+    except Exception as error:
+        return {**row, "verdict": "not built", "why": _told(error), "seconds": round(time.perf_counter() - begun, 1)}
+    row.update(_examined(model, inputs, model_type, kind, plain, tell))
+    row["seconds"] = round(time.perf_counter() - begun, 1)
+    return row
+
+
+def _examined(
+    model: Any, inputs: Row, model_type: str, kind: str, plain: list[Tensor], tell: Callable[[str], None]
+) -> Row:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        expected = Expected(model, inputs, tell)
+        expected.known["steps"] = plain
+        row: Row = {"deviation": round(float(torch.cat([x.flatten() for x in plain]).std()), 2), "ways": {}}
+        by_name = models.build(model_type, kind, attention="kvpack")
+        by_name.load_state_dict(model.state_dict())
+        row["ways"]["loaded"] = _way(lambda: loaded(by_name, inputs), expected, tell, "loaded", row)
+        try:
+            with attached(model, inputs) as subject:
+                row["ways"]["attached"] = _way(lambda: subject, expected, tell, "attached", row)
+        except Exception as error:
+            row["ways"]["attached"] = _refusal(error)
+    row["nothing packed"] = any("nothing is packed" in str(w.message) for w in caught)
+    row["itself"] = {mode: why for mode, why in expected.itself.items() if why}
+    verdicts = [way["verdict"] for way in row["ways"].values()]
+    row["verdict"] = "wrong" if "wrong" in verdicts else "refused" if verdicts[0] == "refused" else "right"
+    return row
+
+
+class Expected:
+    """What transformers itself gives in each mode, and how much that moves when keys and values do a little."""
+
+    def __init__(self, model: Any, inputs: Row, tell: Callable[[str], None]) -> None:
+        """Of this model; nothing is run before it is asked for."""
+        self.model, self.inputs, self.tell = model, inputs, tell
+        self.known: dict[str, list[Tensor]] = {}
+        self.itself: dict[str, str] = {}
+        self.half: Any = None
+
+    def of(self, name: str, mode: Mode) -> list[Tensor] | None:
+        """What it gives in a mode; None where transformers itself raises."""
+        if name not in self.known and name not in self.itself:
+            self.tell(f"transformers: {name}")
+            model = self.model
+            if name == "bfloat16":
+                self.half = self.half or copy.deepcopy(model).bfloat16()
+                model = self.half
+            try:
+                self.known[name] = mode(reference(model, self.inputs))
+            except Exception as error:
+                self.itself[name] = _told(error)
+        return self.known.get(name)
+
+    def moves(self, mode: Mode, relative: float, measure: Callable[..., float], name: str) -> float:
+        """By how much keys and values that differ by so much of their deviation move the outcome: most of four."""
+        return max(
+            measure(mode(perturbed(self.model, self.inputs, relative, seed)), self.known[name]) for seed in range(4)
+        )
+
+
+def _way(
+    make: Callable[[], Subject], expected: Expected, tell: Callable[[str], None], way: str, row: Row
+) -> Row:
+    """What one way of using kvpack gives: its verdict, what is wrong, and what else is worth telling."""
+    result: Row = {"verdict": "right", "wrong": {}, "notes": {}, "worst": 0.0}
+    try:
+        subject = make()
+        cache = subject.make()
+    except Exception as error:
+        return _refusal(error)
+    for name, mode in MODES.items():
+        wanted = expected.of(name, mode)
+        if wanted is None:
+            continue
+        tell(f"{way}: {name}")
+        try:
+            found = difference(mode(subject), wanted)
+        except Exception as error:
+            result["wrong"][name] = _told(error)
+            continue
+        if found <= TOLERANCE:
+            result["worst"] = max(result["worst"], found)
+            continue
+        moves = expected.moves(mode, 1e-6, difference, name)
+        if found <= 3 * moves:
+            result["notes"][name] = f"{found:.1e}: keys that differ by 1e-6 move transformers' own by {moves:.1e}"
+        else:
+            result["wrong"][name] = f"difference {found:.1e}"
+    tell(f"{way}: bfloat16")
+    _half(subject, expected, result)
+    tell(f"{way}: 8 bits")
+    _eight_bits(subject, expected, result)
+    tell(f"{way}: eviction")
+    _eviction(subject, result)
+    if way == "loaded" and "layers" not in row:
+        row.update(_described(subject, expected))
+    del cache
+    result["verdict"] = "wrong" if result["wrong"] else "right"
+    return result
+
+
+def _half(subject: Subject, expected: Expected, result: Row) -> None:
+    exact, wanted = expected.known["steps"], expected.of("bfloat16", steps)
+    if wanted is None:
+        return
+    model = copy.deepcopy(subject.model).bfloat16()
+    try:
+        found = distance(steps(loaded(model, subject.inputs)), exact)
+    except Exception as error:
+        result["wrong"]["bfloat16"] = _told(error)
+        return
+    own = distance(wanted, exact)
+    told = f"{found:.4f} from float32, transformers' own {own:.4f}"
+    good = found <= HALF_RATIO * own + HALF_FLOOR
+    result["notes" if good else "wrong"]["bfloat16"] = told
+
+
+def _eight_bits(subject: Subject, expected: Expected, result: Row) -> None:
+    wanted = expected.of("8 bits", long)
+    if wanted is None:
+        return
+    try:
+        found = distance(long(subject, quantize=EIGHT_BITS), wanted)
+    except kvpack.errors.KvpackError as error:
+        result["notes"]["8 bits"] = f"refused: {error}"
+        return
+    except Exception as error:
+        result["wrong"]["8 bits"] = _told(error)
+        return
+    if found <= EIGHT_BIT_TOLERANCE:
+        result["notes"]["8 bits"] = f"{found:.4f}"
+        return
+    moves = expected.moves(long, EIGHT_BIT_NOISE, distance, "8 bits")
+    told = f"{found:.4f}; as much noise moves transformers' own by {moves:.4f}"
+    result["notes" if found <= 1.5 * moves else "wrong"]["8 bits"] = told
+
+
+def _eviction(subject: Subject, result: Row) -> None:
+    try:
+        logits = long(subject, evict=EVICTION)
+    except kvpack.errors.KvpackError as error:
+        result["notes"]["eviction"] = f"refused: {error}"
+        return
+    except Exception as error:
+        result["wrong"]["eviction"] = _told(error)
+        return
+    if not all(x.isfinite().all() for x in logits):
+        result["wrong"]["eviction"] = "logits are not finite"
+
+
+def _described(subject: Subject, expected: Expected) -> Row:
+    """What is packed, by which path it is read, and the bytes that are held after the same tokens."""
+    cache, whole = subject.make(), reference(expected.model, expected.inputs).make()
+    own = self_attention(cache)
+    try:
+        for each, model in ((cache, subject), (whole, reference(expected.model, expected.inputs))):
+            for part in (48, 1, 1, 1):
+                model.forward(each, torch.full((1, part), 5))
+        info = own.info()
+    except Exception as error:
+        return {"layers": "", "described": _told(error)}
+    paths = [path for path in ("fused", "materialised") if info[path]]
+    return {
+        "layers": repr(own).rpartition("layers: ")[2].rstrip(")"),
+        "packed": sum(type(layer).__module__.startswith("kvpack") for layer in own.layers),
+        "path": "both" if len(paths) == 2 else paths[0] if paths else "none",
+        "bytes": own.memory().total,
+        "transformers_bytes": sum(tensor_bytes(layer) for layer in self_attention(whole).layers),
+    }
+
+
+def _refusal(error: Exception) -> Row:
+    """A refusal, if it is one of kvpack's that says what was given and what is expected instead."""
+    said = str(error)
+    good = isinstance(error, kvpack.errors.KvpackError) and "given" in said and "expected" in said
+    return {"verdict": "refused", "why": said} if good else {"verdict": "wrong", "wrong": {"made": _told(error)}}
+
+
+def _told(error: Exception) -> str:
+    """An exception in one line, with where it was raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    at = f" ({where.filename.rpartition('/')[2]}:{where.lineno})" if where else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{at}"
