@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import models
 from .compare import EIGHT_BIT_TOLERANCE, HALF_FLOOR, HALF_RATIO, TOLERANCE, difference, distance
+from .inputs import inputs_of
 from .modes import EIGHT_BITS, EVICTION, MODES, Mode, long, steps
-from .subject import Subject, attached, loaded, perturbed, reference, self_attention
+from .subject import Subject, attached, forget, loaded, perturbed, reference, self_attention
 
 Row = dict[str, Any]
 EIGHT_BIT_NOISE = 0.005  # the deviation of a number's error on a grid of 255 steps over four to five deviations
@@ -36,13 +37,30 @@ def examine(model_type: str, kind: str, tell: Callable[[str], None] = lambda _: 
     try:
         tell("building")
         model = models.build(model_type, kind)
-        inputs = models.inputs_of(model)
-        plain = steps(reference(model, inputs))
+        inputs = inputs_of(model)
     except Exception as error:
         return {**row, "verdict": "not built", "why": _told(error), "seconds": round(time.perf_counter() - begun, 1)}
-    row.update(_examined(model, inputs, model_type, kind, plain, tell))
+    try:
+        plain = steps(reference(model, inputs))
+    except Exception as error:
+        row.update(_without_comparison(model, error))
+    else:
+        row.update(_examined(model, inputs, model_type, kind, plain, tell))
     row["seconds"] = round(time.perf_counter() - begun, 1)
     return row
+
+
+def _without_comparison(model: Any, error: Exception) -> Row:
+    """The row of a model that does not take transformers' own cache: kvpack's may be refused, or there is no telling."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kvpack.PackedCache(model)
+    except kvpack.errors.KvpackError as refused:
+        return _refusal(refused)
+    except Exception as same:
+        error = same
+    return {"verdict": "transformers raises", "why": f"with a DynamicCache: {_told(error)}"}
 
 
 def _examined(
@@ -87,7 +105,7 @@ class Expected:
                 self.half = self.half or copy.deepcopy(model).bfloat16()
                 model = self.half
             try:
-                self.known[name] = mode(reference(model, self.inputs))
+                self.known[name] = _run(mode, reference(model, self.inputs))
             except Exception as error:
                 self.itself[name] = _told(error)
         return self.known.get(name)
@@ -95,7 +113,7 @@ class Expected:
     def moves(self, mode: Mode, relative: float, measure: Callable[..., float], name: str) -> float:
         """By how much keys and values that differ by so much of their deviation move the outcome: most of four."""
         return max(
-            measure(mode(perturbed(self.model, self.inputs, relative, seed)), self.known[name]) for seed in range(4)
+            measure(_run(mode, perturbed(self.model, self.inputs, relative, seed)), self.known[name]) for seed in range(4)
         )
 
 
@@ -115,7 +133,7 @@ def _way(
             continue
         tell(f"{way}: {name}")
         try:
-            found = difference(mode(subject), wanted)
+            found = difference(_run(mode, subject), wanted)
         except Exception as error:
             result["wrong"][name] = _told(error)
             continue
@@ -146,7 +164,7 @@ def _half(subject: Subject, expected: Expected, result: Row) -> None:
         return
     model = copy.deepcopy(subject.model).bfloat16()
     try:
-        found = distance(steps(loaded(model, subject.inputs)), exact)
+        found = distance(_run(steps, loaded(model, subject.inputs)), exact)
     except Exception as error:
         result["wrong"]["bfloat16"] = _told(error)
         return
@@ -161,7 +179,7 @@ def _eight_bits(subject: Subject, expected: Expected, result: Row) -> None:
     if wanted is None:
         return
     try:
-        found = distance(long(subject, quantize=EIGHT_BITS), wanted)
+        found = distance(_run(long, subject, quantize=EIGHT_BITS), wanted)
     except kvpack.errors.KvpackError as error:
         result["notes"]["8 bits"] = f"refused: {error}"
         return
@@ -178,7 +196,7 @@ def _eight_bits(subject: Subject, expected: Expected, result: Row) -> None:
 
 def _eviction(subject: Subject, result: Row) -> None:
     try:
-        logits = long(subject, evict=EVICTION)
+        logits = _run(long, subject, evict=EVICTION)
     except kvpack.errors.KvpackError as error:
         result["notes"]["eviction"] = f"refused: {error}"
         return
@@ -208,6 +226,12 @@ def _described(subject: Subject, expected: Expected) -> Row:
         "bytes": own.memory().total,
         "transformers_bytes": sum(tensor_bytes(layer) for layer in self_attention(whole).layers),
     }
+
+
+def _run(mode: Mode, subject: Subject, **options: Any) -> list[Tensor]:
+    """A mode, by a model that remembers nothing of the one before."""
+    forget(subject.model)
+    return mode(subject, **options)
 
 
 def _refusal(error: Exception) -> Row:

@@ -16,12 +16,14 @@ KINDS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "image": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 }
+# Of these kinds no others: they need sounds of their own.
+ALONE = {"speech": ("whisper",)}
 
 ROPE = "rope_parameters.mrope_section"
 # What the general rules do not find, by model type of the configuration or of one of its parts.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "apertus1p5_audio": {"codebook_dim": 64},
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 120, **{f"IMGIMG{c}Z": 100 + i for i, c in enumerate("ABCDEFGH")}}},
     "cohere_compass_text": {
@@ -29,7 +31,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
         }
     },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {
+        "head_dim": 40,
+        "rope_parameters.indexed_attention.partial_rotary_factor": 0.4,
+        "rope_parameters.sliding_attention.partial_rotary_factor": 0.4,
+    },
     "emu3": {"vocabulary_map": {"<image>": 120, **{f"<|visual token {i:06}|>": 100 + i for i in range(8)}}},
     "ernie4_5_vl_moe_text": {ROPE: [3, 3, 2]},
     "falcon_h1": {"mamba_d_ssm": 128},
@@ -37,12 +45,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm4v_text": {ROPE: [2, 3, 3]},
     "glm5_next_text": {"index_topk": 8},
     "glm_ocr_text": {ROPE: [2, 3, 3]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "inkling2_loop_text": {"n_layers_per_attn_res_block": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "mistral4": {"head_dim": 32},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "paddleocr_vl_text": {ROPE: [2, 3, 3]},
@@ -58,6 +69,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds_dim": [32, 32]},
+    "step3p7_text": {"sliding_window": 16},
+    "wavtokenizer_encoder": {"codebook_dim": 64},
+    "whisper": {"max_source_positions": 30, "num_mel_bins": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
@@ -69,7 +83,7 @@ def all_models(kinds: tuple[str, ...] = tuple(KINDS)) -> list[tuple[str, str]]:
     seen = set()
     found = []
     for kind in kinds:
-        for model_type in getattr(modeling_auto, KINDS[kind]):
+        for model_type in ALONE.get(kind, getattr(modeling_auto, KINDS[kind])):
             if (model_type, class_name(model_type, kind)) not in seen and model_type in CONFIG_MAPPING:
                 seen.add((model_type, class_name(model_type, kind)))
                 found.append((model_type, kind))
@@ -97,7 +111,9 @@ def build(model_type: str, kind: str, attention: str | None = None) -> Any:
         config = text
     torch.manual_seed(0)
     model = model_class._from_config(config, **({} if attention is None else {"attn_implementation": attention}))
-    if getattr(model.generation_config, "decoder_start_token_id", 0) is None:
+    for said in filter(None, (getattr(model, "generation_config", None), model.config, text)):
+        said.use_cache = True
+    if getattr(getattr(model, "generation_config", None), "decoder_start_token_id", 0) is None:
         model.generation_config.decoder_start_token_id = 1
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -127,8 +143,3 @@ def _override(small: dict[str, Any]) -> None:
     for part in small.values():
         if isinstance(part, dict):
             _override(part)
-
-
-def inputs_of(model: Any) -> dict[str, Any]:
-    """What a model's forwards need beside tokens, for one row."""
-    return {}

@@ -14,7 +14,7 @@ from .subject import Subject, tokens
 
 PROMPT = 24  # more than a window of 16
 PADS = 5
-Mode = Callable[[Subject], list[Tensor]]
+Mode = Callable[..., list[Tensor]]
 
 
 def steps(subject: Subject, **options: Any) -> list[Tensor]:

@@ -107,6 +107,8 @@ def _value(name: str, value: Any, given: dict[str, Any], chosen: list[int], n: i
         return _kv_heads(value, given)
     if TOKEN.fullmatch(name) and value >= VOCAB:
         return tokens.setdefault(re.sub("_(id|index)$", "", name), VOCAB - 1 - len(tokens))
+    if name == "image_size" and isinstance(given.get("patch_size"), int):
+        return min(value, 4 * given["patch_size"])
     if name == "rotary_dim":
         return HEAD_DIM // 2
     return _by_name(name, value)

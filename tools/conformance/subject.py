@@ -133,6 +133,13 @@ def perturbed(model: Any, inputs: dict[str, Any], relative: float, seed: int) ->
     return Subject(model, make, None, inputs)
 
 
+def forget(model: Any) -> None:
+    """Lets a model forget what it remembers of the prompt before: some keep offsets of positions of their own."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
+
+
 def self_attention(cache: Cache) -> Any:
     """What of a cache holds the decoder's own tokens."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

@@ -13,7 +13,7 @@ from .compare import EIGHT_BIT_TOLERANCE, HALF_FLOOR, HALF_RATIO, TOLERANCE
 from .examine import Row
 from .modes import MODES
 
-VERDICTS = ("right", "refused", "wrong", "not built")
+VERDICTS = ("right", "refused", "wrong", "transformers raises", "not built")
 
 
 def versions() -> dict[str, str]:
