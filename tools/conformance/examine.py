@@ -15,10 +15,10 @@ from kvpack.beside import tensor_bytes
 from torch import Tensor
 
 from . import models
-from .compare import EIGHT_BIT_TOLERANCE, HALF_FLOOR, HALF_RATIO, TOLERANCE, difference, distance
+from .compare import EIGHT_BIT_TOLERANCE, HALF_FLOOR, HALF_RATIO, TOLERANCE, deviation, difference, distance
 from .inputs import inputs_of
-from .modes import EIGHT_BITS, EVICTION, MODES, Mode, long, steps
-from .subject import Subject, attached, forget, loaded, perturbed, reference, self_attention
+from .modes import EIGHT_BITS, EVICTION, MODES, Mode, image, long, steps
+from .subject import PROMPT, Subject, attached, forget, loaded, perturbed, reference, self_attention, tokens
 
 Row = dict[str, Any]
 EIGHT_BIT_NOISE = 0.005  # the deviation of a number's error on a grid of 255 steps over four to five deviations
@@ -70,7 +70,7 @@ def _examined(
         warnings.simplefilter("always")
         expected = Expected(model, inputs, tell)
         expected.known["steps"] = plain
-        row: Row = {"deviation": round(float(torch.cat([x.flatten() for x in plain]).std()), 2), "ways": {}}
+        row: Row = {"deviation": round(deviation(plain), 2), "ways": {}}
         by_name = models.build(model_type, kind, attention="kvpack")
         by_name.load_state_dict(model.state_dict())
         row["ways"]["loaded"] = _way(lambda: loaded(by_name, inputs), expected, tell, "loaded", row)
@@ -79,6 +79,7 @@ def _examined(
                 row["ways"]["attached"] = _way(lambda: subject, expected, tell, "attached", row)
         except Exception as error:
             row["ways"]["attached"] = _refusal(error)
+    row["sees"] = _sees(model, inputs, plain)
     row["nothing packed"] = any("nothing is packed" in str(w.message) for w in caught)
     row["itself"] = {mode: why for mode, why in expected.itself.items() if why}
     verdicts = [way["verdict"] for way in row["ways"].values()]
@@ -117,6 +118,16 @@ class Expected:
         )
 
 
+def _sees(model: Any, inputs: Row, plain: list[Tensor]) -> float:
+    """By how much one other token early in the prompt moves the last logits, in deviations: what a mistake would."""
+    forget(model)
+    subject = reference(model, inputs)
+    cache, ids = subject.make(), tokens(1, PROMPT + 4)
+    ids[0, PROMPT - 8] = ids[0, PROMPT - 8] % 64 + 5
+    moved = [subject.forward(cache, part) for part in ids.split((PROMPT, 1, 1, 1, 1), dim=1)]
+    return difference(moved[-1:], plain[-1:])
+
+
 def _way(
     make: Callable[[], Subject], expected: Expected, tell: Callable[[str], None], way: str, row: Row
 ) -> Row:
@@ -127,7 +138,7 @@ def _way(
         cache = subject.make()
     except Exception as error:
         return _refusal(error)
-    for name, mode in MODES.items():
+    for name, mode in {**MODES, **({"image": image} if subject.picture else {})}.items():
         wanted = expected.of(name, mode)
         if wanted is None:
             continue
@@ -144,7 +155,7 @@ def _way(
         if found <= 3 * moves:
             result["notes"][name] = f"{found:.1e}: keys that differ by 1e-6 move transformers' own by {moves:.1e}"
         else:
-            result["wrong"][name] = f"difference {found:.1e}"
+            result["wrong"][name] = f"difference {found:.1e}" if found < float("inf") else "other tokens"
     tell(f"{way}: bfloat16")
     _half(subject, expected, result)
     tell(f"{way}: 8 bits")

@@ -70,6 +70,62 @@ NEEDED: dict[str, Callable[[Any], Inputs]] = {
 }
 
 
+def _whole(config: Any) -> Inputs:
+    return {"pixel_values": _pixels(config)}
+
+
+def _tiles(config: Any) -> Inputs:
+    return {"pixel_values": _pixels(config)[:, None]}
+
+
+def _grid(config: Any) -> Inputs:
+    vision = config.vision_config
+    channels = getattr(vision, "in_channels", 3)
+    patches = _noise(16, channels * vision.temporal_patch_size * vision.patch_size**2)
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+
+
+# By model type: an image of families that are common.
+PICTURES: dict[str, Callable[[Any], Inputs]] = {
+    "gemma3": _whole,
+    "idefics3": _tiles,
+    "internvl": _whole,
+    "llava": _whole,
+    "paligemma": _whole,
+    "qwen2_5_vl": _grid,
+    "qwen2_vl": _grid,
+    "qwen3_vl": _grid,
+    "smolvlm": _tiles,
+}
+
+
+def picture_of(model: Any, text: Tensor) -> tuple[Tensor, Inputs] | None:
+    """A prompt `[1, n]` with an image in it, and the image, for the families that have one.
+
+    Args:
+        model: any model.
+        text: ordinary tokens `[1, n]`, of which the fourth and some after it become the image's.
+
+    Raises:
+        ValueError: the model takes no number of tokens for this image.
+    """
+    config = model.config
+    if config.model_type not in PICTURES or not hasattr(config, "vision_config"):
+        return None
+    inputs = PICTURES[config.model_type](config)
+    token = next(getattr(config, name) for name in ("image_token_id", "image_token_index") if hasattr(config, name))
+    for n in (1, 4, 16):
+        ids = text.clone()
+        ids[:, 3 : 3 + n] = token
+        own = {**inputs, **({"mm_token_type_ids": (ids == token).long()} if "qwen" in config.model_type else {})}
+        try:
+            model(input_ids=ids, **own)
+        except ValueError:
+            continue
+        return ids, own
+    raise ValueError(f"{config.model_type} takes neither 1, 4 nor 16 tokens for its image")
+
+
 def inputs_of(model: Any) -> Inputs:
     """What a model's forwards need beside tokens, for one row."""
     needed = NEEDED.get(type(model).__name__) or NEEDED.get(str(model.config.model_type))

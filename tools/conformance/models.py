@@ -24,6 +24,12 @@ ALONE = {"speech": ("whisper",)}
 ROPE = "rope_parameters.mrope_section"
 # What the general rules do not find, by model type of the configuration or of one of its parts.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        "vision_config.codebook_size": 16,
+        "audio_config.codebook_size": 8,
+        "image_token_offset": 97,
+        "audio_token_offset": 113,
+    },
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 120, **{f"IMGIMG{c}Z": 100 + i for i, c in enumerate("ABCDEFGH")}}},
     "cohere_compass_text": {
@@ -33,6 +39,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dots1": {"n_shared_experts": 1},
+    "dots3_note": {"audio_config.adapter_input_size": 64},
     "dots3_note_text": {
         "head_dim": 40,
         "rope_parameters.indexed_attention.partial_rotary_factor": 0.4,
@@ -41,13 +48,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 120, **{f"<|visual token {i:06}|>": 100 + i for i in range(8)}}},
     "ernie4_5_vl_moe_text": {ROPE: [3, 3, 2]},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3": {"mm_tokens_per_image": 4},
     "glm4v_moe_text": {ROPE: [1, 1, 2]},
     "glm4v_text": {ROPE: [2, 3, 3]},
     "glm5_next_text": {"index_topk": 8},
     "glm_ocr_text": {ROPE: [2, 3, 3]},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1]},
+    "granite4_vision": {"downsample_rate": "4/8", "deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
+    "hunyuan_vl_text": {ROPE: [2, 2, 2, 2]},
     "inkling2_loop_text": {"n_layers_per_attn_res_block": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
@@ -69,7 +78,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds_dim": [32, 32]},
-    "step3p7_text": {"sliding_window": 16},
+    "step3p5": {"sliding_window": 16},
     "wavtokenizer_encoder": {"codebook_dim": 64},
     "whisper": {"max_source_positions": 30, "num_mel_bins": 8},
     "xmod": {"default_language": "en_XX"},

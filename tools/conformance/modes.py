@@ -10,9 +10,8 @@ import kvpack
 import torch
 from torch import Tensor
 
-from .subject import Subject, tokens
+from .subject import PROMPT, Subject, forget, tokens
 
-PROMPT = 24  # more than a window of 16
 PADS = 5
 Mode = Callable[..., list[Tensor]]
 
@@ -149,6 +148,17 @@ def turns(subject: Subject) -> list[Tensor]:
     first = subject.generate(tokens(1, PROMPT), cache, max_new_tokens=5)
     second = subject.generate(torch.cat([first, tokens(1, 6, 3)], 1), cache, max_new_tokens=5)
     return [first, second]
+
+
+def image(subject: Subject) -> list[Tensor]:
+    """A prompt with an image in it, a chunk and a step; and what `generate` says to it."""
+    assert subject.picture is not None
+    ids, inputs = subject.picture
+    cache = subject.make()
+    outputs = [subject.forward(cache, ids, **inputs)]
+    outputs += [subject.forward(cache, tokens(1, n, seed=n)) for n in (4, 1)]
+    forget(subject.model)
+    return [*outputs, subject.generate(ids, **inputs)]
 
 
 MODES: dict[str, Mode] = {

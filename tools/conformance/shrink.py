@@ -89,6 +89,9 @@ def _value(name: str, value: Any, given: dict[str, Any], chosen: list[int], n: i
         return {key: _value(str(key), inner, value, chosen, n, tokens) for key, inner in value.items()}
     if value is None:
         return UNSAID.get(name)
+    if name == "image_size" and isinstance(given.get("patch_size"), (int, list, tuple)):
+        patch = given["patch_size"] if isinstance(given["patch_size"], int) else given["patch_size"][0]
+        return min(value, 4 * patch) if isinstance(value, int) else [min(size, 4 * patch) for size in value]
     if isinstance(value, (list, tuple)):
         return _list(name, list(value), given, chosen, n, tokens)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -107,8 +110,6 @@ def _value(name: str, value: Any, given: dict[str, Any], chosen: list[int], n: i
         return _kv_heads(value, given)
     if TOKEN.fullmatch(name) and value >= VOCAB:
         return tokens.setdefault(re.sub("_(id|index)$", "", name), VOCAB - 1 - len(tokens))
-    if name == "image_size" and isinstance(given.get("patch_size"), int):
-        return min(value, 4 * given["patch_size"])
     if name == "rotary_dim":
         return HEAD_DIM // 2
     return _by_name(name, value)

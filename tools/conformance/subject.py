@@ -15,7 +15,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin
 
+from .inputs import Inputs, picture_of
+
 FIRST_ID, LAST_ID = 4, 96  # above are images and the like
+PROMPT = 24  # more than a window of 16
 
 
 def tokens(rows: int, n: int, seed: int = 0) -> Tensor:
@@ -32,12 +35,14 @@ class Subject:
         make: an empty cache, with kvpack's options where it is one of kvpack's.
         attachment: what `kvpack.attach` returned, where that is how it is used.
         inputs: what each of its forwards needs beside tokens, for one row.
+        picture: a prompt with an image in it, and the image.
     """
 
     model: Any
     make: Callable[..., Cache]
     attachment: Any = None
-    inputs: dict[str, Any] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
+    picture: tuple[Tensor, Inputs] | None = None
 
     @property
     def has_encoder(self) -> bool:
@@ -57,10 +62,10 @@ class Subject:
 
     def forward(self, cache: Cache, ids: Tensor | None, mask: Tensor | None = None, **more: Any) -> Tensor:
         """Logits of a forward of these tokens; `mask` is of all tokens so far, these included."""
-        rows = len(next(iter(more.values()))) if ids is None else len(ids)
+        rows = len(more["inputs_embeds"]) if ids is None else len(ids)
         side = "decoder_" if self.has_encoder else ""
         given = {f"{side}input_ids": ids, f"{side}attention_mask": mask, **self.extra(rows)}
-        given.update({side + name if name != "logits_to_keep" else name: value for name, value in more.items()})
+        given.update({side + name if name in ("inputs_embeds", "position_ids") else name: more[name] for name in more})
         given = {name: value for name, value in given.items() if value is not None}
         logits: Tensor = self.model(**given, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
         return logits.float()
@@ -77,6 +82,13 @@ class Subject:
         )
 
 
+def subject_of(model: Any, make: Callable[..., Cache], inputs: Inputs, attachment: Any = None) -> Subject:
+    """A model with what it needs, and an image where it sees."""
+    picture = picture_of(model, tokens(1, PROMPT))
+    forget(model)
+    return Subject(model, make, attachment, inputs, picture)
+
+
 def _pair(model: Any, cache: Cache) -> Cache:
     """With the cache of the attention to the encoder, where there is one."""
     if not getattr(model.config, "is_encoder_decoder", False):
@@ -84,18 +96,18 @@ def _pair(model: Any, cache: Cache) -> Cache:
     return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
 
 
-def reference(model: Any, inputs: dict[str, Any]) -> Subject:
+def reference(model: Any, inputs: Inputs) -> Subject:
     """The model as transformers runs it."""
-    return Subject(model, lambda: _pair(model, DynamicCache(config=model.config)), None, inputs)
+    return subject_of(model, lambda: _pair(model, DynamicCache(config=model.config)), inputs)
 
 
-def loaded(model: Any, inputs: dict[str, Any]) -> Subject:
+def loaded(model: Any, inputs: Inputs) -> Subject:
     """A model that was loaded by the name of kvpack's attention, with caches made by hand."""
-    return Subject(model, lambda **options: _pair(model, kvpack.PackedCache(model, **options)), None, inputs)
+    return subject_of(model, lambda **options: _pair(model, kvpack.PackedCache(model, **options)), inputs)
 
 
 @contextmanager
-def attached(model: Any, inputs: dict[str, Any]) -> Iterator[Subject]:
+def attached(model: Any, inputs: Inputs) -> Iterator[Subject]:
     """A copy of the model that kvpack is attached to."""
     model = copy.deepcopy(model)
     with kvpack.attach(model) as attachment:
@@ -103,10 +115,10 @@ def attached(model: Any, inputs: dict[str, Any]) -> Iterator[Subject]:
         def make(**options: Any) -> Cache:
             return _pair(model, kvpack.PackedCache(model, **options)) if options else attachment.make_cache()
 
-        yield Subject(model, make, attachment, inputs)
+        yield subject_of(model, make, inputs, attachment)
 
 
-def perturbed(model: Any, inputs: dict[str, Any], relative: float, seed: int) -> Subject:
+def perturbed(model: Any, inputs: Inputs, relative: float, seed: int) -> Subject:
     """As transformers runs it, with keys and values that differ by so much of their deviation when they are stored."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -130,7 +142,7 @@ def perturbed(model: Any, inputs: dict[str, Any], relative: float, seed: int) ->
         cache.layers = [perturbing(layer) for layer in cache.layers]
         return _pair(model, cache)
 
-    return Subject(model, make, None, inputs)
+    return subject_of(model, make, inputs)
 
 
 def forget(model: Any) -> None:
