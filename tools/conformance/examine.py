@@ -114,7 +114,8 @@ class Expected:
     def moves(self, mode: Mode, relative: float, measure: Callable[..., float], name: str) -> float:
         """By how much keys and values that differ by so much of their deviation move the outcome: most of four."""
         return max(
-            measure(_run(mode, perturbed(self.model, self.inputs, relative, seed)), self.known[name]) for seed in range(4)
+            measure(_run(mode, perturbed(self.model, self.inputs, relative, seed)), self.known[name])
+            for seed in range(4)
         )
 
 
@@ -128,9 +129,7 @@ def _sees(model: Any, inputs: Row, plain: list[Tensor]) -> float:
     return difference(moved[-1:], plain[-1:])
 
 
-def _way(
-    make: Callable[[], Subject], expected: Expected, tell: Callable[[str], None], way: str, row: Row
-) -> Row:
+def _way(make: Callable[[], Subject], expected: Expected, tell: Callable[[str], None], way: str, row: Row) -> Row:
     """What one way of using kvpack gives: its verdict, what is wrong, and what else is worth telling."""
     result: Row = {"verdict": "right", "wrong": {}, "notes": {}, "worst": 0.0}
     try:

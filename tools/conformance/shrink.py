@@ -46,7 +46,9 @@ OTHER_LAYERS = re.compile(r".*_layers|num_.*_layers|resampler_depth")
 INDICES = re.compile(r".*(_layers|_idxs|_indexes|_indices|_layer_ids|layer_ids)")
 FIRST = re.compile(r"first_k_dense_replace|num_dense_layers|loop_layer_index_(start|end)|moe_layer_(start|end)_index")
 KV_HEADS = re.compile(r"(.*_)?(num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups|n_kv_heads)")
-TOKEN = re.compile(r".*(token_id|token_index|token_ids|token_offset|vocab_offset|_start_id|_end_id|newline_id|patch_id)")
+TOKEN = re.compile(
+    r".*(token_id|token_index|token_ids|token_offset|vocab_offset|_start_id|_end_id|newline_id|patch_id)"
+)
 PER_TOKEN = re.compile(r"(moe_)?(num_experts_per_tok(en)?|top_?k|k)|moe_top_k")
 
 
