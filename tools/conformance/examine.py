@@ -51,7 +51,7 @@ def examine(model_type: str, kind: str, tell: Callable[[str], None] = lambda _: 
 
 
 def _without_comparison(model: Any, error: Exception) -> Row:
-    """The row of a model that does not take transformers' own cache: kvpack's may be refused, or there is no telling."""
+    """The row of a model that does not take transformers' own cache: kvpack's is refused, or there is no telling."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What is done with a model: each mode gives tensors, which have to be the same with transformers' cache and kvpack's."""
+"""What is done with a model: each mode gives tensors, which have to be the same with both caches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _masked(subject: Subject, prompt: Tensor, parts: tuple[int, ...] = (1, 1, 1)
     """A prompt with this mask, `[2, n]`, and more tokens; the logits where there is no pad."""
     cache, mask = subject.make(), prompt
     ids = tokens(2, prompt.shape[1] + sum(parts))
-    outputs = []
+    outputs: list[Tensor] = []
     for part in ids.split((prompt.shape[1], *parts), dim=1):
         if outputs:
             mask = torch.cat([mask, torch.ones_like(part)], 1)

@@ -95,7 +95,8 @@ def run(jobs: list[tuple[str, str]], workers: int, limit: float) -> Iterator[Row
         workers: processes at a time.
         limit: seconds for each.
     """
-    waiting, running = list(reversed(jobs)), []
+    waiting = list(reversed(jobs))
+    running: list[Worker] = []
     while waiting or running:
         while waiting and len(running) < workers:
             running.append(_start(waiting.pop(), limit))

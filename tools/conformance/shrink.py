@@ -63,7 +63,7 @@ def shrunk(config: PreTrainedConfig, tokens: dict[str, int] | None = None) -> di
         What its class makes the small one of.
     """
     tokens = {} if tokens is None else tokens
-    given = config.to_dict()
+    given: dict[str, Any] = config.to_dict()
     for dropped in ("transformers_version", "architectures", "id2label", "label2id", "dtype"):
         given.pop(dropped, None)
     chosen, n = _layers(given)
@@ -196,7 +196,7 @@ def _layers(given: dict[str, Any]) -> tuple[list[int], int]:
 
 
 def _rope(value: Any, given: dict[str, Any]) -> Any:
-    """Rotary parameters for heads of `HEAD_DIM`: the sections' sum and the lists' lengths are half of what is rotated."""
+    """Rotary parameters for heads of `HEAD_DIM`: sections' sums and lists' lengths are half of what is rotated."""
     if not isinstance(value, dict):
         return value
     out = {key: _rope(inner, given) for key, inner in value.items()}
