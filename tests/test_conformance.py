@@ -24,7 +24,7 @@ KINDS: dict[str, list[str]] = {
     "latent attention": ["deepseek_v3", "minicpm3", "longcat_flash"],
     "an index": ["deepseek_v32", "minimax_m3_vl_text"],
     "compressed": ["deepseek_v4"],
-    "shared keys and values": ["gemma4_text", "gemma3n_text"],
+    "shared keys and values": ["gemma4_text"],
     "recurrences": ["qwen3_next", "lfm2", "falcon_h1", "zamba2", "jamba"],
     "attention of its own": ["diffllama", "doge", "git", "gpt_neo", "xglm"],
     "ALiBi": ["bloom", "mpt"],
@@ -38,7 +38,7 @@ KINDS: dict[str, list[str]] = {
 PREFERRED = {"t5": "seq2seq", "bart": "seq2seq", "mllama": "image"}
 AVAILABLE = all_models()
 MODELS = [
-    pytest.param(*job, what, id=f"{job[0]}")
+    pytest.param(*job, what, id=job[0])
     for what, names in KINDS.items()
     for name in names
     for job in [next((job for job in AVAILABLE if job[0] == name and job[1] == PREFERRED.get(name, job[1])), None)]

@@ -71,9 +71,13 @@ def _examined(
         expected = Expected(model, inputs, tell)
         expected.known["steps"] = plain
         row: Row = {"deviation": round(deviation(plain), 2), "ways": {}}
-        by_name = models.build(model_type, kind, attention="kvpack")
-        by_name.load_state_dict(model.state_dict())
-        row["ways"]["loaded"] = _way(lambda: loaded(by_name, inputs), expected, tell, "loaded", row)
+
+        def by_name() -> Subject:
+            other = models.build(model_type, kind, attention="kvpack")
+            other.load_state_dict(model.state_dict())
+            return loaded(other, inputs)
+
+        row["ways"]["loaded"] = _way(by_name, expected, tell, "loaded", row)
         try:
             with attached(model, inputs) as subject:
                 row["ways"]["attached"] = _way(lambda: subject, expected, tell, "attached", row)
@@ -134,7 +138,7 @@ def _way(make: Callable[[], Subject], expected: Expected, tell: Callable[[str], 
     result: Row = {"verdict": "right", "wrong": {}, "notes": {}, "worst": 0.0}
     try:
         subject = make()
-        cache = subject.make()
+        subject.make()
     except Exception as error:
         return _refusal(error)
     for name, mode in {**MODES, **({"image": image} if subject.picture else {})}.items():
@@ -163,7 +167,6 @@ def _way(make: Callable[[], Subject], expected: Expected, tell: Callable[[str], 
     _eviction(subject, result)
     if way == "loaded" and "layers" not in row:
         row.update(_described(subject, expected))
-    del cache
     result["verdict"] = "wrong" if result["wrong"] else "right"
     return result
 

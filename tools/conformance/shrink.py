@@ -67,7 +67,7 @@ def shrunk(config: PreTrainedConfig, tokens: dict[str, int] | None = None) -> di
     for dropped in ("transformers_version", "architectures", "id2label", "label2id", "dtype"):
         given.pop(dropped, None)
     chosen, n = _layers(given)
-    small = {}
+    small: dict[str, Any] = {}
     for name, value in given.items():
         part = config.__dict__.get(name)
         if isinstance(part, PreTrainedConfig):
