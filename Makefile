@@ -87,7 +87,8 @@ compat: $(DEVELOPED) ## the equality tests under the oldest, a middle and the ne
 # Tools first, then another release of transformers, where one is named.
 conformance: $(DEVELOPED) ## every architecture of transformers against its own cache, 10 minutes: docs/conformance.md; RELEASE=5.4.0 for another release
 	overlay=$(if $(RELEASE),$$(tools/overlay.sh $(RELEASE))); \
-	PYTHONPATH=tools$${overlay:+:$$overlay} $(BIN)/python -m conformance $(ARGS)
+	PYTHONPATH=tools$${overlay:+:$$overlay} $(BIN)/python -m conformance \
+	    $(if $(RELEASE),--table .compat/conformance-$(RELEASE).md) $(ARGS)
 
 clean: ## remove everything that was built, .venv too
 	rm -rf $(VENV) $(PEERS) target demo-output benchmarks/results/quick* .mypy_cache .pytest_cache .ruff_cache
