@@ -120,6 +120,8 @@ def build(model_type: str, kind: str, attention: str | None = None) -> Any:
         config = text
     torch.manual_seed(0)
     model = model_class._from_config(config, **({} if attention is None else {"attn_implementation": attention}))
+    if attention is None and getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # earlier releases choose SDPA, which knows no such cap
     for said in filter(None, (getattr(model, "generation_config", None), model.config, text)):
         said.use_cache = True
     if getattr(getattr(model, "generation_config", None), "decoder_start_token_id", 0) is None:

@@ -9,6 +9,7 @@ from typing import Any
 import kvpack
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from .subject import PROMPT, Subject, forget, tokens
 
@@ -104,11 +105,13 @@ def crop(subject: Subject) -> list[Tensor]:
     """Tokens that are taken back, as speculative decoding does, and others instead."""
     cache = subject.make()
     outputs = after(subject, cache, (PROMPT,))
-    if hasattr(cache, "activate_past_recording"):
+    records = hasattr(Cache, "activate_past_recording")  # earlier releases do not, and take crop(0) for a length
+    if records:
         cache.activate_past_recording()
     for rejected in (3, 0, 1):
         outputs += [subject.forward(cache, tokens(1, 4, 10 + rejected))]
-        cache.crop(-rejected)
+        if rejected or records:
+            cache.crop(-rejected)
     return [*outputs, subject.forward(cache, tokens(1, 1, 20))]
 
 

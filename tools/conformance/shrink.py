@@ -87,6 +87,8 @@ def _value(name: str, value: Any, given: dict[str, Any], chosen: list[int], n: i
         return value and max(value, 0.5)
     if name == "per_layer_config" and value:
         return {str(chosen.index(int(i))): _like(own, given) for i, own in value.items() if int(i) in chosen}
+    if name == "attn_logit_softcapping":
+        return value and 1.0  # low enough to matter
     if isinstance(value, dict):
         return {key: _value(str(key), inner, value, chosen, n, tokens) for key, inner in value.items()}
     if value is None:
