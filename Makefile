@@ -30,7 +30,7 @@ unexport CONDA_PREFIX PYTHONHOME
 MAKEFLAGS += --no-print-directory
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check rust python lint style format bench bench-peers leaderboard compat clean
+.PHONY: help setup demo test check rust python lint style format bench bench-peers leaderboard compat conformance clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -83,6 +83,12 @@ leaderboard: $(COMPARED) ## every method on the test model: make leaderboard TEX
 
 compat: $(DEVELOPED) ## the equality tests under the oldest, a middle and the newest transformers
 	tools/compat.sh
+
+# Tools first, then another release of transformers, where one is named.
+conformance: $(DEVELOPED) ## every architecture of transformers against its own cache, 10 minutes: docs/conformance.md; RELEASE=5.4.0 for another release
+	overlay=$(if $(RELEASE),$$(tools/overlay.sh $(RELEASE))); \
+	PYTHONPATH=tools$${overlay:+:$$overlay} $(BIN)/python -m conformance \
+	    $(if $(RELEASE),--table .compat/conformance-$(RELEASE).md) $(ARGS)
 
 clean: ## remove everything that was built, .venv too
 	rm -rf $(VENV) $(PEERS) target demo-output benchmarks/results/quick* .mypy_cache .pytest_cache .ruff_cache

@@ -4,7 +4,7 @@
 #   tools/compat.sh                     5.4.0, 5.15.0 and the newest
 #   tools/compat.sh 5.8.1 newest        those that are named
 #
-# Each release lies with what it requires in .compat/<release>, in front of the environment's own packages.
+# Where a release lies, tools/overlay.sh says.
 # PYTHON names the interpreter (default: .venv/bin/python).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,27 +15,11 @@ if [ ${#releases[@]} -eq 0 ]; then
     releases=(5.4.0 5.15.0 newest)
 fi
 
-# Sets `overlay` to the folder that holds release $1, and fills it when it is not there yet.
-install() {
-    local requirement="transformers==$1"
-    overlay="$PWD/.compat/$1"
-    if [ "$1" = newest ]; then
-        requirement="transformers"
-        rm -rf "$overlay" # the newest of the last run may not be the newest of today
-    fi
-    if [ ! -d "$overlay" ]; then
-        echo "installing $requirement ..."
-        rm -rf "$overlay.part"
-        "$python" -m pip install --quiet --disable-pip-version-check --target "$overlay.part" "$requirement"
-        mv "$overlay.part" "$overlay"
-    fi
-}
-
 failed=0
 summary=()
 mkdir -p .compat
 for release in "${releases[@]}"; do
-    install "$release"
+    overlay=$(PYTHON="$python" tools/overlay.sh "$release")
     version=$(PYTHONPATH="$overlay" "$python" -c 'import transformers; print(transformers.__version__)')
     log=".compat/$release.log"
     echo "transformers $version: running the equality tests (log: $log) ..."
