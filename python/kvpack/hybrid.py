@@ -39,6 +39,12 @@ class PackedHybridLayer(PackedLayer):
         """Whether the states can be what they were."""
         return bool(getattr(self.states, "is_croppable", False))
 
+    def activate_past_recording(self) -> None:
+        """As PackedLayer, and the states remember what they were likewise, where they can."""
+        super().activate_past_recording()
+        if hasattr(self.states, "activate_past_recording"):
+            self.states.activate_past_recording()
+
     def take_states(self, layer: Any) -> None:
         """Copies the states of one of transformers' layers."""
         vars(self.states).update({name: copy.deepcopy(vars(layer)[name]) for name in vars(self.states)})

@@ -229,7 +229,7 @@ impl Cache {
     }
 
     /// Writes the keys or values of layer `i`, dequantised, to `out`, which is 0 before, each at its position or, where it is
-    /// `compact`, in the order of those that are held. What waits to be stored is last.
+    /// `compact` and tokens were let go, in the order of those that are held. What waits to be stored is last.
     ///
     /// # Errors
     /// As [`Self::extent`], which `out` must have.
@@ -256,7 +256,7 @@ impl Cache {
                 out.write_row([b, h, first + t], &row);
             }
         }
-        let in_order = compact && packed.layer.window.is_none();
+        let in_order = compact && packed.layer.eviction().is_some() && packed.state.outside;
         let first = if in_order { None } else { Some(packed.seen() - expected[2]) };
         packed.layer.write(which, first, out, kernels);
         Ok(())

@@ -11,6 +11,7 @@ from typing import Any
 import kvpack
 import torch
 from kvpack.forward import CACHE_ARGUMENT
+from kvpack.models import has_encoder
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin
@@ -96,6 +97,11 @@ def _pair(model: Any, cache: Cache) -> Cache:
     return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
 
 
+def _packed(model: Any, **options: Any) -> Cache:
+    kind = kvpack.PackedEncoderDecoderCache if has_encoder(model) else kvpack.PackedCache
+    return kind(model, **options)
+
+
 def reference(model: Any, inputs: Inputs) -> Subject:
     """The model as transformers runs it."""
     return subject_of(model, lambda: _pair(model, DynamicCache(config=model.config)), inputs)
@@ -103,7 +109,7 @@ def reference(model: Any, inputs: Inputs) -> Subject:
 
 def loaded(model: Any, inputs: Inputs) -> Subject:
     """A model that was loaded by the name of kvpack's attention, with caches made by hand."""
-    return subject_of(model, lambda **options: _pair(model, kvpack.PackedCache(model, **options)), inputs)
+    return subject_of(model, lambda **options: _packed(model, **options), inputs)
 
 
 @contextmanager
@@ -113,7 +119,7 @@ def attached(model: Any, inputs: Inputs) -> Iterator[Subject]:
     with kvpack.attach(model) as attachment:
 
         def make(**options: Any) -> Cache:
-            return _pair(model, kvpack.PackedCache(model, **options)) if options else attachment.make_cache()
+            return _packed(model, **options) if options else attachment.make_cache()
 
         yield subject_of(model, make, inputs, attachment)
 
