@@ -136,6 +136,7 @@ def _sees(model: Any, inputs: Row, plain: list[Tensor]) -> float:
 def _way(make: Callable[[], Subject], expected: Expected, tell: Callable[[str], None], way: str, row: Row) -> Row:
     """What one way of using kvpack gives: its verdict, what is wrong, and what else is worth telling."""
     result: Row = {"verdict": "right", "wrong": {}, "notes": {}, "worst": 0.0}
+    tell(f"{way}: made")
     try:
         subject = make()
         subject.make()
