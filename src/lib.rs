@@ -29,7 +29,7 @@
 //!
 //! A layer's life: [`cache::Layer::append`] takes a forward's keys and values into exact tails,
 //! [`cache::Layer::attend`] reads sealed pages and tails as they are, [`cache::Layer::flush`] does in its order what is
-//! due: evict, compact, seal, index.
+//! due: slide, evict, compact, seal, index.
 
 // The tests of the public interface name the crate as its users do.
 #[cfg(test)]

@@ -178,6 +178,11 @@ def test_evictions_leave_windows_alone() -> None:
     assert [len(cache.kept(i, 0)) for i in range(6)] == [40] * 5 + [33]
 
 
+def test_where_an_eviction_does_nothing_it_is_said() -> None:
+    with pytest.warns(UserWarning, match="evict= and select= do nothing here"):
+        kvpack.PackedCache(model_of("windows").config, evict=kvpack.KeyDiff(budget=16))
+
+
 def test_a_window_as_long_as_the_model_is_full_attention() -> None:
     config = CONFIG_MAPPING["mistral"](**{**SIZES, "sliding_window": 2048})
     cache = kvpack.PackedCache(config, evict=kvpack.KeyDiff(budget=16))

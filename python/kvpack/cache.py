@@ -85,6 +85,12 @@ class PackedCache(TransactionalCache):
         self._newest_layer = -1
         if (unpacked := models.describe_unpacked(layers)) is not None:
             warnings.warn(unpacked, stacklevel=2)
+        elif (evict or select) and all(site.window is not None for site in sites.values()):
+            warnings.warn(
+                "evict= and select= do nothing here: all layers of this model that are packed have sliding windows, which "
+                "let tokens go by themselves; quantize= packs them",
+                stacklevel=2,
+            )
 
     @property
     def _is_user_defined(self) -> bool:

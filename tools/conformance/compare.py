@@ -36,6 +36,17 @@ def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
     return float((a - b)[_said(b)].square().mean().sqrt() / deviation(expected))
 
 
+def token_distance(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The mean over tokens of the root mean square of a token's difference, in deviations of what is expected.
+
+    Where experts are chosen, rounding may choose another one for a token or two: that says nothing of the others.
+    """
+    of_tokens = [
+        (a - b).where(_said(b), 0).square().mean(-1).sqrt().flatten() for a, b in zip(actual, expected, strict=True)
+    ]
+    return float(torch.cat(of_tokens).mean() / deviation(expected))
+
+
 def deviation(tensors: list[Tensor]) -> float:
     """The standard deviation of all numbers, at least that of rounding; 1 of a few."""
     values = torch.cat([x[_said(x)] for x in tensors])

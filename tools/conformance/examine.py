@@ -15,7 +15,16 @@ from kvpack.beside import tensor_bytes
 from torch import Tensor
 
 from . import models
-from .compare import EIGHT_BIT_TOLERANCE, HALF_FLOOR, HALF_RATIO, TOLERANCE, deviation, difference, distance
+from .compare import (
+    EIGHT_BIT_TOLERANCE,
+    HALF_FLOOR,
+    HALF_RATIO,
+    TOLERANCE,
+    deviation,
+    difference,
+    distance,
+    token_distance,
+)
 from .inputs import inputs_of
 from .modes import EIGHT_BITS, EVICTION, MODES, Mode, image, long, steps
 from .subject import PROMPT, Subject, attached, forget, loaded, perturbed, reference, self_attention, tokens
@@ -178,11 +187,11 @@ def _half(subject: Subject, expected: Expected, result: Row) -> None:
         return
     model = copy.deepcopy(subject.model).bfloat16()
     try:
-        found = distance(_run(steps, loaded(model, subject.inputs)), exact)
+        found = token_distance(_run(steps, loaded(model, subject.inputs)), exact)
     except Exception as error:
         result["wrong"]["bfloat16"] = _told(error)
         return
-    own = distance(wanted, exact)
+    own = token_distance(wanted, exact)
     told = f"{found:.4f} from float32, transformers' own {own:.4f}"
     good = found <= HALF_RATIO * own + HALF_FLOOR
     result["notes" if good else "wrong"]["bfloat16"] = told

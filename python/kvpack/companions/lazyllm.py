@@ -140,6 +140,7 @@ class LazyLLM(Method):
             raise OptionError(f"past_key_values: given a {type(cache).__name__}, expected a PackedCache with LazyLLM")
         layers = [layer for layer in cache.layers if isinstance(layer, PackedLayer)]
         others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, PackedLayer)}
+        others |= {"sliding windows" for layer in layers if layer.is_sliding}
         if others:
             raise OptionError(f"past_key_values: given one with layers of type {others}, expected full attention only")
         cache.methods.check_with(Party.of(self))
