@@ -87,7 +87,7 @@ class PackedCache(TransactionalCache):
             warnings.warn(unpacked, stacklevel=2)
         elif (evict or select) and all(site.window is not None for site in sites.values()):
             warnings.warn(
-                "evict= and select= do nothing here: all layers of this model that are packed have sliding windows, which "
+                "evict= and select= do nothing here: all packed layers of this model have sliding windows, which "
                 "let tokens go by themselves; quantize= packs them",
                 stacklevel=2,
             )
