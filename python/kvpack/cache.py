@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from transformers import Cache, DynamicCache
@@ -18,7 +18,7 @@ from .identity import head_dim
 from .layer import PackedLayer
 from .methods import Evict, Exact, Methods, Quantize, Select
 from .methods.combination import model_party
-from .sites import pack, sites_of
+from .sites import layers_in_forwards, pack, sites_of
 from .transaction import TransactionalCache
 
 
@@ -72,7 +72,7 @@ class PackedCache(TransactionalCache):
         shared = bool(getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0))
         model = None if model_or_config is config or not hasattr(model_or_config, "config") else model_or_config
         sites = sites_of(layers, config, model, encoder=self._of_encoder)
-        taking_part = [i for i, layer in enumerate(layers) if type(layer).__name__ != "DummyLayer"] or [0]
+        taking_part = layers_in_forwards(layers, config) or [0]
         self._first, last = taking_part[0], taking_part[-1]
         self._begun = None
         last_is_read = isinstance(layers[last], CacheLayerMixin)
@@ -200,7 +200,8 @@ class PackedCache(TransactionalCache):
 
     def activate_past_recording(self) -> None:
         """From now on packing waits for `crop`, which then reaches any token; until nobody crops any more."""
-        super().activate_past_recording()
+        if RECORDING_EXISTS:
+            super().activate_past_recording()
         self.store.record()
 
     def reset(self) -> None:
@@ -208,7 +209,7 @@ class PackedCache(TransactionalCache):
         self._change_all("reset", (), self.store.reset)
         self.companions = [left for companion in self.companions if (left := companion.reset()) is not None]
 
-    def fork(self) -> PackedCache:
+    def fork(self) -> Self:
         """A copy that shares all pages with this one; each side copies only what it changes.
 
         Costs microseconds a layer: prefill a long prompt once, then fork it for every continuation.

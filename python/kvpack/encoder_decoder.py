@@ -21,6 +21,24 @@ class EncoderCache(PackedCache):
 
     _of_encoder = True
 
+    def __init__(
+        self,
+        model_or_config: Any = None,
+        *,
+        quantize: Quantize | None = None,
+        config: Any = None,
+        offloading: bool = False,
+    ) -> None:
+        """An empty cache for one model.
+
+        Args:
+            model_or_config: the transformers model, or its configuration.
+            quantize: how the tokens are stored; without it `Exact()`.
+            config: the same for models that make one by the arguments of transformers' own cache (T5Gemma).
+            offloading: whether they want it elsewhere than on the accelerator: it is in CPU memory.
+        """
+        super().__init__(config if model_or_config is None else model_or_config, quantize=quantize)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -65,7 +83,7 @@ class PackedEncoderDecoderCache(EncoderDecoderCache):
     """
 
     self_attention_cache: PackedCache
-    cross_attention_cache: PackedCache
+    _cross: EncoderCache
 
     def __init__(
         self,
@@ -95,15 +113,26 @@ class PackedEncoderDecoderCache(EncoderDecoderCache):
             EncoderCache(model_or_config, quantize=quantize if cross is None else cross),
         )
 
-        self.is_updated = _Updated(self.cross_attention_cache)
+        self.is_updated = _Updated(self._cross)
+
+    @property
+    def cross_attention_cache(self) -> EncoderCache:
+        """The cache of the encoder's tokens."""
+        return self._cross
+
+    @cross_attention_cache.setter
+    def cross_attention_cache(self, cache: EncoderCache) -> None:
+        # Some models put an empty one without sliding windows in its place (T5Gemma): this one has none, and its codec.
+        if "_cross" not in self.__dict__:
+            self._cross = cache
 
     def fork(self) -> PackedEncoderDecoderCache:
         """A copy that shares all pages with this one; each side copies only what it changes."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.self_attention_cache = self.self_attention_cache.fork()
-        other.cross_attention_cache = self.cross_attention_cache.fork()
-        other.is_updated = _Updated(other.cross_attention_cache)
+        other._cross = self._cross.fork()
+        other.is_updated = _Updated(other._cross)
         return other
 
     __copy__ = fork
@@ -114,7 +143,7 @@ class PackedEncoderDecoderCache(EncoderDecoderCache):
 
     def memory(self) -> Memory:
         """Bytes held, measured from the allocations: by part, by layer of the decoder, in total."""
-        both = [self.self_attention_cache.memory(), self.cross_attention_cache.memory()]
+        both = [self.self_attention_cache.memory(), self._cross.memory()]
         parts = {name: sum(memory.parts[name] for memory in both) for name in both[0].parts}
         return Memory(parts, [sum(layers) for layers in zip(*(memory.layers for memory in both), strict=True)])
 

@@ -239,6 +239,12 @@ class CacheInspection(Cache):
         return bool(Cache.has_previous_state(self._as_shown(), layer_idx, *args, **kwargs))
 
     @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first tokens, and where no layer tells."""
+        told = (getattr(layer, "batch_size", None) for layer in self.layers)
+        return next((int(batch) for batch in told if batch is not None), -1)
+
+    @property
     def is_initialized(self) -> bool:
         """Whether all layers that hold tokens have some."""
         return all(layer.is_initialized for layer in self.layers if hasattr(layer, "is_initialized"))

@@ -46,6 +46,19 @@ def _window(layer: Any, config: Any) -> int | None:
     return None if window is None or (isinstance(longest, int) and window >= longest) else int(window)
 
 
+def layers_in_forwards(layers: Sequence[Any], config: Any) -> list[int]:
+    """The layers that a forward gives something, by number.
+
+    Args:
+        layers: those of a DynamicCache for the model.
+        config: the configuration of the model's decoder.
+    """
+    kinds = attribute(config, "layer_types") or attribute(config, "layers_block_type") or ()
+    # Some releases make layers of linear attention for what has no attention at all.
+    nothing = {i for i, kind in enumerate(kinds) if kind in ("mlp", "moe") and len(kinds) == len(layers)}
+    return [i for i, layer in enumerate(layers) if type(layer).__name__ != "DummyLayer" and i not in nothing]
+
+
 def pack(layer: Any, store: _kvpack.Cache, methods: Methods, site: Site) -> PackedLayer:
     """What takes the place of one of transformers' layers."""
     if type(layer) in _HYBRID:
