@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import kvpack
+import numpy as np
 import pytest
 import torch
+from kvpack.attention import kvpack_attention
 from model_kinds import BASE, shaken
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
@@ -168,6 +172,39 @@ def test_what_the_window_has_passed_cannot_come_back() -> None:
     with pytest.raises(kvpack.CropError):
         cache.crop(-200)
     assert cache.kept(0, 0) == before
+
+
+def test_keys_that_a_long_chunk_pushed_out_cannot_be_read_again() -> None:
+    model = model_of("windows", "kvpack")
+    cache = kvpack.PackedCache(model)
+    model(IDS[:1, :20], past_key_values=cache)
+    keys, values = (torch.randn(1, 2, 60, 16) for _ in range(2))
+    query = torch.randn(1, 4, 60, 16)
+    handles = cache.update(keys, values, 0)
+    module = model.model.layers[0].self_attn
+    kvpack_attention(module, query, *handles, None)
+    with pytest.raises(kvpack.StaleHandleError):
+        kvpack_attention(module, query, *handles, None)
+
+
+def test_keys_and_values_are_tensors_to_whoever_looks() -> None:
+    model = model_of("windows", "kvpack")
+    cache = kvpack.PackedCache(model)
+    model(IDS[:1, :20], past_key_values=cache)
+    layer, full = cache.layers[0], DynamicCache(config=model.config)
+    model(IDS[:1, :20], past_key_values=full)
+    expected = full.layers[0].keys
+    assert layer.keys.shape == expected.shape
+    assert torch.equal(layer.keys, expected)
+    assert np.array_equal(layer.keys.numpy(), expected.numpy())
+    assert np.array_equal(np.asarray(layer.keys), expected.numpy())
+    assert layer.keys.tolist() == expected.tolist()
+    for copied_keys in (copy.deepcopy(layer.keys), pickle.loads(pickle.dumps(layer.keys)), layer.keys.clone()):
+        assert type(copied_keys) is torch.Tensor
+        assert torch.equal(copied_keys, expected)
+    before = layer.keys
+    model(IDS[:1, :30], past_key_values=cache)
+    assert torch.equal(before, expected)  # what was looked at stays what it was
 
 
 def test_evictions_leave_windows_alone() -> None:

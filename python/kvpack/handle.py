@@ -68,6 +68,23 @@ class LazyKV(Tensor):
             self._full = self.layer.for_model(self.which, self.version, self._still)
         return self._full
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """The numbers as a NumPy array."""
+        return self.materialize().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The numbers as nested lists."""
+        return self.materialize().tolist()
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.materialize().__array__(dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.materialize().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().__reduce_ex__(protocol)
+
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"LazyKV({self.which}, shape={tuple(self.shape)}, dtype={self.dtype})"
 

@@ -110,6 +110,11 @@ impl Cache {
             packed.watch(&queries, &attention, kernels)?;
             if packed.layer.is_long(new) && !recording && !packed.shared {
                 packed.layer.flush()?; // a long chunk would otherwise be held exactly in all layers at once
+                if packed.layer.window.is_some() {
+                    // Tokens that these queries saw may have left: the same keys cannot be read again.
+                    let version = cache.next_version();
+                    cache.packed_mut(i)?.version = version;
+                }
             }
             Ok(cache.attention_ends(i))
         })
