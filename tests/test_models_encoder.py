@@ -11,6 +11,7 @@ import torch
 from model_kinds import BASE, GREEDY, shaken
 from transformers import (
     CONFIG_MAPPING,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DynamicCache,
     EncoderDecoderCache,
@@ -116,6 +117,18 @@ def test_prompt_lookup_with_an_encoder(kind: str) -> None:
     assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
     with kvpack.attach(model):
         assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_a_calibrated_codec_is_refused_for_the_encoders_tokens() -> None:
+    model = with_encoder("bart", "kvpack")
+    calibrated = kvpack.KVQuant(bits=4)  # whose tables are of one model's own layers
+    with pytest.raises(kvpack.OptionError, match=r"cross=KVQuant.*cross=kvpack\.Q8\(\)"):
+        kvpack.PackedEncoderDecoderCache(model, cross=calibrated)
+    with kvpack.attach(model, cross=kvpack.Q8()) as handle:
+        model.generate(**INPUTS, **GREEDY)
+        assert handle.cache.lossy_share() == 0
+    with pytest.raises(kvpack.OptionError, match="without an encoder"):
+        kvpack.attach(shaken(AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**BASE))), cross=kvpack.Q8())
 
 
 def test_steps_of_a_copy_of_both_caches() -> None:

@@ -54,11 +54,11 @@ class Attachment:
         attached: whether `model.generate` still makes packed caches.
     """
 
-    def __init__(self, model: Any, evict: Evict | None, quantize: Quantize | None, select: Select | None) -> None:
+    def __init__(self, model: Any, options: dict[str, Any]) -> None:
         """Attaches; see `attach`."""
         self.model = model
-        self._options: dict[str, Any] = {"evict": evict, "quantize": quantize, "select": select}
-        self.cache: PackedCache | None = PackedCache(model, **self._options)  # also checks them
+        self._options = options
+        self.cache: PackedCache | None = new_cache(model, **options)[1]  # also checks them
         self._before = _implementations(model.config)
         if models.why_not_in_place(model) is None:
             model.set_attn_implementation(models.NAME)
@@ -110,7 +110,12 @@ class Attachment:
 
 
 def attach(
-    model: Any, *, evict: Evict | None = None, quantize: Quantize | None = None, select: Select | None = None
+    model: Any,
+    *,
+    evict: Evict | None = None,
+    quantize: Quantize | None = None,
+    select: Select | None = None,
+    cross: Quantize | None = None,
 ) -> Attachment:
     """Makes `model.generate`, and pipelines around the model, use a fresh PackedCache at every call.
 
@@ -123,6 +128,7 @@ def attach(
         evict: as in `PackedCache`.
         quantize: as in `PackedCache`.
         select: as in `PackedCache`.
+        cross: as in `PackedEncoderDecoderCache`, for a model with an encoder.
 
     Returns:
         A handle with `detach()` and `cache` (the last one made), also usable in a `with` statement.
@@ -136,7 +142,7 @@ def attach(
     if _attached(model):
         raise OptionError("model: given one that kvpack is attached to already, expected detach() first")
     models.check_generate(model)
-    return Attachment(model, evict, quantize, select)
+    return Attachment(model, {"evict": evict, "quantize": quantize, "select": select, "cross": cross})
 
 
 def _generate_of(model: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import EncoderDecoderCache
 
 from .cache import PackedCache
+from .errors import OptionError
 from .memory import Memory
 from .methods import Evict, Quantize, Select
 
@@ -108,11 +109,16 @@ class PackedEncoderDecoderCache(EncoderDecoderCache):
                 tokens and would store the encoder's.
             DeviceError: the model is on another device.
         """
-        super().__init__(
-            PackedCache(model_or_config, evict=evict, quantize=quantize, select=select),
-            EncoderCache(model_or_config, quantize=quantize if cross is None else cross),
-        )
-
+        own = PackedCache(model_or_config, evict=evict, quantize=quantize, select=select)
+        try:
+            encoders = EncoderCache(model_or_config, quantize=quantize if cross is None else cross)
+        except OptionError as error:
+            where = f"cross={cross!r}" if cross is not None else f"cross=None (as quantize={quantize!r})"
+            raise OptionError(
+                f"{where} is not accepted for the encoder's tokens: {error}; accepted: a codec that is not calibrated, "
+                "such as cross=kvpack.Q8(), or cross=kvpack.Exact()"
+            ) from error
+        super().__init__(own, encoders)
         self.is_updated = _Updated(self._cross)
 
     @property

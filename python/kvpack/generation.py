@@ -17,18 +17,23 @@ from .forward import CACHE_ARGUMENT
 from .methods import Evict, Quantize, Select
 
 
-def new_cache(
-    model: Any, *, evict: Evict | None = None, quantize: Quantize | None = None, select: Select | None = None
-) -> tuple[Cache, PackedCache]:
+def new_cache(model: Any, *, cross: Quantize | None = None, **methods: Any) -> tuple[Cache, PackedCache]:
     """An empty cache for a generation, and what of it holds the decoder's own tokens.
 
+    Args:
+        model: the model.
+        cross: as in PackedEncoderDecoderCache.
+        methods: as in PackedCache.
+
     Raises:
-        OptionError: as PackedCache.
+        OptionError: as PackedCache, or `cross` is given for a model without an encoder.
     """
     if models.has_encoder(model):
-        both = PackedEncoderDecoderCache(model, evict=evict, quantize=quantize, select=select)
+        both = PackedEncoderDecoderCache(model, cross=cross, **methods)
         return both, both.self_attention_cache
-    cache = PackedCache(model, evict=evict, quantize=quantize, select=select)
+    if cross is not None:
+        raise OptionError(f"cross={cross!r} is not accepted for a model without an encoder; accepted: quantize=")
+    cache = PackedCache(model, **methods)
     return cache, cache
 
 
@@ -39,6 +44,7 @@ def generate(
     evict: Evict | None = None,
     quantize: Quantize | None = None,
     select: Select | None = None,
+    cross: Quantize | None = None,
     inputs_tensor: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -55,15 +61,15 @@ def generate(
         evict: as in PackedCache.
         quantize: as in PackedCache.
         select: as in PackedCache.
+        cross: as in PackedEncoderDecoderCache.
         inputs_tensor: the model's first inputs.
         kwargs: what transformers prepared.
 
     Raises:
         OptionError: as PackedCache, or transformers does not do by itself what was asked for.
     """
-    return run(
-        model, input_ids, new_cache(model, evict=evict, quantize=quantize, select=select)[0], inputs_tensor, kwargs
-    )
+    cache, _ = new_cache(model, evict=evict, quantize=quantize, select=select, cross=cross)
+    return run(model, input_ids, cache, inputs_tensor, kwargs)
 
 
 def run(model: Any, input_ids: Tensor, cache: Cache, inputs_tensor: Tensor | None, kwargs: dict[str, Any]) -> Any:

@@ -9,12 +9,12 @@ use crate::quantize::Page;
 const TOGETHER: usize = 32;
 
 impl Layer {
-    /// Positions that no query sees any more, but those of tokens that are here already.
+    /// No query of tokens to come sees positions below this, once `seen` were seen.
     pub(super) fn passed(&self, seen: usize) -> usize {
         self.window.map_or(0, |window| (seen + 1).saturating_sub(window))
     }
 
-    /// Whether tokens would leave if there were so many positions.
+    /// Whether tokens of a sequence would leave if so many positions were seen.
     pub(super) fn slides(&self, heads: &[KvHead], seen: usize) -> bool {
         let passed = self.passed(seen);
         passed > 0 && heads.iter().any(|head| head.leaving(passed) > 0)
