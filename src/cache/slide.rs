@@ -5,7 +5,8 @@ use super::layer::Layer;
 use super::side::Side;
 use crate::quantize::Page;
 
-/// So many tokens at least leave together: pages are cut, and sequences copied for a forward that may fail, that much more rarely.
+/// So many tokens at least leave together, of short windows an eighth: pages are cut, and sequences copied for a forward that may
+/// fail, that much more rarely.
 const TOGETHER: usize = 32;
 
 impl Layer {
@@ -14,10 +15,15 @@ impl Layer {
         self.window.map_or(0, |window| (seen + 1).saturating_sub(window))
     }
 
+    /// How many tokens leave together at least.
+    fn together(&self) -> usize {
+        self.window.map_or(TOGETHER, |window| (window / 8).clamp(1, TOGETHER))
+    }
+
     /// Whether tokens of a sequence would leave if so many positions were seen.
     pub(super) fn slides(&self, heads: &[KvHead], seen: usize) -> bool {
         let passed = self.passed(seen);
-        passed > 0 && heads.iter().any(|head| head.leaving(passed) > 0)
+        passed > 0 && heads.iter().any(|head| head.leaving(passed, self.together()) > 0)
     }
 
     /// Lets go what the window has passed.
@@ -26,12 +32,12 @@ impl Layer {
         if passed == 0 {
             return;
         }
-        let mut gone = 0;
+        let (mut gone, together) = (0, self.together());
         self.each_unique(
-            |row| row.iter().any(|head| head.leaving(passed) > 0),
+            |row| row.iter().any(|head| head.leaving(passed, together) > 0),
             |rows| {
                 for head in rows.into_iter().flatten() {
-                    let n = head.leaving(passed);
+                    let n = head.leaving(passed, together);
                     if n > 0 {
                         head.drop_oldest(n);
                         gone = gone.max(head.positions().first().map_or(passed, |first| first as usize));
@@ -57,10 +63,10 @@ impl Layer {
 }
 
 impl KvHead {
-    /// How many of the tokens at positions below `passed` leave now: many at a time, in whole granules.
-    fn leaving(&self, passed: usize) -> usize {
+    /// How many of the tokens at positions below `passed` leave now: at least so many together, in whole granules.
+    fn leaving(&self, passed: usize, together: usize) -> usize {
         let mut n = self.positions.count_below(passed);
-        while n >= TOGETHER {
+        while n >= together {
             let whole = self.keys.whole(n).min(self.values.whole(n));
             if whole == n {
                 return n;
