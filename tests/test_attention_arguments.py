@@ -30,7 +30,7 @@ def attend(module: Any, cache: Any = None, mask: Any = None, **options: Any) -> 
     return kvpack_attention(module, QUERY, keys, values, mask, **options)[0]
 
 
-@pytest.mark.parametrize("argument", ["indices", "block_indices", "position_bias", "sinks", "head_mask", "anything"])
+@pytest.mark.parametrize("argument", ["indices", "block_indices", "sinks", "head_mask", "anything"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_arguments_that_nobody_knows_are_refused(argument: str, packed: bool) -> None:
     cache = filled_layer(kvpack.Exact(), KEY, VALUE) if packed else None
@@ -45,6 +45,23 @@ def test_arguments_that_change_nothing(argument: str) -> None:
         fork = None if cache is None else cache.fork()
         expected = attend(FakeAttention(2), cache)
         assert torch.equal(attend(FakeAttention(2), fork, **{argument: 7}), expected)
+
+
+@pytest.mark.parametrize("masked", ["none", "boolean", "additive"])
+def test_a_position_bias_is_added_to_the_logits(masked: str) -> None:
+    heads, new, tokens = QUERY.shape[1], QUERY.shape[2], KEY.shape[2] + QUERY.shape[2]
+    bias = torch.randn(1, heads, new, tokens)
+    visible = torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new)
+    visible[:, 7] = masked == "none"
+    mask = {"none": None, "boolean": visible[None, None]}.get(masked, torch.zeros(1, 1, new, tokens))
+    if masked == "additive":
+        mask = mask.masked_fill(~visible, torch.finfo(torch.float32).min)
+    logits = QUERY @ torch.cat([KEY, NEW_KEY], 2).repeat_interleave(2, 1).transpose(2, 3) * QUERY.shape[3] ** -0.5
+    weights = (logits + bias).masked_fill(~visible, float("-inf")).softmax(-1)
+    expected = (weights @ torch.cat([VALUE, NEW_VALUE], 2).repeat_interleave(2, 1)).transpose(1, 2)
+    for cache in (None, filled_layer(kvpack.Exact(), KEY, VALUE)):
+        actual = attend(FakeAttention(2), cache, mask, position_bias=bias)
+        assert (actual - expected).abs().max() < 1e-5
 
 
 def test_what_a_caller_passes_through_a_model_is_left_alone() -> None:
