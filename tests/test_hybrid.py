@@ -21,7 +21,6 @@ FALCON = {
     "mamba_d_state": 8,
 }
 IDS = torch.randint(4, 120, (2, 60), generator=torch.Generator().manual_seed(0))
-pytestmark = pytest.mark.skipif("falcon_h1" not in CONFIG_MAPPING, reason="this transformers does not have it")
 
 
 def falcon(attention: str | None = None) -> Any:

@@ -148,13 +148,17 @@ def _checked_mask(mask: Tensor, query: Tensor, packed: bool) -> Tensor:
     return mask
 
 
+def _causal(q: int, n: int) -> Tensor:
+    """`[q, n]`: what each of the `q` newest of `n` tokens sees: itself and what is older."""
+    return torch.ones((q, n), dtype=torch.bool).tril(n - q)
+
+
 def _with_bias(mask: Tensor | None, bias: Tensor, *, causal: bool) -> Tensor:
     """An additive mask that has what is added to the logits too."""
     if mask is None:
         if not causal:
             return bias
-        q, n = bias.shape[-2:]
-        mask = torch.ones((q, n), dtype=torch.bool).tril(n - q)
+        mask = _causal(*bias.shape[-2:])
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, torch.finfo(bias.dtype).min)
     return bias + mask
@@ -175,7 +179,7 @@ def _exact_attention(
     q, n = query.shape[2], key.shape[2]
     if mask is None and is_causal and q > 1 and (q < n or own):
         # SDPA would let the first query see the first token alone, eager attention lets all see all.
-        mask = torch.ones((q, n), dtype=torch.bool, device=query.device).tril(n - q)[None, None]
+        mask = _causal(q, n)[None, None].to(query.device)
     if not own:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         out: Tensor = sdpa(module, query, key, value, mask, is_causal=is_causal, **options)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any, Self
 
 from torch import Tensor
@@ -83,8 +84,8 @@ class PackedCache(TransactionalCache):
         self.companions = []
         self._has_encoder = models.has_encoder(model_or_config) and not self._of_encoder
         self._newest_layer = -1
-        if (unpacked := models.describe_unpacked(layers)) is not None:
-            warnings.warn(unpacked, stacklevel=2)
+        if not sites:
+            warnings.warn(models.describe_unpacked(layers), stacklevel=2)
         elif (evict or select) and all(site.window is not None for site in sites.values()):
             warnings.warn(
                 "evict= and select= do nothing here: all packed layers of this model have sliding windows, which "
@@ -176,26 +177,26 @@ class PackedCache(TransactionalCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes row `i` what row `beam_idx[i]` was (beam search); pages are shared, not copied."""
-        self._select("reorder_cache", beam_idx)
+        self._select("reorder_cache", beam_idx, lambda batch: rows_at(beam_idx, batch))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows at `indices`; pages are shared, not copied."""
-        self._select("batch_select_indices", indices)
-
-    def _select(self, method: str, indices: Tensor) -> None:
-        packed = max(self.batch_size, 0)  # -1 where nothing is packed; other layers may have rows all the same
-        rows = rows_at(indices, packed) if packed else []
-        companions = [companion.select(rows) for companion in self.companions] if rows else self.companions
-        self._change_all(method, (indices,), lambda: self.store.select(rows) if rows else None)
-        self.companions = companions
+        self._select("batch_select_indices", indices, lambda batch: rows_at(indices, batch))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; pages are shared, not copied."""
         if repeats < 1:
             raise ShapeError(f"repeats: given {repeats}, expected at least 1")
-        rows = [i for i in range(max(self.batch_size, 0)) for _ in range(repeats)]
-        companions = [companion.select(rows) for companion in self.companions] if rows else []
-        self._change_all("batch_repeat_interleave", (repeats,), lambda: self.store.select(rows) if rows else None)
+        self._select(
+            "batch_repeat_interleave", repeats, lambda batch: [i for i in range(batch) for _ in range(repeats)]
+        )
+
+    def _select(self, method: str, argument: Any, rows_of: Callable[[int], list[int]]) -> None:
+        """Calls `method` of what is held beside packed layers, whose batch becomes the rows that `rows_of` it names."""
+        batch = self.batch_size  # below 1 where nothing is packed; other layers may have rows all the same
+        rows = rows_of(batch) if batch > 0 else []
+        companions = [companion.select(rows) for companion in self.companions] if rows else self.companions
+        self._change_all(method, (argument,), lambda: self.store.select(rows) if rows else None)
         self.companions = companions
 
     def activate_past_recording(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Self
 
 from transformers import cache_utils
 
@@ -26,7 +26,7 @@ class PackedHybridLayer(PackedLayer):
             states: how many convolutions and recurrences the layer has.
         """
         super().__init__(store, index, methods, site)
-        self.states: Any = cache_utils.LinearAttentionLayer(number_of_states=states)
+        self.states = cache_utils.LinearAttentionLayer(number_of_states=states)
 
     def __getattr__(self, name: str) -> Any:
         """What transformers asks of linear attention."""
@@ -35,7 +35,7 @@ class PackedHybridLayer(PackedLayer):
         return getattr(self.states, name)
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         """Whether the states can be what they were."""
         return bool(getattr(self.states, "is_croppable", False))
 
@@ -49,17 +49,9 @@ class PackedHybridLayer(PackedLayer):
         """Copies the states of one of transformers' layers."""
         vars(self.states).update({name: copy.deepcopy(vars(layer)[name]) for name in vars(self.states)})
 
-    def on(self, store: _kvpack.Cache, index: int) -> PackedHybridLayer:
+    def on(self, store: _kvpack.Cache, index: int) -> Self:
         """The view of the same layer in another store, with states of its own."""
-        other: Any = super().on(store, index)
-        other.states = copy.deepcopy(self.states)
-        return other  # type: ignore[no-any-return]
-
-    def with_states(self, states: Any) -> PackedHybridLayer:
-        """The same view beside other states."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, states=states)
-        return other
+        return super().on(store, index).with_states(copy.deepcopy(self.states))
 
 
 if hasattr(cache_utils, "LinearAttentionCacheLayerMixin"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -53,6 +53,13 @@ class LayerInspection:
 
     store: _kvpack.Cache
     index: int
+    states: Any = None  # of linear attention beside it
+
+    def with_states(self, states: Any) -> Self:
+        """The same view beside other states of linear attention."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, states=states)
+        return other
 
     @property
     def keys(self) -> Tensor | None:
@@ -185,7 +192,7 @@ class LayerInspection:
 
 def beside(layer: Any) -> Any:
     """What of a layer is transformers' own: all, its states of linear attention, or nothing (None)."""
-    return getattr(layer, "states", None) if isinstance(layer, LayerInspection) else layer
+    return layer.states if isinstance(layer, LayerInspection) else layer
 
 
 class CacheInspection(Cache):
@@ -217,7 +224,7 @@ class CacheInspection(Cache):
         state = None if beside(layer) is None or i >= len(self.store) else self.store.kept(i)
         if state is None:
             return layer
-        return layer.with_states(state.shown()) if hasattr(layer, "with_states") else state.shown()
+        return layer.with_states(state.shown()) if isinstance(layer, LayerInspection) else state.shown()
 
     def _as_shown(self) -> Cache:
         """What answers for transformers' Cache, with layers as they were before the forward that is under way."""

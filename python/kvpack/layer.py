@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
     """Keys and values of one attention layer: layer `index` of `store`, which knows all that there is to know."""
 
     is_compileable = False
-    is_croppable = True
     supports_early_init = False
 
     def __init__(self, store: _kvpack.Cache, index: int, methods: Methods, site: Site | None = None) -> None:
@@ -39,6 +38,11 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"PackedLayer({self.methods.words()}, {self.get_seq_length()} tokens)"
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back."""
+        return True
 
     @property
     def is_sliding(self) -> bool:
@@ -222,13 +226,13 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         """Forgets all tokens."""
         self._alone().reset()
 
-    def on(self, store: _kvpack.Cache, index: int) -> PackedLayer:
+    def on(self, store: _kvpack.Cache, index: int) -> Self:
         """The view of the same layer in another store."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, store=store, index=index)
         return other
 
-    def fork(self) -> PackedLayer:
+    def fork(self) -> Self:
         """A layer of its own that shares all pages with this one; each side copies what it changes."""
         return self.on(self.store.fork_layer(self.index), 0)
 

@@ -261,13 +261,11 @@ _KINDS = (
 )
 
 
-def describe_unpacked(layers: Sequence[Any]) -> str | None:
-    """A sentence that says why none of a cache's layers is packed; None where some layer is."""
+def describe_unpacked(layers: Sequence[Any]) -> str:
+    """A sentence that says why none of a cache's layers is packed."""
     kinds: dict[str, int] = {}
     for layer in layers:
         name = type(layer).__name__
-        if name in ("PackedLayer", "PackedHybridLayer"):
-            return None
         kinds[name] = kinds.get(name, 0) + 1
     told = []
     for name, count in kinds.items():

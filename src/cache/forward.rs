@@ -1,7 +1,6 @@
 //! A forward is a transaction: it begins with the first layer that is given something, and ends with the attention of the last
 //! one. What fails in between is rolled back in all layers; one that never ended when the next one begins.
 
-use std::sync::Arc;
 use std::thread::{self, ThreadId};
 
 use super::cache::{Cache, Foreign};
@@ -45,6 +44,24 @@ pub(super) struct Forward {
     saved: Vec<(usize, Saved)>,
 }
 
+impl Forward {
+    /// What packed layer `i` was like.
+    fn packed(&self, i: usize) -> Option<&Before> {
+        self.saved.iter().find_map(|(saved, before)| match before {
+            Saved::Packed(before) if *saved == i => Some(&**before),
+            _ => None,
+        })
+    }
+
+    /// What brings back what is held elsewhere of layer `i`.
+    fn other(&self, i: usize) -> Option<&Foreign> {
+        self.saved.iter().find_map(|(saved, before)| match before {
+            Saved::Other(before) if *saved == i => Some(before),
+            _ => None,
+        })
+    }
+}
+
 impl Cache {
     /// Says that layer `i`, which is held elsewhere, is about to be given tokens, or states of a `kind` of their own; `of_module` as
     /// in [`Self::update`]. Returns whether what brings it back is still to be [kept](Self::keep).
@@ -54,8 +71,7 @@ impl Cache {
     pub fn enter(&mut self, i: usize, kind: u8, of_module: bool) -> Result<bool> {
         self.begin(i, kind, of_module)?;
         self.tokens_came();
-        let known = |(saved, before): &(usize, Saved)| *saved == i && matches!(before, Saved::Other(_));
-        let unknown = |forward: &Forward| forward.phase != Phase::Finished && !forward.saved.iter().any(known);
+        let unknown = |forward: &Forward| forward.phase != Phase::Finished && forward.other(i).is_none();
         Ok(self.forward.as_ref().is_some_and(unknown))
     }
 
@@ -72,11 +88,7 @@ impl Cache {
 
     /// What was [kept](Self::keep) of layer `i` by the forward that is under way.
     pub fn kept(&self, i: usize) -> Option<Foreign> {
-        let forward = self.hidden()?;
-        forward.saved.iter().find_map(|(saved, before)| match before {
-            Saved::Other(before) if *saved == i => Some(Arc::clone(before)),
-            _ => None,
-        })
+        self.hidden()?.other(i).cloned()
     }
 
     /// Whether a forward has begun and not ended.
@@ -180,8 +192,7 @@ impl Cache {
 
     /// Remembers what layer `i` is like, once a forward.
     pub(super) fn save(&mut self, i: usize, tokens: usize) -> Result<()> {
-        let here = |(saved, before): &(usize, Saved)| *saved == i && matches!(before, Saved::Packed(_));
-        let known = |forward: &Forward| forward.phase == Phase::Finished || forward.saved.iter().any(here);
+        let known = |forward: &Forward| forward.phase == Phase::Finished || forward.packed(i).is_some();
         if self.forward.as_ref().is_some_and(known) {
             return Ok(());
         }
@@ -265,10 +276,6 @@ impl Cache {
 
     /// What layer `i` was like, if it is in the midst of a forward.
     pub(super) fn saved(&self, i: usize) -> Option<&Before> {
-        let (forward, i) = (self.hidden()?, self.source(i));
-        forward.saved.iter().find_map(|(saved, before)| match before {
-            Saved::Packed(before) if *saved == i => Some(&**before),
-            _ => None,
-        })
+        self.hidden()?.packed(self.source(i))
     }
 }

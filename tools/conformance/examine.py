@@ -197,18 +197,22 @@ def _half(subject: Subject, expected: Expected, result: Row) -> None:
     result["notes" if good else "wrong"]["bfloat16"] = told
 
 
+def _tried(subject: Subject, name: str, result: Row, **options: Any) -> list[Tensor] | None:
+    """A long run with a method, which may be refused; None, and a word in the row, where there is no outcome."""
+    try:
+        return _run(long, subject, **options)
+    except kvpack.errors.KvpackError as error:
+        result["notes"][name] = f"refused: {error}"
+    except Exception as error:
+        result["wrong"][name] = _told(error)
+    return None
+
+
 def _eight_bits(subject: Subject, expected: Expected, result: Row) -> None:
     wanted = expected.of("8 bits", long)
-    if wanted is None:
+    if wanted is None or (logits := _tried(subject, "8 bits", result, quantize=EIGHT_BITS)) is None:
         return
-    try:
-        found = distance(_run(long, subject, quantize=EIGHT_BITS), wanted)
-    except kvpack.errors.KvpackError as error:
-        result["notes"]["8 bits"] = f"refused: {error}"
-        return
-    except Exception as error:
-        result["wrong"]["8 bits"] = _told(error)
-        return
+    found = distance(logits, wanted)
     if found <= EIGHT_BIT_TOLERANCE:
         result["notes"]["8 bits"] = f"{found:.4f}"
         return
@@ -218,15 +222,8 @@ def _eight_bits(subject: Subject, expected: Expected, result: Row) -> None:
 
 
 def _eviction(subject: Subject, result: Row) -> None:
-    try:
-        logits = _run(long, subject, evict=EVICTION)
-    except kvpack.errors.KvpackError as error:
-        result["notes"]["eviction"] = f"refused: {error}"
-        return
-    except Exception as error:
-        result["wrong"]["eviction"] = _told(error)
-        return
-    if not all(x.isfinite().all() for x in logits):
+    logits = _tried(subject, "eviction", result, evict=EVICTION)
+    if logits is not None and not all(x.isfinite().all() for x in logits):
         result["wrong"]["eviction"] = "logits are not finite"
 
 

@@ -142,18 +142,19 @@ class Methods:
         Of a layer with a sliding window the tokens stay that the model sees, and all of them are read.
         """
         window = None if site is None else site.window
-        whole = window is not None
-        quantize = self.quantize if window is None else self.quantize.within(window)
+        chosen = (self.evict, self.compact, self.select)
+        evict, compact, select = chosen if window is None else (None, None, None)
         # What is calibrated for a layer is so for the tokens of its own model part.
         place = None if site is not None and site.encoder else site
+        quantize = self.quantize.at(place)
         return _kvpack.Layer(
             quantize.keys_codec(place),
             quantize.values_codec(place),
-            evict=None if self.evict is None or whole else self.evict.make(site),
-            compact=None if self.compact is None or whole else self.compact.make(site),
-            select=None if self.select is None or whole else self.select.make(site),
+            evict=None if evict is None else evict.make(site),
+            compact=None if compact is None else compact.make(site),
+            select=None if select is None else select.make(site),
             prune=None if self.prune is None else self.prune.make(site),
-            selects=self.select is not None and not whole,
+            selects=select is not None,
             center=quantize.centers(place),
             window=window,
         )

@@ -30,14 +30,16 @@ class Quantize(Method):
         """Whether a layer's keys are held less their mean."""
         return False
 
-    def within(self, window: int) -> Quantize:
-        """The codec for a layer of which queries see `window` tokens: at most an eighth of these stay exact.
+    def at(self, site: Site | None) -> Quantize:
+        """The codec of a layer. Where queries see the newest tokens only, at most an eighth of these stay exact.
 
         Published windows are small beside the contexts that they are meant for; of a sliding window of 512 tokens 128
         exact ones would be most of what is held. An exact window is whole groups, at least one.
         """
+        if site is None or site.window is None:
+            return self
         own, group = getattr(self, "window", 0), getattr(self, "group", 1) or 1
-        most = max(window // 8 // group, 1) * group
+        most = max(site.window // 8 // group, 1) * group
         codec: Any = self
         return self if own <= most else replace(codec, window=most)
 

@@ -50,9 +50,9 @@ class KeyValue(Quantize):
         """As the codec of keys."""
         return self.keys.centers(site)
 
-    def within(self, window: int) -> Quantize:
-        """Both within it."""
-        return replace(self, keys=self.keys.within(window), values=self.values.within(window))
+    def at(self, site: Site | None) -> Quantize:
+        """Those of both."""
+        return replace(self, keys=self.keys.at(site), values=self.values.at(site))
 
     def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """That of `keys`."""
@@ -89,21 +89,17 @@ class ByLayer(Quantize):
         codecs = self.codecs() if site is None else (self.codec(site),)
         return any(codec.centers(site) for codec in codecs)
 
-    def within(self, window: int) -> Quantize:
-        """The same: each layer's codec is made so when the layer is."""
-        return self
-
-    def _at(self, site: Site | None) -> Quantize:
-        codec = self.codec(site)
-        return codec if site is None or site.window is None else codec.within(site.window)
+    def at(self, site: Site | None) -> Quantize:
+        """That of the layer."""
+        return self.codec(site).at(site)
 
     def keys_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """That of the layer."""
-        return self._at(site).keys_codec(site)
+        return self.codec(site).keys_codec(site)
 
     def values_codec(self, site: Site | None = None) -> _kvpack.Codec:
         """That of the layer."""
-        return self._at(site).values_codec(site)
+        return self.codec(site).values_codec(site)
 
 
 @dataclass(frozen=True)
