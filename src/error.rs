@@ -68,15 +68,14 @@ pub enum Error {
         at: [usize; 4],
     },
     /// A crop reaches tokens that are no longer held exactly.
-    #[error(
-        "cannot remove {asked} tokens: at most {reachable} can be removed exactly, older ones are packed with loss; \
-         call activate_past_recording() before the tokens that may have to go, or keep a fork() of the cache"
-    )]
+    #[error("cannot remove {asked} tokens: {}", reach(*.reachable, *.seen))]
     Crop {
         /// Tokens that were to be removed.
         asked: usize,
         /// Tokens that can be removed.
         reachable: usize,
+        /// Tokens that were seen.
+        seen: usize,
     },
     /// The cache is in use by another thread at this moment.
     #[error("this cache is in use by another thread; give each thread its own cache (cache.fork() shares the pages)")]
@@ -110,6 +109,17 @@ pub enum Error {
     /// A defect of kvpack itself.
     #[error("internal error, please report it: {0}")]
     Internal(String),
+}
+
+/// How far a crop may go, and why no further.
+fn reach(reachable: usize, seen: usize) -> String {
+    if reachable == seen {
+        return format!("only {seen} were seen");
+    }
+    format!(
+        "at most {reachable} can be removed exactly, older ones are packed with loss; call activate_past_recording() before the \
+         tokens that may have to go, or keep a fork() of the cache"
+    )
 }
 
 /// What code of the caller's raised, to be handed back to the caller as it is.

@@ -41,7 +41,8 @@ T5 = {
     "d_model": 32,
     "d_kv": 8,
     "d_ff": 48,
-    "num_layers": 2,  # transformers' own cache asks the encoder for the decoder's layers
+    "num_layers": 3,
+    "num_decoder_layers": 2,  # fewer: transformers' own cache takes the encoder's number for theirs
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }
@@ -175,7 +176,7 @@ def test_bytes_of_an_encoders_tokens(kind: str) -> None:
         cache.cross_attention_cache.update(keys, keys, layer)
     held = cache.cross_attention_cache.memory()
     assert held.parts["exact"] == 0
-    assert held.total < 0.545 * len(cache) * 2 * keys.numel() * 2  # of float16
+    assert held.total <= 0.54 * len(cache) * 2 * keys.numel() * 2  # of float16
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])

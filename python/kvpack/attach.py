@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
@@ -59,7 +60,7 @@ class Attachment:
         self.model = model
         self._options = options
         self.cache: PackedCache | None = new_cache(model, **options)[1]  # also checks them
-        self._before = _implementations(model.config)
+        self._before = [config._attn_implementation for config in _configs(model.config)]
         if models.why_not_in_place(model) is None:
             model.set_attn_implementation(models.NAME)
         self.attached = True
@@ -97,8 +98,10 @@ class Attachment:
             del self.model.generate
             if self._wrapper.own is not None:
                 self.model.generate = self._wrapper.own
-        if _implementations(self.model.config) != self._before:
-            self.model.set_attn_implementation(self._before)
+        if self.model.config._attn_implementation != self._before[0]:
+            self.model.set_attn_implementation(self._before[0])  # of all parts, then of those that had another
+        for config, implementation in zip(_configs(self.model.config), self._before, strict=True):
+            config._attn_implementation = implementation
 
     def __enter__(self) -> Attachment:
         return self
@@ -161,13 +164,10 @@ def _attached(model: Any) -> bool:
     return False
 
 
-def _implementations(config: Any) -> str | dict[str, Any] | None:
-    """The attention implementations of a configuration and its parts, as `set_attn_implementation` takes them."""
-    found = ((name, getattr(config, name, None)) for name in config.sub_configs)
-    parts = {name: _implementations(part) for name, part in found if part is not None}
-    own: str | None = config._attn_implementation
-    parts = {name: part for name, part in parts.items() if part is not None}  # some have no attention
-    return {"": own, **parts} if parts and own is not None else parts or own
+def _configs(config: Any) -> list[Any]:
+    """A configuration and its parts, each before its own."""
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return [config, *chain.from_iterable(_configs(part) for part in parts if part is not None)]
 
 
 def _wants_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

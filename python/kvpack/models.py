@@ -8,6 +8,7 @@ is right with a PackedCache too, whose keys and values are then dequantised at e
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Sequence
@@ -168,8 +169,13 @@ def choose_by_model() -> None:
 
 def decoder_config(model_or_config: Any) -> Any:
     """The configuration of the part that generates text."""
-    config = getattr(model_or_config, "config", model_or_config)
-    return config.get_text_config(decoder=True)
+    config = getattr(model_or_config, "config", model_or_config).get_text_config(decoder=True)
+    layers = getattr(config, "num_decoder_layers", None)
+    if layers is not None and layers != config.num_hidden_layers:
+        # T5 and its like: what they call layers are the encoder's, in the model's configuration, not in the decoder's.
+        config = copy.deepcopy(config)
+        config.num_hidden_layers = layers
+    return config
 
 
 def why_not_in_place(model: PreTrainedModel) -> str | None:

@@ -257,7 +257,9 @@ impl Packed {
             return Ok(());
         }
         self.layer.check_crop(n - waiting, lossy).map_err(|error| match error {
-            Error::Crop { reachable, .. } => Error::Crop { asked: n, reachable: reachable + waiting },
+            Error::Crop { reachable, seen, .. } => {
+                Error::Crop { asked: n, reachable: reachable + waiting, seen: seen + waiting }
+            }
             error => error,
         })
     }

@@ -55,7 +55,7 @@ impl Layer {
             self.heads().map(|head| head.exactly_removable(n, self.seen)).min().unwrap_or(n)
         };
         let reachable = reachable.min(self.seen - self.final_to);
-        if reachable < n { Err(Error::Crop { asked: n, reachable }) } else { Ok(()) }
+        if reachable < n { Err(Error::Crop { asked: n, reachable, seen: self.seen }) } else { Ok(()) }
     }
 
     /// Removes the `n` newest positions. Without `lossy` only tokens that are held exactly are cut; with it a packed

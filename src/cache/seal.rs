@@ -107,7 +107,7 @@ impl<P: Page> Side<P> {
         self.own();
         self.tail = self.tail.copy(0..self.tail.len());
         if let Some(last) = self.segments.last_mut().filter(|last| last.is_open()) {
-            last.cut_front(0);
+            last.page = Arc::new(last.page.fit());
         }
         self.segments.shrink_to_fit();
     }

@@ -27,16 +27,23 @@ pub struct Plan {
     grids: Option<Arc<HeadGrids>>,
     /// Tokens of the side before the page to come.
     pub(crate) first: usize,
-    /// Sums of the squares of queries, one a channel; empty before the first.
-    moments: Vec<f32>,
-    /// Those of each token of the last forward, if it was short: tokens that are rolled back take theirs along.
-    recent: Vec<f32>,
-    /// What compensation goes by.
-    metric: Metric,
+    /// The queries that were seen, where the codec asks for them.
+    squares: Option<Box<Squares>>,
+    /// What compensation goes by, where there is any.
+    metric: Option<Box<Metric>>,
     /// Tokens sealed with any plan.
     pub(super) sealed: usize,
     /// Tokens after which bands are chosen again.
     pub(super) renewal: usize,
+}
+
+/// Squares of queries.
+#[derive(Clone, Default)]
+struct Squares {
+    /// Their sums, one a channel.
+    sums: Vec<f32>,
+    /// Those of each token of the last forward, if it was short: tokens that are rolled back take theirs along.
+    recent: Vec<f32>,
 }
 
 /// Compensation: from what, and what it came to.
@@ -65,27 +72,27 @@ impl Plan {
     /// Takes the queries of a forward into account: `squares(token, sums)` adds the squares of the queries of `token`, of all
     /// the head's query heads, to `sums`.
     pub fn observe(&mut self, tokens: usize, dim: usize, mut squares: impl FnMut(usize, &mut [f32])) {
-        memory::resize(&mut self.moments, dim);
-        for recent in self.recent.chunks_exact(dim) {
-            for (moment, square) in self.moments.iter_mut().zip(recent) {
-                *moment += square;
-            }
+        let Squares { sums, recent } = &mut **self.squares.get_or_insert_default();
+        memory::resize(sums, dim);
+        for recent in recent.chunks_exact(dim) {
+            sums.iter_mut().zip(recent).for_each(|(sum, square)| *sum += square);
         }
-        self.recent = Vec::new();
+        *recent = Vec::new();
         if tokens <= SHORT {
-            self.recent = memory::zeros(tokens * dim);
-            self.recent.chunks_exact_mut(dim).enumerate().for_each(|(t, sums)| squares(t, sums));
+            *recent = memory::zeros(tokens * dim);
+            recent.chunks_exact_mut(dim).enumerate().for_each(|(t, sums)| squares(t, sums));
         } else {
-            (0..tokens).for_each(|t| squares(t, &mut self.moments));
+            (0..tokens).for_each(|t| squares(t, sums));
         }
     }
 
     /// Takes queries of a prompt `[rows, dim]` into account for compensation.
     pub fn observe_moment(&mut self, q: &[f32], dim: usize, kernels: &Kernels) {
         let rows = q.len() / dim;
-        let queries = Arc::make_mut(&mut self.metric.queries);
+        let metric = self.metric.get_or_insert_default();
+        let queries = Arc::make_mut(&mut metric.queries);
         memory::resize(queries, dim * dim);
-        self.metric.rows += rows;
+        metric.rows += rows;
         let mut transposed = memory::zeros(q.len());
         for (t, q) in q.chunks_exact(dim).enumerate() {
             (0..dim).for_each(|c| transposed[c * rows + t] = q[c]);
@@ -96,13 +103,13 @@ impl Plan {
 
     /// Whether a prompt's queries are wanted.
     pub fn wants_moment(&self) -> bool {
-        self.metric.rows < ENOUGH
+        self.metric.as_ref().is_none_or(|metric| metric.rows < ENOUGH)
     }
 
     /// What compensation does: in the model's coordinates and `ordered` where the numbers may be rounded in any order, else in those
     /// of the pages. `None` where it gains too little, or no query was seen. It is decided again when the queries have doubled.
     pub(super) fn factor(&mut self, gptq: &Gptq, ordered: bool) -> Option<Arc<Factor>> {
-        let metric = &mut self.metric;
+        let metric = self.metric.get_or_insert_default();
         if metric.factor.is_none() || metric.rows >= metric.renewal {
             let map = self.map.as_ref().filter(|_| !ordered);
             let factor = gptq.factor(self.head, &metric.queries, map, ordered);
@@ -123,24 +130,28 @@ impl Plan {
 
     /// What compensation could gain at most, and whether it is used; `None` before that was decided, or where no query was seen.
     pub fn gain(&self) -> Option<(f32, bool)> {
-        Some((self.metric.factor.as_ref()?.gain, self.metric.used))
+        let metric = self.metric.as_ref()?;
+        Some((metric.factor.as_ref()?.gain, metric.used))
     }
 
     /// Whether some queries are known apart, so that [`Self::forget`] changes something.
     pub fn remembers(&self) -> bool {
-        !self.recent.is_empty()
+        self.squares.as_ref().is_some_and(|squares| !squares.recent.is_empty())
     }
 
     /// Forgets the queries of the `n` newest tokens, as far as they are known apart.
     pub fn forget(&mut self, n: usize) {
-        self.recent.truncate(self.recent.len().saturating_sub(n * self.moments.len()));
+        if let Some(Squares { sums, recent }) = self.squares.as_deref_mut() {
+            recent.truncate(recent.len().saturating_sub(n * sums.len()));
+        }
     }
 
     /// What an error in each of `dim` channels weighs: the sum of the squares of the queries that met it, and a little, for
     /// those to come; 1 when no query was seen that reads anything.
     pub(super) fn weights(&self, dim: usize) -> Vec<f32> {
-        let mut weights = self.moments.clone();
-        for recent in self.recent.chunks_exact(dim) {
+        let Some(Squares { sums, recent }) = self.squares.as_deref() else { return vec![1.0; dim] };
+        let mut weights = sums.clone();
+        for recent in recent.chunks_exact(dim) {
             for (weight, square) in weights.iter_mut().zip(recent) {
                 *weight += square;
             }
@@ -173,7 +184,10 @@ impl Plan {
 
     /// Bytes allocated for the plan alone.
     pub fn bytes(&self) -> usize {
-        (self.moments.capacity() + self.recent.capacity()) * size_of::<f32>()
+        let squares = self.squares.as_ref().map_or(0, |squares| {
+            size_of::<Squares>() + (squares.sums.capacity() + squares.recent.capacity()) * size_of::<f32>()
+        });
+        squares + self.metric.as_ref().map_or(0, |_| size_of::<Metric>())
     }
 
     /// What copies of the plan share: where each part is, and its bytes.
@@ -181,10 +195,10 @@ impl Plan {
         fn part<T: ?Sized>(part: &Arc<T>, bytes: impl Fn(&T) -> usize) -> (*const (), usize) {
             (Arc::as_ptr(part).cast(), bytes(part))
         }
-        let Metric { queries, factor, .. } = &self.metric;
+        let metric = self.metric.as_ref();
         [
-            Some(part(queries, |queries| queries.capacity() * size_of::<f32>())),
-            factor.as_ref().map(|factor| part(factor, Factor::bytes)),
+            metric.map(|metric| part(&metric.queries, |queries| queries.capacity() * size_of::<f32>())),
+            metric.and_then(|metric| Some(part(metric.factor.as_ref()?, Factor::bytes))),
             self.map.as_ref().map(|map| part(map, Map::bytes)),
             self.grids.as_ref().map(|grids| part(grids, HeadGrids::bytes)),
             self.bands.as_ref().map(|bands| part(bands, size_of_val)),

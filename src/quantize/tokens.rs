@@ -112,7 +112,7 @@ pub(super) struct Encoded {
 /// A coding whose groups store a scale alone, which is what pages of keys have room for.
 pub(super) trait ScaledCoding: TokenCoding {}
 
-/// A coding of vectors of `dim` numbers, perhaps in other coordinates, and what reading asks of it often.
+/// A coding of vectors of `dim` numbers, perhaps in other coordinates. Each page has one: it is small.
 #[derive(Clone, Debug)]
 pub(super) struct Format {
     coding: Arc<dyn TokenCoding>,
@@ -120,26 +120,13 @@ pub(super) struct Format {
     /// Numbers of a vector in those coordinates.
     dim: u32,
     group: u32,
-    origin: f32,
-    places: u16,
-    bits: u8,
-    zero_points: bool,
 }
 
 impl Format {
     pub(super) fn new(coding: Arc<dyn TokenCoding>, map: Option<Arc<Map>>, dim: usize) -> Self {
         let dim = map.as_ref().map_or(dim, |map| map.dim(dim));
         let group = if coding.group() == 0 { dim } else { coding.group().min(dim) };
-        Self {
-            map,
-            dim: dim as u32,
-            group: group as u32,
-            origin: coding.origin().unwrap_or(0.0),
-            places: coding.places(dim) as u16,
-            bits: coding.bits(),
-            zero_points: coding.origin().is_none(),
-            coding,
-        }
+        Self { coding, map, dim: dim as u32, group: group as u32 }
     }
 
     pub(super) fn dim(&self) -> usize {
@@ -147,7 +134,7 @@ impl Format {
     }
 
     pub(super) fn bits(&self) -> u8 {
-        self.bits
+        self.coding.bits()
     }
 
     /// What codes stand for, if not for themselves.
@@ -155,19 +142,19 @@ impl Format {
         self.coding.levels()
     }
 
-    /// Where the outliers of a page lie.
-    pub(super) fn outliers(&self) -> Outliers {
-        Outliers { each: self.places.into(), tokens: PAGE }
+    /// Where the outliers of a page of so many tokens lie.
+    pub(super) fn outliers(&self, tokens: usize) -> Outliers {
+        Outliers { each: self.coding.places(self.dim()), tokens }
     }
 
     /// Numbers that are stored for a group: its scale, and perhaps its zero-point.
     pub(super) fn grid_numbers(&self) -> usize {
-        1 + usize::from(self.zero_points)
+        1 + usize::from(self.coding.origin().is_none())
     }
 
     /// The code that stands for 0, where no zero-point is stored.
     pub(super) fn origin(&self) -> f32 {
-        self.origin
+        self.coding.origin().unwrap_or(0.0)
     }
 
     /// Channels that share a scale.

@@ -39,11 +39,11 @@ macro_rules! each_buffer {
 #[derive(Clone)]
 pub struct Rows {
     data: Buffer,
-    dim: usize,
+    dim: u32,
     /// Rows at the front that are dropped but not yet reclaimed.
-    dropped: usize,
+    dropped: u32,
     /// How many of them were dropped before [`Self::hold`]; those after are not reclaimed.
-    held: Option<usize>,
+    held: Option<u32>,
 }
 
 /// How many rows there were, and in how much memory, when [`Rows::hold`] was called.
@@ -64,7 +64,7 @@ impl Rows {
             Dtype::F16 => Buffer::F16(Vec::new()),
             Dtype::Bf16 => Buffer::Bf16(Vec::new()),
         };
-        Self { data, dim, dropped: 0, held: None }
+        Self { data, dim: dim as u32, dropped: 0, held: None }
     }
 
     /// What the numbers are.
@@ -78,7 +78,7 @@ impl Rows {
 
     /// Rows held.
     pub fn len(&self) -> usize {
-        each_buffer!(&self.data, x => x.len()) / self.dim - self.dropped
+        each_buffer!(&self.data, x => x.len()) / self.dim() - self.dropped()
     }
 
     /// Whether no row is held.
@@ -88,7 +88,11 @@ impl Rows {
 
     /// Numbers in a row.
     pub fn dim(&self) -> usize {
-        self.dim
+        self.dim as usize
+    }
+
+    fn dropped(&self) -> usize {
+        self.dropped as usize
     }
 
     /// Bytes allocated.
@@ -103,7 +107,7 @@ impl Rows {
 
     /// The numbers of rows `range`, one row after the other.
     pub fn slice(&self, range: Range<usize>) -> Slice<'_> {
-        let at = (range.start + self.dropped) * self.dim..(range.end + self.dropped) * self.dim;
+        let at = (range.start + self.dropped()) * self.dim()..(range.end + self.dropped()) * self.dim();
         match &self.data {
             Buffer::F32(x) => Slice::F32(&x[at]),
             Buffer::F16(x) => Slice::F16(&x[at]),
@@ -113,18 +117,19 @@ impl Rows {
 
     /// Makes room for `n` more rows; amortised over many small calls.
     pub fn reserve(&mut self, n: usize) {
-        let free = self.held.unwrap_or(self.dropped);
-        let need = self.len() + self.dropped - free + n;
+        let free = self.held.unwrap_or(self.dropped) as usize;
+        let dim = self.dim();
+        let need = self.len() + self.dropped() - free + n;
         each_buffer!(&mut self.data, x => {
-            if x.len() + n * self.dim > x.capacity() {
+            if x.len() + n * dim > x.capacity() {
                 if free > 0 {
-                    x.drain(..free * self.dim);
-                    self.dropped -= free;
+                    x.drain(..free * dim);
+                    self.dropped -= free as u32;
                     self.held = self.held.map(|_| 0);
                 }
                 let rows = need + (need / 4).clamp(1, SPARE_ROWS);
-                if need * self.dim > x.capacity() {
-                    memory::reserve(x, rows * self.dim - x.len());
+                if need * dim > x.capacity() {
+                    memory::reserve(x, rows * dim - x.len());
                 }
             }
         });
@@ -135,7 +140,7 @@ impl Rows {
     /// # Panics
     /// When the dtype differs (checked at the boundary).
     pub fn extend(&mut self, rows: Slice<'_>) {
-        self.reserve(rows.len() / self.dim);
+        self.reserve(rows.len() / self.dim());
         match (&mut self.data, rows) {
             (Buffer::F32(x), Slice::F32(r)) => x.extend_from_slice(r),
             (Buffer::F16(x), Slice::F16(r)) => x.extend_from_slice(r),
@@ -156,22 +161,22 @@ impl Rows {
 
     /// Drops the `n` oldest rows and gives back memory that is no longer of use.
     pub fn drop_front(&mut self, n: usize) {
-        self.dropped += n;
+        self.dropped += n as u32;
         if self.held.is_none() {
             self.reclaim();
         }
     }
 
     fn reclaim(&mut self) {
-        let held = self.len();
+        let (dim, held, dropped) = (self.dim(), self.len(), self.dropped());
         each_buffer!(&mut self.data, x => {
-            let wasteful = x.capacity() > (held + held / 2 + 2 * SPARE_ROWS) * self.dim;
-            if wasteful || self.dropped > held + SPARE_ROWS {
-                x.drain(..self.dropped * self.dim);
+            let wasteful = x.capacity() > (held + held / 2 + 2 * SPARE_ROWS) * dim;
+            if wasteful || dropped > held + SPARE_ROWS {
+                x.drain(..dropped * dim);
                 self.dropped = 0;
             }
             if wasteful {
-                x.shrink_to((held + SPARE_ROWS) * self.dim);
+                x.shrink_to((held + SPARE_ROWS) * dim);
             }
         });
     }
@@ -203,7 +208,7 @@ impl Rows {
 
     /// Keeps the `n` oldest rows.
     pub fn truncate(&mut self, n: usize) {
-        let n = (self.dropped + n) * self.dim;
+        let n = (self.dropped() + n) * self.dim();
         each_buffer!(&mut self.data, x => x.truncate(n));
     }
 
@@ -238,23 +243,27 @@ impl Rows {
 
     fn empty_buffer(&self, rows: usize) -> Buffer {
         match &self.data {
-            Buffer::F32(_) => Buffer::F32(memory::with_capacity(rows * self.dim)),
-            Buffer::F16(_) => Buffer::F16(memory::with_capacity(rows * self.dim)),
-            Buffer::Bf16(_) => Buffer::Bf16(memory::with_capacity(rows * self.dim)),
+            Buffer::F32(_) => Buffer::F32(memory::with_capacity(rows * self.dim())),
+            Buffer::F16(_) => Buffer::F16(memory::with_capacity(rows * self.dim())),
+            Buffer::Bf16(_) => Buffer::Bf16(memory::with_capacity(rows * self.dim())),
         }
     }
 
     /// Rows `range` as f32.
     pub fn to_f32(&self, range: Range<usize>) -> Vec<f32> {
-        let mut out = memory::zeros(range.len() * self.dim);
+        let mut out = memory::zeros(range.len() * self.dim());
         self.slice(range).to_f32(&mut out);
         out
     }
 
     /// Puts `rows` before the ones held.
     pub fn prepend(&mut self, rows: Slice<'_>) {
-        let mut all =
-            Self { data: self.empty_buffer(rows.len() / self.dim + self.len()), dim: self.dim, dropped: 0, held: None };
+        let mut all = Self {
+            data: self.empty_buffer(rows.len() / self.dim() + self.len()),
+            dim: self.dim,
+            dropped: 0,
+            held: None,
+        };
         all.extend(rows);
         all.extend(self.slice(0..self.len()));
         *self = all;

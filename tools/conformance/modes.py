@@ -68,6 +68,11 @@ def chunks(subject: Subject) -> list[Tensor]:
     return after(subject, subject.make(), (11, 7, 9, 1))
 
 
+def at_once(subject: Subject) -> list[Tensor]:
+    """The tokens of `chunks` in one forward."""
+    return after(subject, subject.make(), (28,))
+
+
 def padded_chunks(subject: Subject) -> list[Tensor]:
     """The same of two rows, the first padded at its left."""
     return _masked(subject, _pads(0, 11), (7, 9, 1))
@@ -111,7 +116,7 @@ def crop(subject: Subject) -> list[Tensor]:
     for rejected in (3, 0, 1):
         outputs += [subject.forward(cache, tokens(1, 4, 10 + rejected))]
         if rejected or records:
-            cache.crop(-rejected)
+            cache.crop(-min(rejected, cache.get_seq_length()))  # FSMT gives its cache one token a forward
     return [*outputs, subject.forward(cache, tokens(1, 1, 20))]
 
 
@@ -139,10 +144,10 @@ def beams(subject: Subject) -> list[Tensor]:
     return [out.sequences_scores.float(), out.sequences]
 
 
-def lookup(subject: Subject) -> list[Tensor]:
+def lookup(subject: Subject, guesses: int | None = 3) -> list[Tensor]:
     """`generate` with guesses from the prompt, which repeats itself."""
     ids = tokens(1, 8).repeat(1, 3)
-    return [subject.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=10)]
+    return [subject.generate(ids, prompt_lookup_num_tokens=guesses, max_new_tokens=10)]
 
 
 def turns(subject: Subject) -> list[Tensor]:
@@ -181,6 +186,11 @@ MODES: dict[str, Mode] = {
     "right padding": right_padded,
     "middle padding": middle_padded,
 }
+
+# Those in which a forward has several tokens on a filled cache.
+SEVERAL_TOKENS = frozenset(
+    {"chunks", "padded chunks", "prompt lookup", "crop", "turns", "positions", "logits_to_keep", "8 bits"}
+)
 
 # Long enough that tokens are packed: a prompt, steps, a chunk and a step.
 LONG = (48, 1, 1, 4, 1, 1)

@@ -20,7 +20,8 @@ attached. Modes: {", ".join(MODES)}, an image where a family has one, bfloat16, 
 - *Right*: logits differ by at most {TOLERANCE:g} of their deviation, and tokens not at all; in bfloat16 the distance
   from float32 is at most {HALF_RATIO:g} times transformers' own plus {HALF_FLOOR:g}; with 8 bits the root mean
   square is at most {EIGHT_BIT_TOLERANCE:g}. What exceeds that is right only where transformers' own logits move as much
-  when its keys and values do, by 1e-6 or by the error of 8 bits: the notes say so.
+  when its keys and values do, by 1e-6 or by the error of 8 bits, or where there is no right to be had: it says another
+  thing of a prompt in parts than of the whole, or guesses change its tokens and not kvpack's. The notes say so.
 - *Refused*: one of kvpack's errors, when the cache is made or attached. *Transformers raises*: with its own cache too.
 - *Packed*: layers that kvpack holds, of all. *Bytes*: of a cache without loss, against transformers' after the same 51
   tokens. *8 bits*: the root mean square, in deviations. *Shows*: by how much another token in the prompt moves the last

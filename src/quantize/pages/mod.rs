@@ -79,6 +79,10 @@ pub trait Page: Clone + Send + Sync {
     #[must_use]
     fn part(&self, tokens: &[usize]) -> Self;
 
+    /// The page without room for more tokens.
+    #[must_use]
+    fn fit(&self) -> Self;
+
     /// Takes the first of some tokens of `other`, in whole granules, as far as they fit in here; returns how many.
     fn join(&mut self, other: &Self, tokens: &[usize]) -> usize;
 }

@@ -15,11 +15,13 @@ use crate::quantize::Factor;
 use crate::quantize::tokens::{Format, PAGE, ScaledCoding};
 use crate::tensor::Rows;
 
-/// Group after group of channels: the codes `[channels, PAGE]`, then the scales of `PAGE` tokens.
+/// Group after group of channels: the codes `[channels, capacity]`, then the scales of all tokens.
 #[derive(Clone)]
 pub struct TokenKeys {
     format: Format,
-    tokens: usize,
+    tokens: u16,
+    /// Tokens for which there are words.
+    capacity: u16,
     /// The largest magnitude of a scale.
     largest: f32,
     words: Box<[u16]>,
@@ -35,11 +37,17 @@ impl TokenKeys {
         n: usize,
     ) -> (KeyPage, usize) {
         let format = Format::new(coding, map, rows.dim());
-        let mut page = Self { format, tokens: 0, largest: 0.0, words: Box::default() };
-        page.words = memory::zeros(page.start(page.format.groups())).into();
+        let mut page = Self::empty(format, PAGE);
         let n = n.min(page.room());
         page.extend(rows, n, compensation);
         (KeyPage::Tokens(page), n)
+    }
+
+    /// A page without tokens, for so many.
+    fn empty(format: Format, capacity: usize) -> Self {
+        let mut page = Self { format, tokens: 0, capacity: capacity as u16, largest: 0.0, words: Box::default() };
+        page.words = memory::zeros(page.start(page.format.groups())).into();
+        page
     }
 
     /// Channels of group `j`.
@@ -49,40 +57,53 @@ impl TokenKeys {
 
     /// Where group `j` begins in the words.
     fn start(&self, j: usize) -> usize {
-        let whole = packed_len(self.format.bits(), self.format.group(), PAGE) + PAGE;
-        if j < self.format.groups() { j * whole } else { (j - 1) * whole + self.codes_len(j - 1) + PAGE }
+        let whole = packed_len(self.format.bits(), self.format.group(), self.capacity()) + self.capacity();
+        if j < self.format.groups() { j * whole } else { (j - 1) * whole + self.codes_len(j - 1) + self.capacity() }
     }
 
     /// Words of the codes of group `j`.
     fn codes_len(&self, j: usize) -> usize {
-        packed_len(self.format.bits(), self.channels(j), PAGE)
+        packed_len(self.format.bits(), self.channels(j), self.capacity())
     }
 
     pub(super) fn room(&self) -> usize {
-        PAGE - self.tokens
+        self.capacity() - self.tokens()
+    }
+
+    fn capacity(&self) -> usize {
+        self.capacity.into()
     }
 
     pub(super) fn extend(&mut self, rows: &Rows, n: usize, compensation: Option<&Factor>) {
         let (dim, groups, group) = (self.format.dim(), self.format.groups(), self.format.group());
-        let (first, encoded) = (self.tokens, self.format.encode(rows, n, compensation));
+        let (first, encoded) = (self.tokens(), self.format.encode(rows, n, compensation));
         let tokens = encoded.codes.chunks_exact(dim).zip(encoded.grids.chunks_exact(groups)).zip(first..);
         for ((codes, grids), t) in tokens {
             for (j, (codes, &(scale, _))) in codes.chunks(group).zip(grids).enumerate() {
-                let (start, len) = (self.start(j), self.codes_len(j));
-                put_lane(self.format.bits(), PAGE, codes, t, &mut self.words[start..start + len]);
+                let (start, len, lanes) = (self.start(j), self.codes_len(j), self.capacity());
+                put_lane(self.format.bits(), lanes, codes, t, &mut self.words[start..start + len]);
                 self.words[start + len + t] = scale.to_bits();
                 self.largest = self.largest.max(scale.to_f32().abs());
             }
         }
-        self.tokens += n;
+        self.tokens += n as u16;
     }
 
     /// A page of some tokens.
     #[must_use]
     pub(super) fn part(&self, tokens: &[usize]) -> Self {
-        let mut part = Self { tokens: 0, largest: 0.0, words: memory::zeros(self.words.len()).into(), ..self.clone() };
+        let mut part = Self::empty(self.format.clone(), PAGE);
         part.join(self, tokens);
         part
+    }
+
+    /// The page without room for more tokens.
+    #[must_use]
+    pub(super) fn fit(&self) -> Self {
+        let tokens: Vec<usize> = (0..self.tokens()).collect();
+        let mut fit = Self::empty(self.format.clone(), padded(tokens.len()));
+        fit.join(self, &tokens);
+        fit
     }
 
     /// Takes the first of some tokens of `other`, a page of the same format, as far as there is room.
@@ -94,8 +115,8 @@ impl TokenKeys {
             codes.iter_mut().enumerate().for_each(|(c, code)| *code = other.code(token, c));
             for (j, codes) in codes.chunks(size).enumerate() {
                 let (start, len, bits) = (self.start(j), self.codes_len(j), self.format.bits());
-                put_lane(bits, PAGE, codes, self.tokens, &mut self.words[start..start + len]);
-                self.words[start + len + self.tokens] = other.words[start + len + token];
+                put_lane(bits, self.capacity(), codes, self.tokens(), &mut self.words[start..start + len]);
+                self.words[start + len + self.tokens()] = other.words[other.start(j) + other.codes_len(j) + token];
             }
             self.tokens += 1;
         }
@@ -104,12 +125,12 @@ impl TokenKeys {
     }
 
     pub(super) fn bytes(&self) -> PageBytes {
-        let scales = self.format.groups() * PAGE * size_of::<f16>();
+        let scales = self.format.groups() * self.capacity() * size_of::<f16>();
         PageBytes { codes: size_of_val(&*self.words) - scales, scales, exact: 0 }
     }
 
     pub(super) fn tokens(&self) -> usize {
-        self.tokens
+        self.tokens.into()
     }
 
     /// Numbers of a key.
@@ -132,7 +153,7 @@ impl TokenKeys {
             lead: 0,
             parts: 1,
             width: padded(n),
-            lanes: PAGE,
+            lanes: self.capacity(),
             codes_step: self.codes_len(j),
             grids: Grids::Plain { origin: self.format.origin() },
             lane_scales_at: Some(self.codes_len(j)),
@@ -144,7 +165,7 @@ impl TokenKeys {
     /// The code of number `c` of token `t`, in the page's coordinates.
     pub fn code(&self, t: usize, c: usize) -> u8 {
         let group = self.format.group();
-        self.group(c / group, PAGE).codes(0).0.get(c % group, t)
+        self.group(c / group, self.capacity()).codes(0).0.get(c % group, t)
     }
 
     /// Scale and zero-point of group `j` of token `t`.

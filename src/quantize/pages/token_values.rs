@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use half::f16;
 
-use super::{PageBytes, ValuePage, bytes_of};
+use super::{Outliers, PageBytes, ValuePage, bytes_of};
 use crate::attend::{Scratch, ValueSegment, Weights};
 use crate::format::codes::{LANES, block, block_words, packed_len, put_row};
 use crate::format::{Grids, Packed, padded};
@@ -21,9 +21,9 @@ use crate::tensor::Rows;
 #[derive(Clone)]
 pub struct TokenValues {
     format: Format,
-    tokens: usize,
-    /// Tokens for which there are words: `PAGE`, and fewer in a part of a block.
-    capacity: usize,
+    tokens: u16,
+    /// Tokens for which there are words.
+    capacity: u16,
     /// Whether channels have factors, which lie behind all else: those of a block, to which nothing can be added.
     scaled: bool,
     words: Box<[u16]>,
@@ -37,20 +37,34 @@ impl TokenValues {
         rows: &Rows,
         n: usize,
     ) -> (ValuePage, usize) {
-        let mut page = Self { format, tokens: 0, capacity: PAGE, scaled: false, words: Box::default() };
-        page.words = memory::zeros(page.outliers_at() + page.format.outliers().words()).into();
+        let mut page = Self::empty(format, PAGE);
         let n = n.min(page.room());
         page.extend(rows, n, compensation);
         (ValuePage::Tokens(page), n)
     }
 
+    /// A page without tokens, for so many.
+    fn empty(format: Format, capacity: usize) -> Self {
+        let mut page = Self { format, tokens: 0, capacity: capacity as u16, scaled: false, words: Box::default() };
+        page.words = memory::zeros(page.factors_at()).into();
+        page
+    }
+
+    fn capacity(&self) -> usize {
+        self.capacity.into()
+    }
+
+    fn places(&self) -> Outliers {
+        self.format.outliers(self.capacity())
+    }
+
     fn code_words(&self) -> usize {
-        packed_len(self.format.bits(), self.capacity, padded(self.format.dim()))
+        packed_len(self.format.bits(), self.capacity(), padded(self.format.dim()))
     }
 
     /// Where the grids of group `j` begin in the words.
     fn grid_at(&self, j: usize) -> usize {
-        self.code_words() + j * self.format.grid_numbers() * self.capacity
+        self.code_words() + j * self.format.grid_numbers() * self.capacity()
     }
 
     /// Where the outliers begin.
@@ -66,12 +80,12 @@ impl TokenValues {
     }
 
     fn outliers<'a>(&'a self, first: usize, n: usize, buffer: &'a mut Vec<f32>) -> (&'a [u8], &'a [f32]) {
-        self.format.outliers().of(&self.words[self.outliers_at()..], first, n, buffer)
+        self.places().of(&self.words[self.outliers_at()..], first, n, buffer)
     }
 
     /// Where the channels' factors begin.
     fn factors_at(&self) -> usize {
-        self.outliers_at() + self.format.outliers().words()
+        self.outliers_at() + self.places().words()
     }
 
     /// The factor of channel `c`.
@@ -80,26 +94,26 @@ impl TokenValues {
     }
 
     pub(super) fn room(&self) -> usize {
-        if self.scaled { 0 } else { self.capacity - self.tokens }
+        if self.scaled { 0 } else { self.capacity() - self.tokens() }
     }
 
     pub(super) fn extend(&mut self, rows: &Rows, n: usize, compensation: Option<&Factor>) {
         let (dim, groups, numbers) = (self.format.dim(), self.format.groups(), self.format.grid_numbers());
-        let (first, code_words, outliers_at) = (self.tokens, self.code_words(), self.outliers_at());
+        let (first, code_words, outliers_at) = (self.tokens(), self.code_words(), self.outliers_at());
         let mut padded_codes = vec![0; padded(dim)];
         let encoded = self.format.encode(rows, n, compensation);
         let tokens = encoded.codes.chunks_exact(dim).zip(encoded.grids.chunks_exact(groups)).zip(&encoded.outliers);
         for (t, ((codes, grids), outliers)) in (first..).zip(tokens) {
             padded_codes[..dim].copy_from_slice(codes);
             put_row(self.format.bits(), &padded_codes, t, &mut self.words[..code_words]);
-            self.format.outliers().put(&mut self.words[outliers_at..], t, outliers);
+            self.places().put(&mut self.words[outliers_at..], t, outliers);
             for (j, &(scale, zero)) in grids.iter().enumerate() {
                 for (i, number) in [scale, zero][..numbers].iter().enumerate() {
-                    self.words[self.grid_at(j) + i * self.capacity + t] = number.to_bits();
+                    self.words[self.grid_at(j) + i * self.capacity() + t] = number.to_bits();
                 }
             }
         }
-        self.tokens += n;
+        self.tokens += n as u16;
         if !encoded.factors.is_empty() {
             let factors = encoded.factors.iter().map(|factor| factor.to_bits()).chain(std::iter::repeat(0));
             let mut words = memory::with_capacity(self.words.len() + padded(dim));
@@ -112,12 +126,20 @@ impl TokenValues {
     /// A page of some tokens. Those of a block keep the factors of its channels.
     #[must_use]
     pub(super) fn part(&self, tokens: &[usize]) -> Self {
-        let capacity = if self.scaled { tokens.len().next_multiple_of(LANES) } else { PAGE };
-        let format = self.format.clone();
-        let mut part = Self { format, tokens: 0, capacity, scaled: self.scaled, words: Box::default() };
-        let factors = &self.words[self.factors_at()..];
-        let mut words = memory::zeros(part.factors_at() + factors.len());
-        words[part.factors_at()..].copy_from_slice(factors);
+        self.in_room_for(if self.scaled { tokens.len().next_multiple_of(LANES) } else { PAGE }, tokens)
+    }
+
+    /// The page without room for more tokens.
+    #[must_use]
+    pub(super) fn fit(&self) -> Self {
+        let tokens: Vec<usize> = (0..self.tokens()).collect();
+        self.in_room_for(tokens.len().next_multiple_of(block(self.format.bits())), &tokens)
+    }
+
+    fn in_room_for(&self, capacity: usize, tokens: &[usize]) -> Self {
+        let mut part = Self { scaled: self.scaled, ..Self::empty(self.format.clone(), capacity) };
+        let mut words = memory::with_capacity(part.words.len() + self.words.len() - self.factors_at());
+        words.extend(part.words.iter().chain(&self.words[self.factors_at()..]));
         part.words = words.into();
         part.add(self, tokens);
         part
@@ -133,19 +155,20 @@ impl TokenValues {
 
     /// Takes some tokens of `other`, for which there is room.
     fn add(&mut self, other: &Self, tokens: &[usize]) {
-        let (bits, code_words, outliers) = (self.format.bits(), self.code_words(), self.format.outliers());
+        let (bits, code_words, outliers) = (self.format.bits(), self.code_words(), self.places());
+        let capacity = self.capacity();
         let mut codes = vec![0; padded(self.format.dim())];
         for &token in tokens {
             let row = other.groups_of(token..token + 1, 0.0);
             codes.iter_mut().enumerate().for_each(|(c, code)| *code = row.codes(0).0.get(row.lead, c));
-            put_row(bits, &codes, self.tokens, &mut self.words[..code_words]);
-            let (numbers, all) = self.words[code_words..]
-                .split_at_mut(self.format.groups() * self.format.grid_numbers() * self.capacity);
+            put_row(bits, &codes, self.tokens(), &mut self.words[..code_words]);
+            let (numbers, all) =
+                self.words[code_words..].split_at_mut(self.format.groups() * self.format.grid_numbers() * capacity);
             let theirs = &other.words[other.code_words()..other.outliers_at()];
-            for (own, their) in numbers.chunks_exact_mut(self.capacity).zip(theirs.chunks_exact(other.capacity)) {
-                own[self.tokens] = their[token];
+            for (own, their) in numbers.chunks_exact_mut(capacity).zip(theirs.chunks_exact(other.capacity())) {
+                own[usize::from(self.tokens)] = their[token];
             }
-            outliers.copy(all, self.tokens, &other.words[other.outliers_at()..], token);
+            outliers.copy(all, self.tokens.into(), &other.words[other.outliers_at()..], token);
             self.tokens += 1;
         }
     }
@@ -156,7 +179,7 @@ impl TokenValues {
     }
 
     pub(super) fn tokens(&self) -> usize {
-        self.tokens
+        self.tokens.into()
     }
 
     /// Numbers of a value.
@@ -174,9 +197,9 @@ impl TokenValues {
         let (bits, lanes) = (self.format.bits(), padded(self.format.dim()));
         let skipped = tokens.start / block(bits) * block_words(bits, lanes);
         let (scales_at, step) =
-            (self.code_words() - skipped + tokens.start, self.format.grid_numbers() * self.capacity);
+            (self.code_words() - skipped + tokens.start, self.format.grid_numbers() * self.capacity());
         let grids = if self.format.grid_numbers() == 2 {
-            Grids::Affine { scales_at, zeros_at: scales_at + self.capacity, step }
+            Grids::Affine { scales_at, zeros_at: scales_at + self.capacity(), step }
         } else {
             Grids::Scaled { scales_at, origin: self.format.origin(), step }
         };
@@ -198,7 +221,7 @@ impl TokenValues {
 
     /// The code of number `c` of token `t`, in the page's coordinates.
     pub fn code(&self, t: usize, c: usize) -> u8 {
-        self.groups_of(0..self.capacity, 0.0).codes(0).0.get(t, c)
+        self.groups_of(0..self.capacity(), 0.0).codes(0).0.get(t, c)
     }
 
     /// Scale and zero-point of group `j` of token `t`.
@@ -214,7 +237,7 @@ impl ValueSegment for TokenValues {
     }
 
     fn bytes(&self, first: usize, n: usize) -> &[u8] {
-        if n == self.tokens {
+        if n == self.tokens() {
             return bytes_of(&self.words);
         }
         // Of a part the codes, which are most of it.
@@ -232,7 +255,7 @@ impl ValueSegment for TokenValues {
         scratch: &mut Scratch,
         ahead: &mut Ahead<'_>,
     ) {
-        let each = self.format.outliers().each;
+        let each = self.places().each;
         if each > 0 {
             let (channels, rests) = self.outliers(first, n, &mut scratch.outliers);
             for g in 0..acc.rows {

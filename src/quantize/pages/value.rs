@@ -80,6 +80,10 @@ impl Page for ValuePage {
         }
     }
 
+    fn fit(&self) -> Self {
+        if let Self::Tokens(page) = self { Self::Tokens(page.fit()) } else { self.clone() }
+    }
+
     fn join(&mut self, other: &Self, tokens: &[usize]) -> usize {
         match (self, other) {
             (Self::Exact(rows), Self::Exact(other)) | (Self::Rounded(rows), Self::Rounded(other)) => {
