@@ -19,7 +19,7 @@
 //! | [`evict`] | fewer tokens: one file a method, with what it remembers |
 //! | [`select`] | fewer tokens read: one file a method, with its index of pages |
 //! | [`compact`] | tokens that become slots or a state |
-//! | [`prune`] | heads and dims that are not held |
+//! | [`prune`] | heads of which less is held |
 //! | [`share`] | layers that read what others hold |
 //! | [`cache`] | the manager: layers, sequences, KV heads, sides, pages, tails, memory |
 //! | `binding` | `PyO3` only: extract, validate, release the GIL, call, map the error |
@@ -29,7 +29,7 @@
 //!
 //! A layer's life: [`cache::Layer::append`] takes a forward's keys and values into exact tails,
 //! [`cache::Layer::attend`] reads sealed pages and tails as they are, [`cache::Layer::flush`] does in its order what is
-//! due: slide, evict, compact, seal, index.
+//! due: slide, stream, evict, compact, seal, index.
 
 // The tests of the public interface name the crate as its users do.
 #[cfg(test)]

@@ -1,6 +1,6 @@
 """The compiled half. Private: tensors cross as (pointer, dtype, shape, strides), see `kvpack._tensors`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, final
 
 import numpy as np
@@ -58,8 +58,21 @@ class Compactor:
     def __new__(cls, name: str, **given: Any) -> Compactor: ...
 
 @final
+class Rung:
+    def __new__(
+        cls,
+        *,
+        gone: bool = False,
+        sinks: int = 0,
+        window: int | None = None,
+        compact: Compactor | None = None,
+        keys: Codec | None = None,
+        values: Codec | None = None,
+    ) -> Rung: ...
+
+@final
 class Prune:
-    def __new__(cls, name: str, **given: Any) -> Prune: ...
+    def __new__(cls, heads: Mapping[int, Rung]) -> Prune: ...
 
 @final
 class Share:

@@ -9,14 +9,14 @@ from types import TracebackType
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from . import models
 from .cache import PackedCache
 from .errors import OptionError
 from .forward import CACHE_ARGUMENT
 from .generation import new_cache, run
-from .methods import Evict, Quantize, Select
+from .methods import Evict, Prune, Quantize, Select
 
 
 class _Generate:
@@ -60,7 +60,7 @@ class Attachment:
         self.model = model
         self._options = options
         self.cache: PackedCache | None = new_cache(model, **options)[1]  # also checks them
-        self._before = [config._attn_implementation for config in _configs(model.config)]
+        self._before = [config._attn_implementation for config in _configs(model)]
         if models.why_not_in_place(model) is None:
             model.set_attn_implementation(models.NAME)
         self.attached = True
@@ -98,9 +98,7 @@ class Attachment:
             del self.model.generate
             if self._wrapper.own is not None:
                 self.model.generate = self._wrapper.own
-        if self.model.config._attn_implementation != self._before[0]:
-            self.model.set_attn_implementation(self._before[0])  # of all parts, then of those that had another
-        for config, implementation in zip(_configs(self.model.config), self._before, strict=True):
+        for config, implementation in zip(_configs(self.model), self._before, strict=True):
             config._attn_implementation = implementation
 
     def __enter__(self) -> Attachment:
@@ -118,6 +116,7 @@ def attach(
     evict: Evict | None = None,
     quantize: Quantize | None = None,
     select: Select | None = None,
+    prune: Prune | None = None,
     cross: Quantize | None = None,
 ) -> Attachment:
     """Makes `model.generate`, and pipelines around the model, use a fresh PackedCache at every call.
@@ -131,6 +130,7 @@ def attach(
         evict: as in `PackedCache`.
         quantize: as in `PackedCache`.
         select: as in `PackedCache`.
+        prune: as in `PackedCache`.
         cross: as in `PackedEncoderDecoderCache`, for a model with an encoder.
 
     Returns:
@@ -145,7 +145,8 @@ def attach(
     if _attached(model):
         raise OptionError("model: given one that kvpack is attached to already, expected detach() first")
     models.check_generate(model)
-    return Attachment(model, {"evict": evict, "quantize": quantize, "select": select, "cross": cross})
+    methods = {"evict": evict, "quantize": quantize, "select": select, "prune": prune}
+    return Attachment(model, {**methods, "cross": cross})
 
 
 def _generate_of(model: Any) -> Any:
@@ -164,10 +165,15 @@ def _attached(model: Any) -> bool:
     return False
 
 
-def _configs(config: Any) -> list[Any]:
-    """A configuration and its parts, each before its own."""
-    parts = (getattr(config, name, None) for name in config.sub_configs)
-    return [config, *chain.from_iterable(_configs(part) for part in parts if part is not None)]
+def _configs(model: Any) -> list[Any]:
+    """The configurations of a model and of its parts, each before those within it."""
+
+    def within(config: Any) -> list[Any]:
+        parts = (getattr(config, name, None) for name in config.sub_configs)
+        return [config, *chain.from_iterable(within(part) for part in parts if part is not None)]
+
+    modules = (module.config for module in model.modules() if isinstance(module, PreTrainedModel))
+    return list({id(config): config for config in chain.from_iterable(map(within, modules))}.values())
 
 
 def _wants_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -96,6 +96,8 @@ def kvpack_attention(
             options = {"scaling": scaling, "dropout": dropout, **kwargs, **more}
             own = bool(more)
             out = _exact_attention(module, query, key, value, attention_mask, is_causal, own=own, options=options)
+            if isinstance(holder, PackedLayer):
+                out = holder.without_gone(out, key.shape[1])
             if isinstance(key, LazyKV):
                 key.layer.store.attended(key.layer.index)  # beside values that are no handle any more
             elif holder is not None and reading is not None:

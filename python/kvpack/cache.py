@@ -17,7 +17,7 @@ from .errors import ModelMismatchError, OptionError, ShapeError
 from .hybrid import PackedHybridLayer
 from .identity import head_dim
 from .layer import PackedLayer
-from .methods import Evict, Exact, Methods, Quantize, Select
+from .methods import Evict, Exact, Methods, Prune, Quantize, Select
 from .methods.combination import model_party
 from .sites import layers_in_forwards, pack, sites_of
 from .transaction import TransactionalCache
@@ -45,6 +45,7 @@ class PackedCache(TransactionalCache):
         evict: Evict | None = None,
         quantize: Quantize | None = None,
         select: Select | None = None,
+        prune: Prune | None = None,
     ) -> None:
         """An empty cache for one model.
 
@@ -53,6 +54,7 @@ class PackedCache(TransactionalCache):
             evict: which tokens stay; without it all.
             quantize: how tokens are stored; without it `Exact()`: nothing is lossy unless asked for.
             select: which tokens a step of decoding reads; without it all.
+            prune: what is held of each KV head; without it all.
 
         Raises:
             OptionError: an option is not accepted, or does not fit the model.
@@ -60,7 +62,7 @@ class PackedCache(TransactionalCache):
         """
         models.check(model_or_config)
         config = models.decoder_config(model_or_config)
-        self.methods = Methods(Exact() if quantize is None else quantize, evict, select)
+        self.methods = Methods(Exact() if quantize is None else quantize, evict, select, prune=prune)
         self.methods.check_with(model_party(config))
         self.config = config
         # transformers decides the structure (sliding, linear, layers that share keys and values ...).
@@ -113,6 +115,7 @@ class PackedCache(TransactionalCache):
         evict: Evict | None = None,
         quantize: Quantize | None = None,
         select: Select | None = None,
+        prune: Prune | None = None,
         attention_mask: Tensor | None = None,
     ) -> PackedCache:
         """Packs what a DynamicCache holds; that one stays as it is.
@@ -125,6 +128,7 @@ class PackedCache(TransactionalCache):
             evict: as in the constructor; its first tokens are chosen here.
             quantize: as in the constructor.
             select: as in the constructor.
+            prune: as in the constructor.
             attention_mask: `[B, tokens]`, 0 where a token is a pad; without it all tokens are real.
 
         Raises:
@@ -134,7 +138,7 @@ class PackedCache(TransactionalCache):
         """
         if not isinstance(cache, DynamicCache):
             raise OptionError(f"cache: given a {type(cache).__name__}, expected a transformers DynamicCache")
-        packed = cls(model_or_config, evict=evict, quantize=quantize, select=select)
+        packed = cls(model_or_config, evict=evict, quantize=quantize, select=select, prune=prune)
         given, expected = len(cache.layers), len(packed.layers)
         shares = getattr(packed.config, "kv_sharing_modes", None) or getattr(packed.config, "num_kv_shared_layers", 0)
         if given > expected or (given < expected and not shares):

@@ -11,7 +11,7 @@ from transformers import EncoderDecoderCache
 from .cache import PackedCache
 from .errors import OptionError
 from .memory import Memory
-from .methods import Evict, Quantize, Select
+from .methods import Evict, Prune, Quantize, Select
 
 
 class EncoderCache(PackedCache):
@@ -93,6 +93,7 @@ class PackedEncoderDecoderCache(EncoderDecoderCache):
         evict: Evict | None = None,
         quantize: Quantize | None = None,
         select: Select | None = None,
+        prune: Prune | None = None,
         cross: Quantize | None = None,
     ) -> None:
         """An empty cache for one model.
@@ -102,6 +103,7 @@ class PackedEncoderDecoderCache(EncoderDecoderCache):
             evict: which of the decoder's tokens stay; without it all.
             quantize: how they are stored; without it `Exact()`.
             select: which of them a step of decoding reads; without it all.
+            prune: what is held of each KV head of the decoder's own attention; without it all.
             cross: how the encoder's tokens are stored; without it as `quantize` says.
 
         Raises:
@@ -109,7 +111,7 @@ class PackedEncoderDecoderCache(EncoderDecoderCache):
                 tokens and would store the encoder's.
             DeviceError: the model is on another device.
         """
-        own = PackedCache(model_or_config, evict=evict, quantize=quantize, select=select)
+        own = PackedCache(model_or_config, evict=evict, quantize=quantize, select=select, prune=prune)
         try:
             encoders = EncoderCache(model_or_config, quantize=quantize if cross is None else cross)
         except OptionError as error:

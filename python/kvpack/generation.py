@@ -14,7 +14,7 @@ from .cache import PackedCache
 from .encoder_decoder import PackedEncoderDecoderCache
 from .errors import OptionError
 from .forward import CACHE_ARGUMENT
-from .methods import Evict, Quantize, Select
+from .methods import Evict, Prune, Quantize, Select
 
 
 def new_cache(model: Any, *, cross: Quantize | None = None, **methods: Any) -> tuple[Cache, PackedCache]:
@@ -44,6 +44,7 @@ def generate(
     evict: Evict | None = None,
     quantize: Quantize | None = None,
     select: Select | None = None,
+    prune: Prune | None = None,
     cross: Quantize | None = None,
     inputs_tensor: Tensor | None = None,
     **kwargs: Any,
@@ -61,6 +62,7 @@ def generate(
         evict: as in PackedCache.
         quantize: as in PackedCache.
         select: as in PackedCache.
+        prune: as in PackedCache.
         cross: as in PackedEncoderDecoderCache.
         inputs_tensor: the model's first inputs.
         kwargs: what transformers prepared.
@@ -68,7 +70,7 @@ def generate(
     Raises:
         OptionError: as PackedCache, or transformers does not do by itself what was asked for.
     """
-    cache, _ = new_cache(model, evict=evict, quantize=quantize, select=select, cross=cross)
+    cache, _ = new_cache(model, evict=evict, quantize=quantize, select=select, prune=prune, cross=cross)
     return run(model, input_ids, cache, inputs_tensor, kwargs)
 
 

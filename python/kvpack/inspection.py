@@ -19,7 +19,7 @@ from .companion import Companion
 from .errors import ShapeError
 from .handle import LazyKV
 from .memory import Memory, compensation, measured, readable_bytes
-from .methods import Evict, Methods, Quantize, Select
+from .methods import Evict, Methods, Prune, Quantize, Select
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -214,6 +214,11 @@ class CacheInspection(Cache):
         return self.methods.quantize
 
     @property
+    def prune(self) -> Prune | None:
+        """What is held of each KV head; None: all."""
+        return self.methods.prune
+
+    @property
     def select(self) -> Select | None:
         """Which tokens a step of decoding reads; None: all."""
         return self.methods.select
@@ -317,6 +322,7 @@ class CacheInspection(Cache):
             "evict": repr(self.evict),
             "quantize": repr(self.quantize),
             "select": repr(self.select),
+            "prune": repr(self.prune),
             "attention": self.config._attn_implementation,
             "layers": [type(layer).__name__ for layer in self.layers],
             "tokens": self._tokens(),

@@ -35,6 +35,7 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
         self.store, self.index, self.methods = store, index, methods
         self.config = None if site is None else site.config
         self.sliding_window = None if site is None else site.window
+        self.gone = () if methods.prune is None else methods.prune.gone(index)
 
     def __repr__(self) -> str:
         return f"PackedLayer({self.methods.words()}, {self.get_seq_length()} tokens)"
@@ -48,6 +49,15 @@ class PackedLayer(LayerInspection, CacheLayerMixin):
     def is_sliding(self) -> bool:
         """Whether queries see the newest tokens only."""
         return self.sliding_window is not None
+
+    def without_gone(self, out: Tensor, kv_heads: int) -> Tensor:
+        """The output `[B, q, Hq, D]` of attention over real tensors, 0 for query heads whose KV head is gone."""
+        if not self.gone:
+            return out
+        group = out.shape[2] // kv_heads
+        heads = torch.arange(out.shape[2], device=out.device) // group
+        gone = torch.isin(heads, torch.tensor(self.gone, device=out.device))
+        return out.masked_fill(gone[:, None], 0)
 
     # ---- a forward -------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 //! The Python classes around methods: each is made by name, with its options.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
@@ -103,17 +104,47 @@ impl Compactor {
     }
 }
 
-/// A checked way of holding less of some heads.
+/// What is held of a KV head, where that is not all of it.
+#[pyclass(frozen, module = "kvpack._kvpack")]
+pub(super) struct Rung(prune::Pruned);
+
+#[pymethods]
+impl Rung {
+    /// With a `window` the first `sinks` tokens and the newest `window`, while `compact` keeps something of the others; `gone`: nothing.
+    /// With codecs what is held is stored by them, else as the layer's other heads are.
+    #[new]
+    #[pyo3(signature = (*, gone=false, sinks=0, window=None, compact=None, keys=None, values=None))]
+    fn new(
+        py: Python<'_>,
+        gone: bool,
+        sinks: usize,
+        window: Option<usize>,
+        compact: Option<&Compactor>,
+        keys: Option<&Codec>,
+        values: Option<&Codec>,
+    ) -> PyResult<Self> {
+        let compactor = compact.map(|compact| Arc::clone(&compact.0));
+        let tokens = match window {
+            _ if gone => prune::Tokens::Gone,
+            Some(window) => prune::Tokens::Streaming(prune::Streaming { sinks, window, compactor }),
+            None => prune::Tokens::All,
+        };
+        let codecs = keys.zip(values).map(|(keys, values)| made(py, codecs(keys, values))).transpose()?;
+        Ok(Self(prune::Pruned { tokens, codecs, ..prune::Pruned::default() }))
+    }
+}
+
+/// What is held of some KV heads of a layer.
 #[pyclass(frozen, module = "kvpack._kvpack")]
 pub(super) struct Prune(Arc<dyn prune::Prune>);
 
 #[pymethods]
 impl Prune {
-    /// The method of that name, with its options.
+    /// By number; of all others everything is held.
     #[new]
-    #[pyo3(signature = (name, **given))]
-    fn new(py: Python<'_>, name: &str, given: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
-        Ok(Self(made(py, options(given)?.all(|options| prune::make(name, options)))?))
+    fn new(py: Python<'_>, heads: BTreeMap<usize, PyRef<'_, Rung>>) -> PyResult<Self> {
+        let heads = heads.into_iter().map(|(h, head)| (h, head.0.clone()));
+        Ok(Self(made(py, prune::make(heads))?))
     }
 }
 
@@ -170,7 +201,7 @@ impl Layer {
 
     /// Raises `OptionError` when the methods do not fit keys and values of such head dims.
     fn check_dims(&self, py: Python<'_>, key_dim: usize, value_dim: usize) -> PyResult<()> {
-        made(py, self.0.codecs().check(None, key_dim, value_dim))
+        made(py, self.0.check_dims(None, key_dim, value_dim))
     }
 }
 

@@ -34,7 +34,7 @@ mod _kvpack {
     #[pymodule_export]
     use super::cache::Cache;
     #[pymodule_export]
-    use super::methods::{Codec, Compactor, Eviction, Layer, Prune, Selector, Share};
+    use super::methods::{Codec, Compactor, Eviction, Layer, Prune, Rung, Selector, Share};
     #[pymodule_export]
     use super::{isa, isa_available, openmp_library, refuse_memory, set_threads, use_openmp};
 

@@ -9,8 +9,9 @@ use super::observe::At;
 use crate::attend::Softmax;
 use crate::error::{Error, Result};
 use crate::linalg::Map;
+use crate::memory;
 use crate::pool;
-use crate::prune::Pruned;
+use crate::prune::Streaming;
 use crate::quantize::Codecs;
 use crate::tensor::{Rows, Slice, View};
 
@@ -87,13 +88,13 @@ impl Layer {
         };
         // With an eviction nothing is packed before it was chosen.
         let codecs = (flush && methods.eviction.is_none()).then_some(&methods.codecs);
-        let wants = methods.codecs.keys.wants();
         let mut work = Vec::with_capacity(batch * heads);
         for (b, row) in self.rows.iter_mut().enumerate().filter(|&(b, _)| source[b] == b) {
             work.extend(Arc::make_mut(row).iter_mut().enumerate().map(|(h, head)| (b, h, head)));
         }
         let numbers = batch * heads * n * (shape.key_dim + shape.value_dim);
-        let appended = pool::map(numbers * codecs.map_or(COPYING, Codecs::work), work, |(b, h, head)| {
+        let appended = pool::map(numbers * codecs.map_or(COPYING, |_| methods.work()), work, |(b, h, head)| {
+            let wants = head.codecs(&methods.codecs).keys.wants();
             let place = At { row: b, head: h, heads, valid: row_valid(b), seen };
             if let Some(query) = query.filter(|_| wants.squares) {
                 head.observe_squares(query, &place);
@@ -117,7 +118,7 @@ impl Layer {
         if first > 0 {
             self.came_to(seen + first);
         }
-        if flush && self.eviction().is_some() {
+        if flush && (self.eviction().is_some() || self.is_pruned()) {
             return self.flush();
         }
         self.index();
@@ -126,7 +127,8 @@ impl Layer {
 
     /// Whether so many new tokens are more than are held exactly anyway, and wait for nothing.
     pub(super) fn is_long(&self, new: usize) -> bool {
-        new > self.codecs().window() || self.window.is_some_and(|window| new >= window)
+        new > self.methods.all_codecs().map(Codecs::window).max().unwrap_or(0)
+            || self.window.is_some_and(|window| new >= window)
     }
 
     fn check_seen(&self, queries: Option<LayerQueries<'_>>) -> Result<()> {
@@ -154,7 +156,12 @@ impl KvHead {
         codecs: Option<&Codecs>,
         centers: bool,
     ) -> Result<()> {
-        if self.pruned == Pruned::Gone {
+        if !self.holds_all()
+            && let Some(first) = new.clone().find(|&t| at.holds(t))
+        {
+            Arc::make_mut(&mut self.history).origin.get_or_insert((at.seen + first) as u32);
+        }
+        if self.is_gone() {
             return Ok(());
         }
         if centers && self.positions.is_empty() {
@@ -163,13 +170,19 @@ impl KvHead {
         self.keys.headless |= new.start > 0;
         self.values.headless |= new.start > 0;
         let step = if codecs.is_some() { STEP } else { new.len().max(1) };
-        let as_they_are = self.center.is_none() && !matches!(self.pruned, Pruned::Sliced { .. });
-        for start in new.clone().step_by(step) {
-            let tokens = start..new.end.min(start + step);
+        let as_they_are = self.center.is_none() && self.key_map().is_none() && self.value_map().is_none();
+        // Of a first prompt a streaming head need not store what it would let go at once.
+        let passed = if codecs.is_some() && self.positions.is_empty() { self.passed_at_once(at, &new) } else { None };
+        let passed = passed.unwrap_or(new.end..new.end);
+        if !passed.is_empty() {
+            self.absorb_new(k, v, at, passed.clone());
+        }
+        let parts = [new.start..passed.start, passed.end..new.end];
+        for tokens in parts.into_iter().flat_map(|part| steps(part, step)) {
             if as_they_are && at.valid.is_none() {
                 extend(&mut self.keys.tail, k, at, tokens.clone());
                 extend(&mut self.values.tail, v, at, tokens.clone());
-                self.positions.push(at.seen + start, tokens.len());
+                self.positions.push(at.seen + tokens.start, tokens.len());
             } else {
                 let tokens: Vec<usize> = tokens.filter(|&t| at.holds(t)).collect();
                 self.keys.tail.reserve(tokens.len());
@@ -192,8 +205,29 @@ impl KvHead {
         Ok(())
     }
 
-    /// Appends a token that is not held as it is.
-    fn push(&mut self, key: Slice<'_>, value: Slice<'_>) {
+    /// Of the first tokens of a sequence those between the first and the newest ones that a streaming head holds.
+    fn passed_at_once(&self, at: &At<'_>, new: &Range<usize>) -> Option<Range<usize>> {
+        let Streaming { sinks, window, .. } = self.streaming()?;
+        let held: Vec<usize> = new.clone().filter(|&t| at.holds(t)).collect();
+        let newest = held.len().checked_sub(*window).filter(|newest| newest > sinks)?;
+        Some(held[*sinks]..held[newest])
+    }
+
+    /// Has what stands for tokens that leave stand for these, which are not stored at all.
+    fn absorb_new(&mut self, k: &View<'_>, v: &View<'_>, at: &At<'_>, tokens: Range<usize>) {
+        let Some(compactor) = self.streaming().and_then(|streaming| streaming.compactor.clone()) else { return };
+        let (mut keys, mut values, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+        for t in tokens.filter(|&t| at.holds(t)) {
+            let [key, value] = self.in_coordinates(k.row(at.row, at.head, t), v.row(at.row, at.head, t));
+            memory::append(&mut keys, &key);
+            memory::append(&mut values, &value);
+            positions.push((at.seen + t) as u32);
+        }
+        self.absorb(&*compactor, at.head, [&keys, &values], &positions);
+    }
+
+    /// A key and a value in the head's coordinates.
+    fn in_coordinates(&self, key: Slice<'_>, value: Slice<'_>) -> [Vec<f32>; 2] {
         let (mut key, value) = (key.numbers(), value.numbers());
         if let Some(center) = &self.center {
             key.iter_mut().zip(&**center).for_each(|(x, center)| *x -= center);
@@ -202,9 +236,20 @@ impl KvHead {
             Some(map) => map.apply_rows(&x, x.len()),
             None => x,
         };
-        self.keys.tail.push(&mapped(self.pruned.key_map(), key));
-        self.values.tail.push(&mapped(self.pruned.value_map(), value));
+        [mapped(self.key_map(), key), mapped(self.value_map(), value)]
     }
+
+    /// Appends a token that is not held as it is.
+    fn push(&mut self, key: Slice<'_>, value: Slice<'_>) {
+        let [key, value] = self.in_coordinates(key, value);
+        self.keys.tail.push(&key);
+        self.values.tail.push(&value);
+    }
+}
+
+/// A range, so many at a time.
+fn steps(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
+    range.clone().step_by(step).map(move |start| start..range.end.min(start + step))
 }
 
 /// Appends the rows of some tokens, at once where they follow each other in memory.

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use super::choose::evict_row;
 use super::head::KvHead;
-use super::layer::{COPYING, Layer, Sequence, chosen};
+use super::layer::{COPYING, Layer, chosen};
 use crate::attend::{Attention, Scratch};
 use crate::compact::{Compactor, Leaving};
 use crate::error::Result;
-use crate::evict::{Candidates, Eviction, Place, keep};
+use crate::evict::Eviction;
 use crate::kernels::Kernels;
 use crate::linalg::Rope;
 use crate::memory;
@@ -15,20 +16,18 @@ use crate::pool;
 use crate::quantize::{Codecs, KeyPage, Shifted};
 use crate::select::Selector;
 
-/// Multiply-adds that take as long as scoring a token for one number of its key.
-const SCORING: usize = 8;
-
-/// And as long as taking in its attention score.
+/// Multiply-adds that take as long as taking in a token's attention score.
 const RECEIVING: usize = 128;
 
 impl Layer {
-    /// Lets tokens go that the model's window has passed and those that are not chosen, compacts what leaves, seals others, and
+    /// Lets tokens go that the model's window or a streaming head has passed and those that are not chosen, compacts what leaves, seals others, and
     /// indexes what was sealed, as far as that is due.
     ///
     /// # Errors
     /// Those of a scorer or a codec; the layer is between two states then, and its caller brings the old one back.
     pub fn flush(&mut self) -> Result<()> {
         self.slide();
+        self.stream();
         self.evict()?;
         self.seal()?;
         self.index();
@@ -66,7 +65,7 @@ impl Layer {
             |rows| {
                 let heads: Vec<_> = rows.into_iter().flatten().collect();
                 let due: usize = heads.iter().map(|head| head.numbers_due(codecs)).sum();
-                let sealed = pool::map(due * codecs.work(), heads, |head| head.seal(codecs));
+                let sealed = pool::map(due * methods.work(), heads, |head| head.seal(codecs));
                 result = sealed.into_iter().collect();
             },
         );
@@ -110,106 +109,9 @@ impl Layer {
     }
 }
 
-/// Chooses the tokens of a sequence's heads; says whether any went.
-fn evict_row(eviction: &Eviction, compactor: Option<&dyn Compactor>, row: &mut Sequence) -> Result<bool> {
-    let numbers = |row: &Sequence| row.iter().map(|head| head.positions.len() * head.keys.tail.dim()).sum::<usize>();
-    let mut heads = candidates(eviction, row, numbers(row))?;
-    if eviction.scorer.is_shared() {
-        share(&mut heads);
-    }
-    let granules: Vec<_> = row.iter().map(|head| head.keys.granules()).collect();
-    let keep = keep(&heads, &granules, eviction.floor);
-    let went = keep.iter().flatten().any(|keep| !keep);
-    let work = if went { numbers(row) * SCORING } else { 0 };
-    pool::map(work, row.iter_mut().zip(keep).enumerate().collect(), |(h, (head, keep))| {
-        if let Some(compactor) = compactor {
-            head.compact(compactor, h, &keep);
-        }
-        head.retain(eviction, &keep);
-    });
-    Ok(went)
-}
-
-/// The tokens of all heads, with what each is worth.
-fn candidates(eviction: &Eviction, row: &mut Sequence, numbers: usize) -> Result<Vec<Candidates>> {
-    for head in row.iter_mut() {
-        if let Some(observed) = &mut Arc::make_mut(&mut head.history).observed {
-            observed.fold();
-        }
-    }
-    let row = &*row;
-    let some = row.iter().any(|head| !head.stays_whole(eviction));
-    if some && let Some(scores) = score_together(eviction, row) {
-        let each = row.iter().enumerate().zip(scores?);
-        return Ok(each.map(|((h, head), scores)| head.candidates(eviction, h, scores)).collect());
-    }
-    let work = row.first().and_then(|head| head.history.observed.as_ref()).map_or(0, |observed| observed.work());
-    Ok(pool::map(numbers * (SCORING + work), row.iter().enumerate().collect(), |(h, head)| {
-        let place = head.place(eviction, h);
-        let scores = match &head.history.observed {
-            // Heads that share a budget are compared with each other, those with room for all of theirs too.
-            Some(observed) if !head.stays_whole(eviction) || some && eviction.floor.is_some() => {
-                observed.scores(&head.view(), place, &mut Scratch::new(chosen()))
-            }
-            _ => Vec::new(),
-        };
-        head.candidates(eviction, h, scores)
-    }))
-}
-
-/// The scores of all heads' tokens, of a scorer that sees them together.
-fn score_together(eviction: &Eviction, row: &Sequence) -> Option<Result<Vec<Vec<f32>>>> {
-    let heads: Option<Vec<_>> = row
-        .iter()
-        .enumerate()
-        .map(|(h, head)| Some((head.view(), head.history.observed.as_deref()?, head.place(eviction, h))))
-        .collect();
-    eviction.scorer.score_together(&heads?)
-}
-
-/// Gives every token the mean of the heads' scores.
-fn share(heads: &mut [Candidates]) {
-    let mut mean = memory::zeros(heads[0].scores.len());
-    for head in heads.iter() {
-        mean.iter_mut().zip(&head.scores).for_each(|(mean, score)| *mean += score / heads.len() as f32);
-    }
-    for head in heads {
-        head.scores.clone_from(&mean);
-    }
-}
-
 impl KvHead {
-    /// Where the head's tokens are.
-    pub(super) fn place(&self, eviction: &Eviction, head: usize) -> Place {
-        Place { head, origin: self.history.origin.unwrap_or(0), sinks: eviction.sinks }
-    }
-
-    /// Tokens that an eviction let go, of `seen` positions without the `new` newest.
-    pub(super) fn gone(&self, seen: usize, new: usize) -> usize {
-        let past = seen.saturating_sub(new);
-        let origin = self.history.origin.map_or(past, |origin| origin as usize);
-        past.saturating_sub(origin).saturating_sub(self.positions.count_below(past))
-    }
-
-    /// Whether tokens are to be chosen: after a prompt, or when the budget is exceeded by a block.
-    pub(super) fn is_due(&self, eviction: &Eviction) -> bool {
-        let budget = eviction.budget.tokens(self.history.prompt).max(self.history.kept);
-        self.history.due || eviction.block.is_some_and(|block| self.positions.len() > budget + block)
-    }
-
-    /// Whether there is room for all tokens, and none goes.
-    fn stays_whole(&self, eviction: &Eviction) -> bool {
-        self.positions.len() <= eviction.budget.tokens(self.history.prompt) && !eviction.scorer.has_gaps()
-    }
-
-    /// The tokens, with their scores; without scores all are worth the same.
-    fn candidates(&self, eviction: &Eviction, h: usize, mut scores: Vec<f32>) -> Candidates {
-        memory::resize(&mut scores, self.positions.len());
-        eviction.candidates(&self.view(), self.place(eviction, h), self.history.prompt, scores)
-    }
-
     /// Has a compactor see the tokens for which `keep` says that they leave.
-    fn compact(&mut self, compactor: &dyn Compactor, head: usize, keep: &[bool]) {
+    pub(super) fn compact(&mut self, compactor: &dyn Compactor, head: usize, keep: &[bool]) {
         if !keep.contains(&false) {
             return;
         }
@@ -234,17 +136,22 @@ impl KvHead {
     }
 
     /// Keeps the tokens for which `keep` says so.
-    fn retain(&mut self, eviction: &Eviction, keep: &[bool]) {
+    pub(super) fn retain(&mut self, eviction: &Eviction, keep: &[bool]) {
         Arc::make_mut(&mut self.history).chosen(keep, eviction.block.is_some());
         if keep.contains(&false) {
-            self.keys.retain(keep);
-            self.values.retain(keep);
-            self.positions = self.positions.take(|token, _| keep[token]);
-            self.index = None;
+            self.hold(keep);
             if let Some(rope) = &eviction.closing {
                 self.close_gaps(rope);
             }
         }
+    }
+
+    /// Lets all other tokens go.
+    pub(super) fn hold(&mut self, keep: &[bool]) {
+        self.keys.retain(keep);
+        self.values.retain(keep);
+        self.positions = self.positions.take(|token, _| keep[token]);
+        self.index = None;
     }
 
     /// Has keys read as if no position were missing between them and the newest token.
@@ -263,6 +170,7 @@ impl KvHead {
 
     /// How many numbers the codecs want sealed.
     pub(super) fn numbers_due(&self, codecs: &Codecs) -> usize {
+        let codecs = self.codecs(codecs);
         self.keys.numbers_due(&*codecs.keys) + self.values.numbers_due(&*codecs.values)
     }
 
@@ -271,6 +179,8 @@ impl KvHead {
     /// # Errors
     /// Those of the codecs; the head is between two states then.
     pub(super) fn seal(&mut self, codecs: &Codecs) -> Result<()> {
+        let pruned = self.pruned.clone();
+        let codecs = pruned.as_ref().and_then(|pruned| pruned.codecs.as_ref()).unwrap_or(codecs);
         self.keys.seal(&*codecs.keys)?;
         self.values.seal(&*codecs.values)
     }

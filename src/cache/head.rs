@@ -6,6 +6,7 @@ use super::layer::{Methods, Shape};
 use super::memory::Counter;
 use super::side::{Segment, Side, SideMark};
 use crate::attend::{Head, Positions, Scratch, Summary};
+use crate::compact::Compacted;
 use crate::evict::History;
 use crate::memory;
 use crate::prune::Pruned;
@@ -25,10 +26,10 @@ pub struct KvHead {
     pub(super) index: Option<Box<dyn PageIndex>>,
     /// What keys are held less of, where that is wanted: the mean of the first ones.
     pub(super) center: Option<Arc<[f32]>>,
-    /// What is held of the head at all.
-    pub(super) pruned: Pruned,
+    /// What is held of the head at all; `None`: all.
+    pub(super) pruned: Option<Arc<Pruned>>,
     /// What stands for tokens that left.
-    pub(super) summary: Option<Arc<dyn Summary>>,
+    pub(super) summary: Option<Arc<dyn Compacted>>,
 }
 
 /// What a head was like: see [`KvHead::mark`].
@@ -45,9 +46,11 @@ impl KvHead {
     /// An empty one, number `head` of its layer.
     pub(super) fn new(head: usize, shape: Shape, methods: &Methods) -> Self {
         let Shape { dtype, key_dim, value_dim, .. } = shape;
-        let pruned = methods.prune.as_ref().map_or(Pruned::Whole, |prune| prune.head(head, key_dim, value_dim));
-        let stored_keys = pruned.key_map().map_or(key_dim, |map| map.dim(key_dim));
-        let stored_values = pruned.value_map().map_or(value_dim, |map| map.dim(value_dim));
+        let pruned = methods.prune.as_ref().and_then(|prune| prune.head(head, key_dim, value_dim));
+        let maps = pruned.as_ref().map(|pruned| (pruned.keys.as_ref(), pruned.values.as_ref()));
+        let (key_map, value_map) = maps.unwrap_or_default();
+        let stored_keys = key_map.map_or(key_dim, |map| map.dim(key_dim));
+        let stored_values = value_map.map_or(value_dim, |map| map.dim(value_dim));
         Self {
             keys: Side::new(head, Rows::new(dtype, stored_keys)),
             values: Side::new(head, Rows::new(dtype, stored_values)),
@@ -93,7 +96,7 @@ impl KvHead {
 
     /// Queries of the model, of `dim` numbers each, for keys in the head's coordinates.
     pub(super) fn in_head(&self, q: Vec<f32>, dim: usize) -> Vec<f32> {
-        match self.pruned.key_map() {
+        match self.key_map() {
             Some(map) => map.query_rows(&q, dim),
             None => q,
         }
@@ -131,6 +134,9 @@ impl KvHead {
         self.keys.truncate(kept);
         self.values.truncate(kept);
         self.positions.truncate(end);
+        if kept == 0 {
+            self.summary = None;
+        }
         Arc::make_mut(&mut self.history).truncate(end, kept);
         if let Some(index) = &mut self.index {
             index.truncate(kept);
@@ -147,6 +153,7 @@ impl KvHead {
         counter.memory.index += size_of::<Self>() + positions + index;
         counter.history(history);
         counter.center(center.as_ref());
+        counter.pruned(self.pruned.as_ref());
         counter.summary(self.summary.as_ref());
         self.keys.count(mark.map(|mark| &mark.keys), counter);
         self.values.count(mark.map(|mark| &mark.values), counter);
@@ -160,7 +167,7 @@ impl KvHead {
             positions: &self.positions,
             key_dim: self.keys.tail.dim(),
             value_dim: self.values.tail.dim(),
-            summary: self.summary.as_deref(),
+            summary: self.summary.as_deref().map(|summary| summary as &dyn Summary),
         }
     }
 
@@ -168,7 +175,7 @@ impl KvHead {
     pub(super) fn each_key(&self, dim: usize, scratch: &mut Scratch, mut write: impl FnMut(u32, &[f32])) {
         let (positions, mut key) = (self.positions.all(), memory::zeros(dim));
         self.view().each_key(scratch, |token, stored| {
-            match self.pruned.key_map() {
+            match self.key_map() {
                 Some(map) => map.undo(stored, &mut key),
                 None => key.copy_from_slice(stored),
             }
@@ -182,7 +189,7 @@ impl KvHead {
     /// Calls `write(position, value)` for every token held, dequantised.
     pub(super) fn each_value(&self, dim: usize, scratch: &mut Scratch, mut write: impl FnMut(u32, &[f32])) {
         let (positions, mut value) = (self.positions.all(), memory::zeros(dim));
-        self.view().each_value(scratch, |token, stored| match self.pruned.value_map() {
+        self.view().each_value(scratch, |token, stored| match self.value_map() {
             Some(map) => {
                 map.undo(stored, &mut value);
                 write(positions[token], &value);

@@ -137,8 +137,8 @@ impl Layer {
 
     /// Whether `append` wants to see the queries that come with new tokens.
     pub fn wants_queries(&self) -> bool {
-        let wants = self.codecs().keys.wants();
-        wants.squares || wants.moment || self.eviction().is_some_and(Eviction::wants_queries)
+        let wants = |codecs: &Codecs| codecs.keys.wants().squares || codecs.keys.wants().moment;
+        self.methods.all_codecs().any(wants) || self.eviction().is_some_and(Eviction::wants_queries)
     }
 
     /// Whether the tokens' attention scores from each query of decoding are wanted.
@@ -205,8 +205,18 @@ impl Layer {
                 expected: "less than 2^32".into(),
             });
         }
-        k.check_magnitude("keys", self.codecs().keys.limit())?;
-        v.check_magnitude("values", self.codecs().values.limit())
+        self.methods.all_codecs().try_for_each(|codecs| {
+            k.check_magnitude("keys", codecs.keys.limit())?;
+            v.check_magnitude("values", codecs.values.limit())
+        })
+    }
+
+    /// Checks that keys and values of such dims can be stored, of `heads` KV heads if it is known how many there are.
+    ///
+    /// # Errors
+    /// Those of the codecs.
+    pub fn check_dims(&self, heads: Option<usize>, key_dim: usize, value_dim: usize) -> Result<()> {
+        self.methods.all_codecs().try_for_each(|codecs| codecs.check(heads, key_dim, value_dim))
     }
 
     pub(super) fn shape_of(&self, k: &View<'_>, v: &View<'_>) -> Result<Shape> {
@@ -232,7 +242,10 @@ impl Layer {
                 expected: k.dtype().name().into(),
             });
         }
-        self.codecs().check(Some(heads), key_dim, value_dim)?;
+        if let Some(prune) = &self.methods.prune {
+            prune.check(heads)?;
+        }
+        self.check_dims(Some(heads), key_dim, value_dim)?;
         Ok(Shape { dtype: k.dtype(), heads, key_dim, value_dim })
     }
 

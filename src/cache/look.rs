@@ -10,6 +10,7 @@ use super::memory::Memory;
 use super::packed::{Before, Packed, Pending};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
+use crate::quantize::Codecs;
 use crate::tensor::{Dtype, ViewMut};
 
 impl Cache {
@@ -143,9 +144,10 @@ impl Cache {
         let mut memory =
             before.map_or_else(|| packed.layer.memory(), |before| packed.layer.memory_then(&before.snapshot));
         if before.map_or_else(|| packed.layer.seen(), |before| before.snapshot.seen()) > 0 {
-            let (own, shared) = packed.layer.codecs().tables();
-            memory.scales += own;
-            memory.index += shared.filter(|&(table, _)| tables.insert(table)).map_or(0, |(_, bytes)| bytes);
+            for (own, shared) in packed.layer.methods().all_codecs().map(Codecs::tables) {
+                memory.scales += own;
+                memory.index += shared.filter(|&(table, _)| tables.insert(table)).map_or(0, |(_, bytes)| bytes);
+            }
         }
         Ok(memory)
     }

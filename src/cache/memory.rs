@@ -4,8 +4,9 @@ use std::collections::HashSet;
 use std::ops::AddAssign;
 use std::sync::Arc;
 
-use crate::attend::Summary;
+use crate::compact::Compacted;
 use crate::evict::History;
+use crate::prune::Pruned;
 use crate::quantize::{Page, PageBytes, Plan};
 
 /// Bytes allocated, part by part; what several sequences share is counted once.
@@ -76,9 +77,18 @@ impl Counter {
         }
     }
 
-    pub(super) fn summary(&mut self, summary: Option<&Arc<dyn Summary>>) {
+    pub(super) fn summary(&mut self, summary: Option<&Arc<dyn Compacted>>) {
         if let Some(summary) = summary.filter(|summary| self.first(summary)) {
             self.memory.exact += ARC_HEADER + summary.bytes();
+        }
+    }
+
+    pub(super) fn pruned(&mut self, pruned: Option<&Arc<Pruned>>) {
+        let maps = pruned.into_iter().flat_map(|pruned| [&pruned.keys, &pruned.values]).flatten();
+        for map in maps {
+            if self.first(map) {
+                self.memory.scales += ARC_HEADER + map.bytes();
+            }
         }
     }
 

@@ -11,6 +11,7 @@
 mod append;
 #[allow(clippy::module_inception)] // what the room is called is what is in it
 mod cache;
+mod choose;
 mod flush;
 mod forward;
 mod head;
@@ -29,6 +30,7 @@ mod side_tests;
 mod slide;
 mod snapshot;
 mod step;
+mod stream;
 mod tasks;
 
 pub use append::{LayerQueries, New};

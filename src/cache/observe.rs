@@ -9,7 +9,6 @@ use super::layer::chosen;
 use crate::attend::Scratch;
 use crate::evict::{Eviction, NewQueries};
 use crate::memory;
-use crate::prune::Pruned;
 use crate::quantize::{SAMPLES, SHORT};
 use crate::tensor::View;
 
@@ -77,7 +76,7 @@ impl KvHead {
     pub(super) fn observe_squares(&mut self, query: &View<'_>, at: &At<'_>) {
         let [_, heads, n, dim] = query.shape();
         let (own, mut q, tokens) = (at.query_heads(heads), vec![0.0; dim], at.tokens(n));
-        let (map, stored) = (self.pruned.key_map().cloned(), self.keys.tail.dim());
+        let (map, stored) = (self.key_map().cloned(), self.keys.tail.dim());
         self.keys.plan_mut().observe(tokens.len(), stored, |t, sums| {
             for head in own.clone() {
                 query.row(at.row, head, tokens[t]).to_f32(&mut q);
@@ -108,7 +107,7 @@ impl KvHead {
     pub(super) fn witness(&mut self, eviction: &Eviction, new: &New<'_>, at: &At<'_>) {
         let n = new.k.shape()[2];
         let tokens = at.tokens(n);
-        let Some(&first) = tokens.first().filter(|_| self.pruned != Pruned::Gone) else { return };
+        let Some(&first) = tokens.first().filter(|_| !self.is_gone()) else { return };
         let history = Arc::make_mut(&mut self.history);
         history.origin.get_or_insert((at.seen + first) as u32);
         let prompt = n > SHORT || at.seen == 0;

@@ -160,6 +160,15 @@ impl Packed {
                 accepted: format!("None, or {OURS}"),
             });
         }
+        if self.layer.is_pruned() {
+            return Err(Error::Option {
+                name: "prune",
+                given: "heads that hold some of their tokens, while this layer's attention does not run in kvpack, which alone \
+                        can read them"
+                    .into(),
+                accepted: format!("None, or {OURS}"),
+            });
+        }
         let Some(eviction) = self.layer.eviction() else { return Ok(()) };
         if eviction.is_ragged() {
             return Err(Error::Option {
@@ -232,7 +241,7 @@ impl Packed {
         if self.layer.window.is_some() {
             return Ok(self.seen() - self.state.missed);
         }
-        if self.layer.eviction().is_none() || self.layer.seen() == 0 {
+        if self.layer.eviction().is_none() && !self.layer.is_pruned() || self.layer.seen() == 0 {
             return Ok(self.seen());
         }
         let mut held = self.layer.heads().map(|head| head.positions().len());

@@ -205,7 +205,7 @@ impl Layer {
         let sinks = request.sink_logits.map(SinkLogits);
         for found in merged {
             let head = &self.rows[found.task.row][found.task.head];
-            let summaries = sinks.iter().map(|sinks| sinks as &dyn Summary).chain(head.summary.as_deref());
+            let summaries = sinks.iter().map(|sinks| sinks as &dyn Summary).chain(head.view().summary);
             for summary in summaries {
                 let q = if summary.wants_queries() { queries(request, &found.task, head, group) } else { Vec::new() };
                 let queries = SummaryQueries {
@@ -227,7 +227,7 @@ impl Layer {
             let (head, queries) = (&self.rows[task.row][task.head], whole.rows() / group);
             for i in 0..whole.rows() {
                 let to = [task.row, task.queries.start + i % queries, task.head * group + i / queries];
-                let Some(map) = head.pruned.value_map() else {
+                let Some(map) = head.value_map() else {
                     whole.output(i, &mut row_out);
                     out.write_row(to, &row_out);
                     continue;

@@ -40,6 +40,7 @@ impl Layer {
         let goes = |row: &Sequence| {
             self.eviction().is_some_and(|eviction| row.iter().any(|head| head.is_due(eviction)))
                 || self.slides(row, self.seen.saturating_add(new))
+                || row.iter().any(|head| head.passing(new) > 0)
         };
         let goes: Vec<bool> = self.rows.iter().map(|row| few && goes(row)).collect();
         let save = |(row, goes): (&mut Arc<Sequence>, bool)| match Arc::get_mut(row) {

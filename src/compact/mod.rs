@@ -5,6 +5,11 @@
 
 #![forbid(unsafe_code)]
 
+mod mean;
+
+pub use mean::Mean;
+
+use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -27,10 +32,15 @@ pub struct Leaving<'a> {
     pub queries: Option<&'a NewestQueries>,
 }
 
+/// What stands for tokens that left.
+pub trait Compacted: Summary + Any {}
+
+impl<T: Summary + Any> Compacted for T {}
+
 /// A method that keeps something of tokens that leave.
 pub trait Compactor: Debug + Send + Sync {
     /// What stands for these tokens and, with `before`, for all that left earlier; `None`: nothing.
-    fn compact(&self, leaving: &Leaving<'_>, before: Option<&Arc<dyn Summary>>) -> Option<Arc<dyn Summary>>;
+    fn compact(&self, leaving: &Leaving<'_>, before: Option<&Arc<dyn Compacted>>) -> Option<Arc<dyn Compacted>>;
 }
 
 /// Nothing is kept of them: what evictions do by themselves.
@@ -38,7 +48,7 @@ pub trait Compactor: Debug + Send + Sync {
 pub struct Forget;
 
 impl Compactor for Forget {
-    fn compact(&self, _: &Leaving<'_>, _: Option<&Arc<dyn Summary>>) -> Option<Arc<dyn Summary>> {
+    fn compact(&self, _: &Leaving<'_>, _: Option<&Arc<dyn Compacted>>) -> Option<Arc<dyn Compacted>> {
         None
     }
 }
@@ -50,6 +60,7 @@ impl Compactor for Forget {
 pub fn make(name: &str, _: &mut Options) -> Result<Arc<dyn Compactor>> {
     match name {
         "forget" => Ok(Arc::new(Forget)),
-        _ => refuse("compact", name, "forget"),
+        "mean" => Ok(Arc::new(Mean)),
+        _ => refuse("compact", name, "forget, mean"),
     }
 }

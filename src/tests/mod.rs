@@ -3,6 +3,8 @@
 //! They stand here and not beside the crate, because the kernels take minutes to compile: so the tests do it once.
 
 mod attention;
+mod filled;
+mod heads;
 mod kvquant;
 mod memory;
 mod sliding;

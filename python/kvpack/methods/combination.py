@@ -175,6 +175,8 @@ class Methods:
         Raises:
             OptionError: a method does not fit the model.
         """
+        if self.prune is not None:
+            self.prune.check_layers(layers, sites)
         stored = {i: self.make_layer(site) for i, site in sites.items()}
         if head_dim is not None:
             for layer in stored.values():

@@ -19,6 +19,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 from ..errors import KvpackError, OptionError
+from .base import Method
 from .evict.adakv import AdaKV
 from .presets import PRESETS
 from .quantize.compose import KeyValue, PerLayer
@@ -29,7 +30,7 @@ from .renamed import renamed_options
 CALIBRATED = "calibrated"
 """The name of the codec from a file, whose path may stand without quotes."""
 _PATH = re.compile(rf"\b{CALIBRATED}\s*:\s*path\s*=\s*(?![\s'\"])")
-_BEFORE_BRACKETS = re.compile(r"[^('\"]*[^=\s('\"]\s*\(")
+_BEFORE_BRACKETS = re.compile(r"[^('\"]*[\w.]\s*\(")
 _WORD = re.compile(r"[A-Za-z_][\w.~/-]*")
 
 
@@ -86,6 +87,8 @@ def _default(field: Field[Any]) -> Any:
 def _spell_value(method: Any, value: Any) -> str:
     if value == GPTQ():
         return GPTQ.name
+    if isinstance(value, Mapping):
+        value = {key: spell(one) if isinstance(one, Method) else one for key, one in value.items()}
     if isinstance(value, str):
         return value if _WORD.fullmatch(value) and value not in ("None", "True", "False") else repr(value)
     text = repr(value)

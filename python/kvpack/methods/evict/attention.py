@@ -27,7 +27,8 @@ class _Attention(Evict):
     @property
     def needs(self) -> Reasons:
         """The attention of all queries so far."""
-        return {Property.QUERIES_SEEN: "tokens are scored by the attention that they get"}
+        needs = {Property.QUERIES_SEEN: "tokens are scored by the attention that they get"}
+        return {**needs, Property.EQUAL_HEADS: "all heads keep the same tokens"} if self.shared else needs
 
     def _alpha(self) -> float:
         return 1.0

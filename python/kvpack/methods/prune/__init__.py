@@ -1,7 +1,9 @@
-"""The `prune` family: fewer channels."""
+"""The `prune` family: less of some KV heads."""
 
 from .base import Prune
+from .heads import Heads
 
 __all__ = [
+    "Heads",
     "Prune",
 ]

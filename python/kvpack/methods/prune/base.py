@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar
 
 from ... import _kvpack
@@ -10,13 +11,17 @@ from ..base import Method, Site
 
 
 class Prune(Method):
-    """A method that holds nothing of some KV heads, or fewer numbers of their keys and values than the head dim.
-
-    No method of this family is registered yet.
-    """
+    """A method that holds less of some KV heads: fewer tokens, or nothing."""
 
     family: ClassVar[str] = "prune"
     without: ClassVar[str] = "None to hold all of each head"
+
+    def check_layers(self, layers: int, packed: Iterable[int]) -> None:
+        """Raises OptionError when it does not fit a model of so many layers, of which these are packed."""
+
+    def gone(self, layer: int) -> tuple[int, ...]:
+        """The KV heads of a layer whose output is 0."""
+        return ()
 
     @abstractmethod
     def make(self, site: Site | None = None) -> _kvpack.Prune:
