@@ -68,7 +68,9 @@ pub(super) fn keys(head: &KvHead, dim: usize) -> Packed {
             page => page,
         };
         match page {
-            KeyPage::Exact(_) | KeyPage::Rounded(_) | KeyPage::Shifted(_) => out.exact += segment.len,
+            KeyPage::Exact(_) | KeyPage::Rounded(_) | KeyPage::Sliced(_) | KeyPage::Shifted(_) => {
+                out.exact += segment.len;
+            }
             KeyPage::Tokens(page) => {
                 let grid = |t, j| page.grid(t, j);
                 out.columns = page.groups();
@@ -182,7 +184,7 @@ pub(super) fn values(head: &KvHead, dim: usize) -> Packed {
     let mut out = Packed { dim, columns: 1, ..Packed::default() };
     for segment in head.pages().1 {
         match &*segment.page {
-            ValuePage::Exact(_) | ValuePage::Rounded(_) => out.exact += segment.len,
+            ValuePage::Exact(_) | ValuePage::Rounded(_) | ValuePage::Sliced(_) => out.exact += segment.len,
             ValuePage::Tokens(page) => {
                 out.columns = page.groups();
                 add(&mut out, segment.len, |t, c| page.code(t, c), |t, j| page.grid(t, j));

@@ -96,8 +96,11 @@ impl Layer {
         let appended = pool::map(numbers * codecs.map_or(COPYING, |_| methods.work()), work, |(b, h, head)| {
             let wants = head.codecs(&methods.codecs).keys.wants();
             let place = At { row: b, head: h, heads, valid: row_valid(b), seen };
-            if let Some(query) = query.filter(|_| wants.squares) {
-                head.observe_squares(query, &place);
+            if let Some((query, newest)) = query.zip(wants.squares) {
+                head.observe_squares(query, newest, &place);
+            }
+            if wants.keys {
+                head.observe_keys(k, &place);
             }
             if let Some(query) = query.filter(|_| wants.moment) {
                 head.observe_moment(query, &place);
@@ -132,6 +135,16 @@ impl Layer {
     }
 
     fn check_seen(&self, queries: Option<LayerQueries<'_>>) -> Result<()> {
+        if queries.is_none() && self.methods.all_codecs().any(|codecs| codecs.keys.wants().needed) {
+            return Err(Error::Option {
+                name: "quantize",
+                given: "a codec that chooses channels by the queries that look at them".into(),
+                accepted:
+                    "another one; or, where the model's kind supports it, attn_implementation='kvpack': this layer's \
+                           attention is not kvpack's"
+                        .into(),
+            });
+        }
         match self.eviction() {
             Some(eviction) if eviction.wants_queries() && queries.is_none() => Err(Error::Option {
                 name: "evict",

@@ -137,7 +137,7 @@ impl Layer {
 
     /// Whether `append` wants to see the queries that come with new tokens.
     pub fn wants_queries(&self) -> bool {
-        let wants = |codecs: &Codecs| codecs.keys.wants().squares || codecs.keys.wants().moment;
+        let wants = |codecs: &Codecs| codecs.keys.wants().squares.is_some() || codecs.keys.wants().moment;
         self.methods.all_codecs().any(wants) || self.eviction().is_some_and(Eviction::wants_queries)
     }
 

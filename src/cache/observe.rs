@@ -72,10 +72,13 @@ fn add_squares(q: &[f32], sums: &mut [f32]) {
 }
 
 impl KvHead {
-    /// Tells the codec of keys of the squares of queries.
-    pub(super) fn observe_squares(&mut self, query: &View<'_>, at: &At<'_>) {
+    /// Tells the codec of keys of the squares of queries, of a prompt's of the `newest` ones.
+    pub(super) fn observe_squares(&mut self, query: &View<'_>, newest: usize, at: &At<'_>) {
         let [_, heads, n, dim] = query.shape();
-        let (own, mut q, tokens) = (at.query_heads(heads), vec![0.0; dim], at.tokens(n));
+        let (own, mut q, mut tokens) = (at.query_heads(heads), vec![0.0; dim], at.tokens(n));
+        if n > SHORT {
+            tokens.drain(..tokens.len().saturating_sub(newest));
+        }
         let (map, stored) = (self.key_map().cloned(), self.keys.tail.dim());
         self.keys.plan_mut().observe(tokens.len(), stored, |t, sums| {
             for head in own.clone() {
@@ -84,6 +87,21 @@ impl KvHead {
                     Some(map) => add_squares(&map.query_rows(&q, dim), sums),
                     None => add_squares(&q, sums),
                 }
+            }
+        });
+    }
+
+    /// Tells the codec of keys of the squares of a prompt's keys, before the first of them is sealed.
+    pub(super) fn observe_keys(&mut self, k: &View<'_>, at: &At<'_>) {
+        let [_, _, n, dim] = k.shape();
+        if n <= SHORT && !self.positions.is_empty() {
+            return;
+        }
+        let (tokens, mut key) = (at.tokens(n), vec![0.0; dim]);
+        self.keys.plan_mut().observe_keys(dim, |sums| {
+            for t in tokens {
+                k.row(at.row, at.head, t).to_f32(&mut key);
+                add_squares(&key, sums);
             }
         });
     }

@@ -27,7 +27,7 @@ pub enum Map {
         /// Numbers that are mixed with each other.
         block: usize,
     },
-    /// `y_i = x_(order[i])`.
+    /// `y_i = x_(order[i])`, of all numbers or some.
     Order(Box<[u16]>),
     /// Pairs of numbers rotated back, as [`super::Rope`] says.
     Rotated {
@@ -89,7 +89,8 @@ impl Map {
     /// How many numbers `y` has of an `x` of `dim`.
     pub fn dim(&self, dim: usize) -> usize {
         match self {
-            Self::Hadamard { .. } | Self::Order(_) | Self::Rotated { .. } => dim,
+            Self::Hadamard { .. } | Self::Rotated { .. } => dim,
+            Self::Order(order) => order.len(),
             Self::Then(first, second) => second.dim(first.dim(dim)),
             Self::Matrix(matrix) => matrix.down.nrows(),
         }
@@ -147,6 +148,7 @@ impl Map {
                 }
             }
             Self::Order(order) => {
+                x.fill(0.0);
                 for (&i, &y) in order.iter().zip(y) {
                     x[usize::from(i)] = y;
                 }

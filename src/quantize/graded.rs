@@ -119,7 +119,8 @@ impl Codec<KeyPage> for Graded {
     }
 
     fn wants(&self) -> Wants {
-        Wants { squares: true, moment: self.compensation().is_some_and(|gptq| gptq.wants_queries()) }
+        let moment = self.compensation().is_some_and(|gptq| gptq.wants_queries());
+        Wants { squares: Some(usize::MAX), moment, ..Wants::default() }
     }
 
     fn due(&self, n: usize) -> usize {

@@ -18,8 +18,10 @@ mod levels;
 mod pages;
 mod plan;
 mod rotated;
+mod sliced;
 #[cfg(test)]
 mod tests;
+mod think;
 mod tokens;
 
 pub use block::Block;
@@ -30,10 +32,14 @@ pub use graded::Graded;
 pub use kivi::Kivi;
 pub use kvarn::Kvarn;
 pub use kvquant::{KvQuant, KvQuantKeys, KvQuantValues, StaticKeys};
-pub use pages::{Band, ChannelKeys, KeyPage, Page, PageBytes, PreRopeKeys, Shifted, TokenKeys, TokenValues, ValuePage};
+pub use pages::{
+    Band, ChannelKeys, KeyPage, Page, PageBytes, PreRopeKeys, Shifted, SlicedRows, TokenKeys, TokenValues, ValuePage,
+};
 pub use plan::Plan;
 pub(crate) use plan::SHORT;
 pub use rotated::{Rotated, Spacing};
+pub use sliced::Sliced;
+pub use think::Think;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -81,10 +87,14 @@ pub trait Method: Debug + Send + Sync {
 /// What a codec wants to know of the queries that meet its tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wants {
-    /// Their mean squares, channel by channel.
-    pub squares: bool,
+    /// Their mean squares, channel by channel: of so many at the end of each prompt, and of all others.
+    pub squares: Option<usize>,
+    /// The mean squares of a prompt's keys.
+    pub keys: bool,
     /// The second moment of a prompt's.
     pub moment: bool,
+    /// Whether nothing can be decided without them.
+    pub needed: bool,
 }
 
 /// A way of storing keys (`P` is [`KeyPage`]), or values ([`ValuePage`]).
@@ -99,7 +109,8 @@ pub trait Codec<P>: Method {
 
     /// What decides something of the queries.
     fn wants(&self) -> Wants {
-        Wants { squares: false, moment: self.compensation().is_some_and(|gptq| gptq.wants_queries()) }
+        let moment = self.compensation().is_some_and(|gptq| gptq.wants_queries());
+        Wants { moment, ..Wants::default() }
     }
 
     /// How many of `n` unsealed tokens are due to be sealed, oldest first.
@@ -218,6 +229,8 @@ const METHODS: &[(&str, Maker)] = &[
     ("graded", |options| Graded::from_options(options).map(Made::keys)),
     ("kvarn", |options| Kvarn::from_options(options).map(Made::both)),
     ("kvquant", kvquant::from_options),
+    ("sliced", |options| Sliced::from_options(options).map(Made::both)),
+    ("think", |options| Think::from_options(options).map(Made::keys)),
 ];
 
 /// The codecs of that name.

@@ -44,6 +44,8 @@ struct Squares {
     sums: Vec<f32>,
     /// Those of each token of the last forward, if it was short: tokens that are rolled back take theirs along.
     recent: Vec<f32>,
+    /// Those of the keys of prompts, one a channel, where a codec asks for them.
+    keys: Vec<f32>,
 }
 
 /// Compensation: from what, and what it came to.
@@ -72,7 +74,7 @@ impl Plan {
     /// Takes the queries of a forward into account: `squares(token, sums)` adds the squares of the queries of `token`, of all
     /// the head's query heads, to `sums`.
     pub fn observe(&mut self, tokens: usize, dim: usize, mut squares: impl FnMut(usize, &mut [f32])) {
-        let Squares { sums, recent } = &mut **self.squares.get_or_insert_default();
+        let Squares { sums, recent, .. } = &mut **self.squares.get_or_insert_default();
         memory::resize(sums, dim);
         for recent in recent.chunks_exact(dim) {
             sums.iter_mut().zip(recent).for_each(|(sum, square)| *sum += square);
@@ -84,6 +86,24 @@ impl Plan {
         } else {
             (0..tokens).for_each(|t| squares(t, sums));
         }
+    }
+
+    /// Takes the keys of a prompt into account: `squares` adds theirs.
+    pub fn observe_keys(&mut self, dim: usize, squares: impl FnOnce(&mut [f32])) {
+        let keys = &mut self.squares.get_or_insert_default().keys;
+        memory::resize(keys, dim);
+        squares(keys);
+    }
+
+    /// What each of `dim` channels of keys is worth: the mean square of the queries times that of the keys, as far as they were seen,
+    /// each up to a factor.
+    pub(super) fn importance(&self, dim: usize) -> Vec<f32> {
+        let mut importance = self.weights(dim);
+        let keys = self.squares.as_ref().map(|squares| &squares.keys).filter(|keys| !keys.is_empty());
+        if let Some(keys) = keys {
+            importance.iter_mut().zip(keys).for_each(|(importance, key)| *importance *= key);
+        }
+        importance
     }
 
     /// Takes queries of a prompt `[rows, dim]` into account for compensation.
@@ -141,7 +161,7 @@ impl Plan {
 
     /// Forgets the queries of the `n` newest tokens, as far as they are known apart.
     pub fn forget(&mut self, n: usize) {
-        if let Some(Squares { sums, recent }) = self.squares.as_deref_mut() {
+        if let Some(Squares { sums, recent, .. }) = self.squares.as_deref_mut() {
             recent.truncate(recent.len().saturating_sub(n * sums.len()));
         }
     }
@@ -149,7 +169,7 @@ impl Plan {
     /// What an error in each of `dim` channels weighs: the sum of the squares of the queries that met it, and a little, for
     /// those to come; 1 when no query was seen that reads anything.
     pub(super) fn weights(&self, dim: usize) -> Vec<f32> {
-        let Some(Squares { sums, recent }) = self.squares.as_deref() else { return vec![1.0; dim] };
+        let Some(Squares { sums, recent, .. }) = self.squares.as_deref() else { return vec![1.0; dim] };
         let mut weights = sums.clone();
         for recent in recent.chunks_exact(dim) {
             for (weight, square) in weights.iter_mut().zip(recent) {
@@ -185,7 +205,11 @@ impl Plan {
     /// Bytes allocated for the plan alone.
     pub fn bytes(&self) -> usize {
         let squares = self.squares.as_ref().map_or(0, |squares| {
-            size_of::<Squares>() + (squares.sums.capacity() + squares.recent.capacity()) * size_of::<f32>()
+            size_of::<Squares>()
+                + [&squares.sums, &squares.recent, &squares.keys]
+                    .iter()
+                    .map(|x| x.capacity() * size_of::<f32>())
+                    .sum::<usize>()
         });
         squares + self.metric.as_ref().map_or(0, |_| size_of::<Metric>())
     }

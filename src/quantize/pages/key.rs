@@ -1,6 +1,6 @@
 //! A page of keys.
 
-use super::{ChannelKeys, Page, PageBytes, PreRopeKeys, Shifted, TokenKeys, rows};
+use super::{ChannelKeys, Page, PageBytes, PreRopeKeys, Shifted, SlicedRows, TokenKeys, rows};
 use crate::attend::KeySegment;
 use crate::quantize::{Factor, KeyCodec};
 use crate::tensor::Rows;
@@ -12,6 +12,8 @@ pub enum KeyPage {
     Exact(Rows),
     /// In the model's dtype, as a codec has changed them.
     Rounded(Rows),
+    /// The same of fewer numbers.
+    Sliced(SlicedRows),
     /// A grid a channel and group of tokens.
     Channels(ChannelKeys),
     /// A scale a token and group of channels.
@@ -29,6 +31,7 @@ impl Page for KeyPage {
     fn segment(&self) -> &Self::Segment {
         match self {
             Self::Exact(rows) | Self::Rounded(rows) => rows,
+            Self::Sliced(page) => page,
             Self::Channels(page) => page,
             Self::Tokens(page) => page,
             Self::PreRope(page) => page,
@@ -54,7 +57,7 @@ impl Page for KeyPage {
 
     fn room(&self) -> usize {
         match self {
-            Self::Exact(_) | Self::Rounded(_) | Self::Channels(_) | Self::Shifted(_) => 0,
+            Self::Exact(_) | Self::Rounded(_) | Self::Sliced(_) | Self::Channels(_) | Self::Shifted(_) => 0,
             Self::Tokens(page) => page.room(),
             Self::PreRope(page) => page.room(),
         }
@@ -64,7 +67,7 @@ impl Page for KeyPage {
         match self {
             Self::Tokens(page) => page.extend(rows, n, compensation),
             Self::PreRope(page) => page.extend(rows, n),
-            Self::Exact(_) | Self::Rounded(_) | Self::Channels(_) | Self::Shifted(_) => {
+            Self::Exact(_) | Self::Rounded(_) | Self::Sliced(_) | Self::Channels(_) | Self::Shifted(_) => {
                 assert_eq!(n, 0, "these key pages are sealed whole");
             }
         }
@@ -73,6 +76,7 @@ impl Page for KeyPage {
     fn tokens(&self) -> usize {
         match self {
             Self::Exact(rows) | Self::Rounded(rows) => rows.len(),
+            Self::Sliced(page) => page.rows().len(),
             Self::Channels(page) => page.tokens(),
             Self::Tokens(page) => page.tokens(),
             Self::PreRope(page) => page.tokens(),
@@ -83,6 +87,7 @@ impl Page for KeyPage {
     fn bytes(&self) -> PageBytes {
         match self {
             Self::Exact(rows) | Self::Rounded(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
+            Self::Sliced(page) => PageBytes { exact: page.rows().bytes(), ..PageBytes::default() },
             Self::Channels(page) => page.bytes(),
             Self::Tokens(page) => page.bytes(),
             Self::PreRope(page) => page.bytes(),
@@ -92,7 +97,7 @@ impl Page for KeyPage {
 
     fn granularity(&self) -> usize {
         match self {
-            Self::Exact(_) | Self::Rounded(_) | Self::Tokens(_) => 1,
+            Self::Exact(_) | Self::Rounded(_) | Self::Sliced(_) | Self::Tokens(_) => 1,
             Self::Channels(page) => page.group(),
             // Its tokens are at consecutive positions.
             Self::PreRope(page) => page.tokens(),
@@ -104,6 +109,7 @@ impl Page for KeyPage {
         match self {
             Self::Exact(rows) => Self::Exact(rows.take(tokens)),
             Self::Rounded(rows) => Self::Rounded(rows.take(tokens)),
+            Self::Sliced(page) => Self::Sliced(page.part(tokens)),
             Self::Channels(page) => Self::Channels(page.part(tokens)),
             Self::Tokens(page) => Self::Tokens(page.part(tokens)),
             Self::PreRope(page) => Self::PreRope(page.clone()),
@@ -121,6 +127,7 @@ impl Page for KeyPage {
                 rows::join(rows, other, tokens)
             }
             (Self::Channels(page), Self::Channels(other)) => page.join(other, tokens),
+            (Self::Sliced(page), Self::Sliced(other)) => page.join(other, tokens),
             (Self::Tokens(page), Self::Tokens(other)) => page.join(other, tokens),
             _ => 0,
         }

@@ -1,6 +1,6 @@
 //! A page of values.
 
-use super::{Page, PageBytes, TokenValues, rows};
+use super::{Page, PageBytes, SlicedRows, TokenValues, rows};
 use crate::attend::ValueSegment;
 use crate::quantize::{Factor, ValueCodec};
 use crate::tensor::Rows;
@@ -12,6 +12,8 @@ pub enum ValuePage {
     Exact(Rows),
     /// In the model's dtype, as a codec has changed them.
     Rounded(Rows),
+    /// The same of fewer numbers.
+    Sliced(SlicedRows),
     /// A grid a token and group of channels.
     Tokens(TokenValues),
 }
@@ -23,6 +25,7 @@ impl Page for ValuePage {
     fn segment(&self) -> &Self::Segment {
         match self {
             Self::Exact(rows) | Self::Rounded(rows) => rows,
+            Self::Sliced(page) => page,
             Self::Tokens(page) => page,
         }
     }
@@ -41,14 +44,14 @@ impl Page for ValuePage {
 
     fn room(&self) -> usize {
         match self {
-            Self::Exact(_) | Self::Rounded(_) => 0,
+            Self::Exact(_) | Self::Rounded(_) | Self::Sliced(_) => 0,
             Self::Tokens(page) => page.room(),
         }
     }
 
     fn extend(&mut self, rows: &Rows, n: usize, compensation: Option<&Factor>) {
         match self {
-            Self::Exact(_) | Self::Rounded(_) => assert_eq!(n, 0, "exact pages are sealed whole"),
+            Self::Exact(_) | Self::Rounded(_) | Self::Sliced(_) => assert_eq!(n, 0, "exact pages are sealed whole"),
             Self::Tokens(page) => page.extend(rows, n, compensation),
         }
     }
@@ -56,6 +59,7 @@ impl Page for ValuePage {
     fn tokens(&self) -> usize {
         match self {
             Self::Exact(rows) | Self::Rounded(rows) => rows.len(),
+            Self::Sliced(page) => page.rows().len(),
             Self::Tokens(page) => page.tokens(),
         }
     }
@@ -63,6 +67,7 @@ impl Page for ValuePage {
     fn bytes(&self) -> PageBytes {
         match self {
             Self::Exact(rows) | Self::Rounded(rows) => PageBytes { exact: rows.bytes(), ..PageBytes::default() },
+            Self::Sliced(page) => PageBytes { exact: page.rows().bytes(), ..PageBytes::default() },
             Self::Tokens(page) => page.bytes(),
         }
     }
@@ -76,6 +81,7 @@ impl Page for ValuePage {
         match self {
             Self::Exact(rows) => Self::Exact(rows.take(tokens)),
             Self::Rounded(rows) => Self::Rounded(rows.take(tokens)),
+            Self::Sliced(page) => Self::Sliced(page.part(tokens)),
             Self::Tokens(page) => Self::Tokens(page.part(tokens)),
         }
     }
@@ -89,6 +95,7 @@ impl Page for ValuePage {
             (Self::Exact(rows), Self::Exact(other)) | (Self::Rounded(rows), Self::Rounded(other)) => {
                 rows::join(rows, other, tokens)
             }
+            (Self::Sliced(page), Self::Sliced(other)) => page.join(other, tokens),
             (Self::Tokens(page), Self::Tokens(other)) => page.join(other, tokens),
             _ => 0,
         }

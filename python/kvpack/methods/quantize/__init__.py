@@ -10,6 +10,7 @@ from .rotated import Rotated
 from .kvarn import KVarN
 from .graded import Graded
 from .kvquant import KVQuant
+from .think import ThinK
 from .calibrated import Calibrated
 from .simulated import Simulated
 from .compose import KeyValue, PerLayer
@@ -32,4 +33,5 @@ __all__ = [
     "Quantize",
     "Rotated",
     "Simulated",
+    "ThinK",
 ]
