@@ -1,4 +1,4 @@
-"""A model whose attention is looked at: what each query sees, in plain torch, and what it would see of demoted heads."""
+"""A model whose attention is looked at: what each query sees, and what it would see of demoted heads, in torch."""
 
 from __future__ import annotations
 
@@ -228,7 +228,8 @@ def _attention(
         out = active.looker.attend(layer, query, key, value, make)
         if out is not None:
             return out.to(query.dtype), None
-    return kvpack_attention(module, query, key, value, attention_mask, **options)
+    own: tuple[Tensor, None] = kvpack_attention(module, query, key, value, attention_mask, **options)
+    return own
 
 
 def shape(model: Any) -> tuple[int, int]:
@@ -255,8 +256,8 @@ def full_layers(model: Any) -> frozenset[int]:
         reason = "has layers that read the keys and values of others"
     if reason is not None:
         raise OptionError(
-            f"model: {type(model).__name__} {reason}, so that its KV heads cannot be measured; expected a decoder whose "
-            "attention is looked up by name, such as Llama's (any other takes quantize= and evict=, which need no "
+            f"model: {type(model).__name__} {reason}, so that its KV heads cannot be measured; expected a decoder "
+            "whose attention is looked up by name, such as Llama's (any other takes quantize= and evict=, which need no "
             "losses of heads)"
         )
     sites = sites_of(DynamicCache(config=config).layers, config, model, encoder=False)

@@ -197,7 +197,7 @@ def _slopes(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Distance:
-    """Mean weight of attention to tokens beyond sinks and window, of the group's query heads (as DuoAttention looks)."""
+    """Mean weight of attention beyond sinks and window, of the group's query heads, as DuoAttention looks at it."""
 
     def __init__(self, model: Any, span: Span, sums: Sums) -> None:
         self.model, self.span, self.sums = model, span, sums
@@ -221,8 +221,8 @@ class Echo:
     """RazorAttention's retrieval heads (arXiv 2407.15891): no text is needed.
 
     Random tokens are read several times over. A head's echo is its mean weight of attention to the same token in
-    earlier copies, its induction that to the one after it. Their sum is what it has; a KV head has what the query head of
-    its group has that has most, since it must serve all of them (the paper leaves groups open).
+    earlier copies, its induction that to the one after it. A query head counts by their sum, a KV head as the query head
+    of its group that has most, since it must serve all of them.
     """
 
     def __init__(self, model: Any, tokens: int, sums: Sums) -> None:
@@ -244,10 +244,11 @@ class Echo:
         for chunk in rows.chunks():
             weights = rows.weights(rows.masked(rows.capped(chunk), chunk))
             at = torch.arange(chunk.start, chunk.stop)[:, None]
-            back = at - torch.arange(weights.shape[-1])
-            copy = (back > 0) & (at >= self.block)
-            # A block of one token would have its query as the one after itself.
-            wanted = copy & ((back % self.block == 0) | ((back + 1) % self.block == 0))
+            column = torch.arange(weights.shape[-1])
+            same = (at - column) % self.block == 0
+            # What follows the token of an earlier copy; the first column follows nothing.
+            after = ((at - column + 1) % self.block == 0) & (column > 0)
+            wanted = (same | after) & (column < at) & (at >= self.block)
             seen += (weights * wanted).sum((2, 3))
         self.sums.add("echo", layer, seen.amax(1))
         return None
@@ -294,7 +295,7 @@ def kl(full: Tensor, other: Tensor) -> float:
     for one, two in zip(full.split(CHUNK), other.split(CHUNK), strict=True):
         wide = torch.promote_types(one.dtype, torch.float32)
         logs = [x.to(wide).log_softmax(-1) for x in (two, one)]
-        total += float(functional.kl_div(*logs, reduction="sum", log_target=True))
+        total += float(functional.kl_div(logs[0], logs[1], reduction="sum", log_target=True))
     return total
 
 

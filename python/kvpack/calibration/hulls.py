@@ -28,9 +28,9 @@ class Way(Generic[What]):
 def spend(places: Mapping[Place, Sequence[Way[What]]], budget: float) -> dict[Place, Way[What]]:
     """Choose a way at each place, so that costs sum up to at most `budget` and losses to little.
 
-    From the cheapest ways on, the step that saves the most loss for its cost is taken as long as it fits; steps are along
-    the lower convex hull of a place's ways, so that this is the least sum of losses for what is spent, but for what is
-    left over at the end. Where not even the cheapest ways fit, these are returned.
+    From the cheapest ways on, the step that saves the most loss for its cost is taken as long as it fits; steps are
+    along the lower convex hull of a place's ways, so that this is the least sum of losses for what is spent, but for
+    what is left over at the end. Where not even the cheapest ways fit, these are returned.
     """
     hulls = {place: _hull(ways) for place, ways in places.items()}
     at = dict.fromkeys(hulls, 0)
