@@ -257,8 +257,8 @@ def full_layers(model: Any) -> frozenset[int]:
     if reason is not None:
         raise OptionError(
             f"model: {type(model).__name__} {reason}, so that its KV heads cannot be measured; expected a decoder "
-            "whose attention is looked up by name, such as Llama's (any other takes quantize= and evict=, which need no "
-            "losses of heads)"
+            "whose attention is looked up by name, such as Llama's (any other takes quantize= and evict=, which need "
+            "no losses of heads)"
         )
     sites = sites_of(DynamicCache(config=config).layers, config, model, encoder=False)
     layers = frozenset(i for i, site in sites.items() if site.window is None)

@@ -221,8 +221,8 @@ class Echo:
     """RazorAttention's retrieval heads (arXiv 2407.15891): no text is needed.
 
     Random tokens are read several times over. A head's echo is its mean weight of attention to the same token in
-    earlier copies, its induction that to the one after it. A query head counts by their sum, a KV head as the query head
-    of its group that has most, since it must serve all of them.
+    earlier copies, its induction that to the one after it. A query head counts by their sum, a KV head as that of its
+    group that has most, since it must serve all of them.
     """
 
     def __init__(self, model: Any, tokens: int, sums: Sums) -> None:

@@ -48,8 +48,8 @@ def measure(
 
     - `fisher.streaming`, `fisher.compensated`, `fisher.gone`: expected KL to second order, nats a token, from one
       backward pass a document over labels drawn from the model itself (from a fixed seed).
-    - `michel`: mean of |output . its gradient| of the text's loss, of all query heads of a group, divided by the L2 norm
-      of the layer (Michel et al. 2019, arXiv 1905.10650). It ranks what a head does, not what its past does.
+    - `michel`: mean of |output . its gradient| of the text's loss, of all query heads of a group, divided by the L2
+      norm of the layer (Michel et al. 2019, arXiv 1905.10650). It ranks what a head does, not what its past does.
     - `distance`: mean weight of attention beyond sinks and window (0 to 1), as DuoAttention (arXiv 2410.10819) sees it,
       whose gates are trained; no gradients.
     - `echo`: RazorAttention (arXiv 2407.15891): weight of attention to the same random token in earlier copies and to

@@ -32,19 +32,19 @@ def plan(
     """Choose a rung for each KV head: one of `demote`, `share` and `nats` says how much is to be lost or saved.
 
     Losses are taken to add up. With several rungs each step is along the lower convex hull of a head's, the one that
-    saves the most loss for its bytes first. A head without a loss (NaN: its layer has no full attention) stays full, and
-    is not counted in any share.
+    saves the most loss for its bytes first. A head without a loss (NaN: its layer has no full attention) stays full,
+    and is not counted in any share.
 
     Args:
         losses: what `measure` returned, `[layers, KV heads]` by name.
-        by: the ranking: `fisher` or `measured`, of which there is a tensor for each rung; with `demote` also the name of
-            a single tensor, such as `distance` (smaller: demoted first).
+        by: the ranking: `fisher` or `measured`, of which there is a tensor for each rung; with `demote` also the name
+            of a single tensor, such as `distance` (smaller: demoted first).
         rungs: what a head may be demoted to; one with `demote`.
         demote: share of the heads that are demoted, lowest loss first: exactly `round(demote * heads)`.
         share: share of the bytes that all heads would hold at `context` tokens (0 to 1).
         nats: sum of the losses that is allowed; the fewest bytes are looked for. With `fisher` nats a token.
-        context: tokens, for `share` and `nats` (default 2048): a streaming head holds at most `sinks + window` of them, a
-            compensated one a slot more, one that is gone none.
+        context: tokens, for `share` and `nats` (default 2048): a streaming head holds at most `sinks + window` of them,
+            a compensated one a slot more, one that is gone none.
         sinks: as measured.
         window: as measured.
         keep: boolean `[layers, KV heads]`: heads that stay full, such as `retrieval_heads(losses["echo"], 0.15)`.
@@ -98,15 +98,9 @@ def predicted(losses: Mapping[str, Tensor], ladder: Ladder, by: str = "fisher") 
     Raises:
         OptionError: a rung was not measured.
     """
-    tables = {
-        rung: _of(losses, by, rung, single=True) for rung in {r for of_layer in ladder for r in of_layer} - {"full"}
-    }
-    return sum(
-        float(tables[rung][i, j])
-        for i, of_layer in enumerate(ladder)
-        for j, rung in enumerate(of_layer)
-        if rung in tables
-    )
+    down = [(i, j, rung) for i, rungs in enumerate(ladder) for j, rung in enumerate(rungs) if rung != "full"]
+    tables = {rung: _of(losses, by, rung, single=True) for _, _, rung in down}
+    return sum(float(tables[rung][i, j]) for i, j, rung in down)
 
 
 def _lowest(

@@ -19,8 +19,8 @@ _COLOURS = dict(zip(RUNGS, ("#1f4e79", "#9ecae1", "#fdae6b", "#eeeeee"), strict=
 def draw(losses: Mapping[str, Tensor], ladder: Ladder, path: str | os.PathLike[str], *, by: str = "fisher") -> Path:
     """Draw which KV heads are demoted, and what it is predicted to cost.
 
-    On the left the ladder: layers by KV heads, a colour a rung. On the right, for each rung that was measured, the sum of
-    losses over the share of the heads that are demoted to it, lowest loss first; a dot is the ladder.
+    On the left the ladder: layers by KV heads, a colour a rung. On the right, for each rung that was measured, the sum
+    of losses over the share of the heads that are demoted to it, lowest loss first; a dot is the ladder.
 
     Args:
         losses: what `measure` returned.
