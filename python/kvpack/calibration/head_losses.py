@@ -80,13 +80,14 @@ class Gradients:
             if self.rungs:
                 self._kind = "fisher"
                 labels = _draw(logits[0].detach(), self._generator)
-                slopes = _slopes(logits[0].detach(), labels)[None]
+                slopes = torch.empty_like(logits)
+                _write_slopes(slopes[0], logits[0].detach(), labels)
                 torch.autograd.grad(logits, self._anchor, slopes, retain_graph=self.michel)
                 del slopes
             if self.michel:
                 self._kind = "michel"
                 slopes = torch.zeros_like(logits)
-                slopes[0, :-1] = _slopes(logits[0, :-1].detach(), ids[0, 1:])
+                _write_slopes(slopes[0, :-1], logits[0, :-1].detach(), ids[0, 1:])
                 torch.autograd.grad(logits, self._anchor, slopes)
         for name in (*(f"fisher.{rung}" for rung in self.rungs), *(["michel"] if self.michel else [])):
             self.sums.count(name, tokens)
@@ -184,13 +185,11 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
-def _slopes(logits: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of `sum_i log p(label_i)` by the logits `[n, vocabulary]`."""
-    out = torch.empty_like(logits)
+def _write_slopes(out: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Write the gradient of `sum_i log p(label_i)` by the logits `[n, vocabulary]`."""
     for to, x, label in zip(out.split(CHUNK), logits.split(CHUNK), labels.split(CHUNK), strict=True):
         to.copy_(-x.to(torch.promote_types(x.dtype, torch.float32)).softmax(-1))
         to.scatter_add_(1, label[:, None], torch.ones_like(to[:, :1]))
-    return out
 
 
 # ---- without gradients -----------------------------------------------------------------------------------------------
