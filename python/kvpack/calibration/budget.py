@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..errors import OptionError
 from ..methods import KIVI, Graded, Quantize, Rotated
 from ..methods.spec import parse_spec, spell, split
+from .hulls import Way, spend
 
 CHUNK = 128
 """Tokens of each document that are predicted from a packed past."""
@@ -93,45 +94,15 @@ Choices = Mapping[tuple[int, int], Sequence[Option]]
 def allocate(choices: Choices, budget: float) -> dict[tuple[int, int], Option]:
     """Spend `budget` bits a number, on average, where each bit saves most.
 
-    From the narrowest widths on, the step that saves the most loss a bit is taken as long as it fits; steps are along
-    the lower convex hull of a place's options, so that this is the least sum of losses for the bits that are spent, but
-    for what is left over at the end.
+    `spend` says how. This is the least sum of losses for the bits that are spent, but for what is left over at the end.
 
     Raises:
         OptionError: not even the narrowest widths fit.
     """
-    hulls = {place: _hull(options) for place, options in choices.items()}
-    at = dict.fromkeys(hulls, 0)
-    left = budget * len(hulls) - sum(hull[0].bits for hull in hulls.values())
-    if left < -1e-9:
-        least = sum(hull[0].bits for hull in hulls.values()) / len(hulls)
+    least = sum(min(option.bits for option in options) for options in choices.values()) / len(choices)
+    if least > budget + 1e-9:
         raise OptionError(
             f"budget={budget!r} is not accepted; accepted: from {least:.3f}, which the narrowest widths take"
         )
-    while True:
-        steps = [
-            ((hull[i].loss - hull[i + 1].loss) / (hull[i + 1].bits - hull[i].bits), place)
-            for place, hull in hulls.items()
-            if (i := at[place]) + 1 < len(hull) and hull[i + 1].bits - hull[i].bits <= left + 1e-9
-        ]
-        if not steps:
-            return {place: hull[at[place]] for place, hull in hulls.items()}
-        _, place = max(steps)
-        left -= hulls[place][at[place] + 1].bits - hulls[place][at[place]].bits
-        at[place] += 1
-
-
-def _hull(options: Sequence[Option]) -> list[Option]:
-    """The options on the lower convex hull of loss over bits."""
-    hull: list[Option] = []
-    for option in sorted(options, key=lambda option: option.bits):
-        if hull and option.loss >= hull[-1].loss:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) > _slope(hull[-1], option):
-            hull.pop()
-        hull.append(option)
-    return hull
-
-
-def _slope(a: Option, b: Option) -> float:
-    return (b.loss - a.loss) / (b.bits - a.bits)
+    ways = {place: [Way(option, option.bits, option.loss) for option in options] for place, options in choices.items()}
+    return {place: way.what for place, way in spend(ways, budget * len(choices)).items()}
