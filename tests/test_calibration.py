@@ -14,7 +14,7 @@ import pytest
 import torch
 from kvpack.calibration.budget import Option, allocate, sides
 from kvpack.calibration.losses import measure_losses, range_of_bits
-from kvpack.methods.quantize.calibrated import read, write
+from kvpack.methods.file import read, write
 from kvpack.methods.spec import parse_spec
 from safetensors.torch import save_file
 from support import forward, random_kv, small_model, tiny_config

@@ -9,7 +9,7 @@ from typing import Any
 import kvpack
 import pytest
 import torch
-from kvpack.methods.quantize.calibrated import identity, write
+from kvpack.methods.file import identity, write
 from support import (
     assert_same_contents,
     causal_mask,

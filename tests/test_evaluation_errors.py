@@ -11,8 +11,8 @@ import torch
 from evaluations import WORDS, Fragile, rows
 from kvpack.evaluation import evaluate
 from kvpack.evaluation.contenders import parse_all
-from kvpack.methods.quantize.calibrated import identity as calibration_identity
-from kvpack.methods.quantize.calibrated import write as write_calibration
+from kvpack.methods.file import identity as calibration_identity
+from kvpack.methods.file import write as write_calibration
 from support import small_model, tiny_model
 
 

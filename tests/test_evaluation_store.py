@@ -14,8 +14,8 @@ from evaluations import WORDS, rows
 from kvpack.evaluation import evaluate
 from kvpack.evaluation.settings import weights
 from kvpack.evaluation.store import Store, read
-from kvpack.methods.quantize.calibrated import identity as calibration_identity
-from kvpack.methods.quantize.calibrated import write as write_calibration
+from kvpack.methods.file import identity as calibration_identity
+from kvpack.methods.file import write as write_calibration
 from support import small_model, tiny_model
 from torch.testing._internal.two_tensor import TwoTensor
 

@@ -12,9 +12,9 @@ import torch
 from kvpack.calibration import head_losses
 from kvpack.calibration.demoting import demoted
 from kvpack.calibration.heads import RANKINGS, load, measure, save
-from kvpack.calibration.ladder import plan, predicted, retrieval_heads
 from kvpack.calibration.ladder_picture import draw
 from kvpack.errors import ModelMismatchError, OptionError
+from kvpack.methods.prune.ladder import plan, predicted, retrieval_heads
 from support import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GptOssConfig
 

@@ -129,9 +129,13 @@ def calibrate(
     text: TextFile,
     out: Annotated[Path, typer.Option(help="the file to write")],
     method: Annotated[
-        str, typer.Option(help="kvquant:bits=3; or a codec without its bits: graded, kivi, rotated, kivi/rotated")
+        str,
+        typer.Option(help="heads; kvquant:bits=3; or a codec without its bits: graded, kivi, rotated, kivi/rotated"),
     ] = "graded",
-    budget: Annotated[float | None, typer.Option(help="mean bits a number, scales included; not for kvquant")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="mean bits a number, scales included; of heads 25% of the bytes, or a loss, 0.02nats"),
+    ] = None,
     bytes_per_token: Annotated[
         float | None, typer.Option(help="the same as bytes of a packed token, in all layers together")
     ] = None,
@@ -140,24 +144,36 @@ def calibrate(
     documents: Annotated[int | None, typer.Option(help="how many are read")] = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Find out what a method wants to know of a model, or which layers need how many bits: one file.
+    """Find out what a method wants to know of a model, which layers need how many bits, or which KV heads their past.
 
     Use it as `PackedCache(model, quantize=kvpack.load_calibration(FILE))`, or in `kvpack eval` as
-    `calibrated:path=FILE`.
+    `calibrated:path=FILE`; of heads as `prune=kvpack.Heads(calibration=FILE)`, `heads:calibration=FILE:demote=0.5`.
     """
+    from .calibration.ladder_picture import draw_heads
     from .calibration.plan import prepare
+    from .methods import Heads
 
     chosen, words = _dtype(dtype), _read(text)
     config, tokenizer = _describe(model)
     if bytes_per_token is not None:
         if budget is not None:
             raise OptionError("bytes-per-token is not accepted together with budget; accepted: one of them")
-        budget = _bits_of(bytes_per_token, config)
-    options = {"budget": budget, "gradients": gradients, "context": context, "documents": documents}
+        budget = str(_bits_of(bytes_per_token, config))
+    options = {"budget": _number(budget), "gradients": gradients, "context": context, "documents": documents}
     plan = prepare(config, tokenizer, words, method, out, options)
     found = plan.run(_load(model, chosen), progress=True)
     typer.echo(found.words())
     typer.echo(f"wrote {out}")
+    if isinstance(found, Heads):
+        typer.echo(f"wrote {draw_heads(found, out.with_suffix('.png'))}")
+
+
+def _number(text: str | None) -> float | str | None:
+    """A budget: a number of bits, or something else as text."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _bits_of(bytes_per_token: float, config: Any) -> float:

@@ -41,11 +41,6 @@ class Span:
     window: int = 128
     step: int = 1
 
-    @property
-    def tokens(self) -> int:
-        """How many a head holds at most."""
-        return self.sinks + self.window
-
 
 class Rows:
     """The attention of one text in one layer, some queries (rows) at a time; nothing `[n, n]` is ever held.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ..errors import OptionError
 from ..methods import KIVI, Graded, Quantize, Rotated
+from ..methods.hulls import Way, spend
 from ..methods.spec import parse_spec, spell, split
-from .hulls import Way, spend
 
 CHUNK = 128
 """Tokens of each document that are predicted from a packed past."""

@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..methods.prune.ladder import RUNGS
 from .attending import Rows, Span, attending, full_layers, shape
-
-RUNGS = ("full", "streaming", "compensated", "gone")
-"""What a KV head can hold, from all tokens to none."""
-
-Ladder = tuple[tuple[str, ...], ...]
-"""The rung of each KV head, layer by layer."""
 
 
 def check_ladder(ladder: Sequence[Sequence[str]]) -> None:

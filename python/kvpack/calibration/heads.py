@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import _kvpack
 from ..errors import ModelMismatchError, OptionError
-from ..methods.quantize.calibrated import Header, identity, read, write
+from ..methods.file import Header, identity, read, write
+from ..methods.prune.heads import CALIBRATION
 from .attending import Span, full_layers, shape
 from .demoting import demoted as demoted
 from .head_losses import Distance, Echo, Gradients, Measured, Sums
@@ -28,8 +29,6 @@ RANKINGS = (
     "measured.gone",
 )
 """What can be measured, by name."""
-
-_KIND = "heads"
 
 
 def measure(
@@ -103,14 +102,21 @@ def measure(
 
 
 def save(
-    path: str | os.PathLike[str], model: Any, losses: Mapping[str, Tensor], *, sinks: int = 4, window: int = 128
+    path: str | os.PathLike[str],
+    model: Any,
+    losses: Mapping[str, Tensor],
+    *,
+    sinks: int = 4,
+    window: int = 128,
+    **about: Any,
 ) -> None:
-    """Write what `measure` returned, and of which model it is, to a file.
+    """Write what `measure` returned, and of which model it is, to a file; `about` is kept with it.
 
     Raises:
         OptionError: it cannot be written.
     """
-    about = {"kvpack": _kvpack.__version__, "model": identity(model), "method": _KIND}
+    about = {"kvpack": _kvpack.__version__, "model": identity(model), **about}
+    about["method"] = CALIBRATION
     tensors = {name: values.contiguous() for name, values in losses.items()}
     write(Path(path), {**about, "sinks": sinks, "window": window}, tensors)
 
@@ -123,7 +129,7 @@ def load(path: str | os.PathLike[str], model: Any) -> tuple[dict[str, Tensor], H
         ModelMismatchError: it is of another model.
     """
     header, tensors = read(path)
-    if header.get("method") != _KIND:
+    if header.get("method") != CALIBRATION:
         raise OptionError(f"path: {os.fspath(path)!r} has {header.get('method')!r}, expected losses of KV heads")
     if header.get("model") != identity(model):
         raise ModelMismatchError(f"path: {os.fspath(path)!r} was measured on another model, or one with other weights")

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from .demoting import RUNGS, Ladder, check_ladder
-from .ladder import predicted
+from ..methods import Heads
+from ..methods.prune.ladder import RUNGS, Ladder, predicted
+from .demoting import check_ladder
 
 _COLOURS = dict(zip(RUNGS, ("#1f4e79", "#9ecae1", "#fdae6b", "#eeeeee"), strict=True))
+
+
+def draw_heads(heads: Heads, path: str | os.PathLike[str]) -> Path:
+    """Draw the ladder of a calibration; see `draw`."""
+    losses, ladder = heads.table()
+    by = heads.by if heads.by in ("fisher", "measured") else "fisher"
+    return draw(losses, ladder, path, by=by)
 
 
 def draw(losses: Mapping[str, Tensor], ladder: Ladder, path: str | os.PathLike[str], *, by: str = "fisher") -> Path:

@@ -13,11 +13,13 @@ from .. import _kvpack
 from ..errors import ModelNeededError, OptionError
 from ..evaluation.forward import evaluating
 from ..evaluation.settings import Settings, check_folder, cut
-from ..methods import Calibrated, KVQuant
-from ..methods.quantize.calibrated import Header, identity, table_tensors, write
+from ..methods import Calibrated, Heads, KVQuant
+from ..methods.file import Header, identity, write
+from ..methods.quantize.calibrated import table_tensors
 from ..methods.spec import parse_spec
 from . import kvquant
 from .budget import CHUNK, sides
+from .heads_plan import HeadsPlan, budget_of, options_of
 from .losses import measure_losses, range_of_bits, spend, text_of
 
 # Pages that are full: sinks, blocks of 128 tokens and a window of 128; then the tokens that are predicted.
@@ -103,7 +105,9 @@ class Plan:
         return header, losses.tensors()
 
 
-def prepare(config: Any, tokenizer: Any, text: str, method: str, out: Path, options: dict[str, Any]) -> Plan:
+def prepare(
+    config: Any, tokenizer: Any, text: str, method: str, out: Path, options: dict[str, Any]
+) -> Plan | HeadsPlan:
     """Check everything that can be wrong.
 
     Raises:
@@ -111,31 +115,37 @@ def prepare(config: Any, tokenizer: Any, text: str, method: str, out: Path, opti
     """
     budget = options["budget"]
     if not isinstance(method, str):
-        raise OptionError(f"method={method!r} is not accepted; accepted: a codec as text, such as 'graded'")
+        raise OptionError(f"method={method!r} is not accepted; accepted: 'heads', or a codec as text, such as 'graded'")
+    is_heads = method.split(":")[0].strip() == Heads.name
+    of_heads: dict[str, Any] = options_of(method, bool(options["gradients"])) if is_heads else {}
     is_kvquant = method.strip().startswith(KVQuant.name)
     if is_kvquant:
         _kvquant(method)
         if budget is not None:
             raise OptionError(f"budget={budget!r} is not accepted with kvquant, whose layers all have the same bits")
+    elif is_heads:
+        of_heads["budget"] = budget_of(budget)
     else:
         _check_budget(method, budget, config)
-    context, documents = _sizes(config, is_kvquant, options)
+    context, documents = _sizes(config, is_kvquant, is_heads, options)
     check_folder(out.parent)
     if out.is_dir():
         raise OptionError(f"out: {out} is a folder, expected a file")
     settings = Settings(context=context, tokens=context * documents, greedy=0, costs=False)
     settings.check_model(config)
     found = cut(text, tokenizer, settings)
+    if is_heads:
+        return HeadsPlan(found.documents, out, found.sha256[:16], **of_heads)
     return Plan(method, found.documents, out, budget, bool(options["gradients"]), found.sha256[:16])
 
 
-def _sizes(config: Any, is_kvquant: bool, options: dict[str, Any]) -> tuple[int, int]:
+def _sizes(config: Any, is_kvquant: bool, is_heads: bool, options: dict[str, Any]) -> tuple[int, int]:
     text_config = config.get_text_config(decoder=True)
     longest = getattr(text_config, "max_position_embeddings", None) or 2048
-    usual = (min(2048, longest), 6) if is_kvquant else (_PAGES + CHUNK, 2)
+    usual = (min(2048, longest), 6) if is_kvquant else (min(2048, longest), 4) if is_heads else (_PAGES + CHUNK, 2)
     given = (options["context"], options["documents"])
     context, documents = (standard if x is None else x for x, standard in zip(given, usual, strict=True))
-    least = 64 if is_kvquant else CHUNK + 256
+    least = 64 if is_kvquant or is_heads else CHUNK + 256
     for name, value, low in (("context", context, least), ("documents", documents, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise OptionError(f"{name}={value!r} is not accepted; accepted: whole numbers from {low}")

@@ -176,7 +176,7 @@ class Methods:
             OptionError: a method does not fit the model.
         """
         if self.prune is not None:
-            self.prune.check_layers(layers, sites)
+            self.prune.check_sites(layers, sites)
         stored = {i: self.make_layer(site) for i, site in sites.items()}
         if head_dim is not None:
             for layer in stored.values():

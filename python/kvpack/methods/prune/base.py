@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import ClassVar
 
 from ... import _kvpack
@@ -16,8 +16,13 @@ class Prune(Method):
     family: ClassVar[str] = "prune"
     without: ClassVar[str] = "None to hold all of each head"
 
-    def check_layers(self, layers: int, packed: Iterable[int]) -> None:
-        """Raises OptionError when it does not fit a model of so many layers, of which these are packed."""
+    def check_sites(self, layers: int, sites: Mapping[int, Site]) -> None:
+        """Raises OptionError, or ModelMismatchError, when it does not fit a model.
+
+        Args:
+            layers: how many there are.
+            sites: those that are packed, by number.
+        """
 
     def gone(self, layer: int) -> tuple[int, ...]:
         """The KV heads of a layer whose output is 0."""

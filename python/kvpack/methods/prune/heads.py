@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar, TypeAlias
+
+from torch import Tensor
 
 from ... import _kvpack
 from ...errors import OptionError
 from ..base import Property, Reasons, Site, check_whole
+from ..file import Header, check_identity, read
 from ..presets import PRESETS
 from ..quantize import Quantize
 from ..registry import QUANTIZE, register
 from ..spec import parse_spec
 from .base import Prune
+from .ladder import RUNGS, Ladder, plan, predicted, retrieval_heads
+
+CALIBRATION = "heads"
+"""What the file of a calibration of KV heads says that it is."""
 
 Rung: TypeAlias = str | Quantize
 """What is held of a KV head: one of `RUNGS`, or a codec of its own."""
-
-RUNGS = ("full", "streaming", "compensated", "gone")
-"""All tokens; the first and the newest; the same, and the mean of the others; nothing."""
 
 _ACCEPTED = f"{', '.join(map(repr, RUNGS))}, or a codec such as kvpack.KIVI(bits=2), or 'kivi:bits=2'"
 _FEW = 4  # rungs that are shown one by one
@@ -43,13 +49,23 @@ class Heads(Prune):
 
     A first prompt is attended to whole; what a head does not hold is let go after it. Sliding-window layers take
     `"full"`, `"gone"` and codecs alone. Which heads can do with less is a matter of the model:
-    `kvpack.calibrate(..., method="heads")` finds out, and its file is a `Heads` of this kind.
+    `kvpack.calibrate(..., method="heads")` measures it, once, and writes a file; `Heads(calibration=file, demote=0.5)`
+    is a ladder of it.
 
     Attributes:
         ladder: rungs by `(layer, KV head)`, those that are not named are full; or a list for each layer of one rung a
             KV head.
         sinks: first tokens of a sequence that streaming heads hold.
         window: newest tokens that they hold at least.
+        calibration: a file, in place of a ladder, and one of:
+        demote: the share of the KV heads that are demoted, to the one rung that `rungs` names;
+        share: the share of the bytes that is held at `context` tokens;
+        nats: the sum of the losses that is allowed, KL a token as far as they add up.
+        context: for `share`, and for `nats`, of which the most bytes are to be saved there.
+        by: the ranking: "fisher", or "measured"; with `demote` also "michel", "distance" or "echo".
+        rungs: what heads may be demoted to.
+        keep: the share of the heads that stay full because they retrieve: those with the most echo (RazorAttention).
+        chosen: the rungs of heads that are not full, by `(layer, KV head)`.
     """
 
     name: ClassVar[str] = "heads"
@@ -58,19 +74,91 @@ class Heads(Prune):
     ladder: Mapping[tuple[int, int], Rung] = field(default_factory=dict, hash=False)
     sinks: int = 4
     window: int = 128
+    calibration: str | None = None
+    demote: float | None = None
+    share: float | None = None
+    nats: float | None = None
+    context: int | None = None
+    by: str = "fisher"
+    rungs: Sequence[str] = ("streaming",)
+    keep: float = 0.0
+    chosen: Mapping[tuple[int, int], Rung] = field(init=False, repr=False, compare=False)
+    _header: Header | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_whole(self, sinks=0, window=1)
         places = dict(_places(self.ladder))
         ladder = {place: rung for place in sorted(places) if (rung := _rung(place, places[place])) != "full"}
         object.__setattr__(self, "ladder", ladder)
+        object.__setattr__(self, "_header", None)
+        if self.calibration is not None:
+            object.__setattr__(self, "calibration", os.fspath(self.calibration))
+            ladder = self._planned()
+        elif given := [name for name in ("demote", "share", "nats", "context") if getattr(self, name) is not None]:
+            raise OptionError(f"{given[0]}={getattr(self, given[0])!r} is not accepted without calibration=")
+        object.__setattr__(self, "rungs", (self.rungs,) if isinstance(self.rungs, str) else tuple(self.rungs))
+        object.__setattr__(self, "chosen", ladder)
+
+    def _planned(self) -> dict[tuple[int, int], Rung]:
+        """The ladder of the calibration."""
+        if self.ladder:
+            raise OptionError("ladder= is not accepted together with calibration=; accepted: one of them")
+        header, losses = self._read()
+        for name in ("sinks", "window"):
+            if header[name] != getattr(self, name):
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r} is not accepted with {self.calibration!r}; accepted: "
+                    f"{header[name]}, with which it was measured"
+                )
+        own = {name: getattr(self, name) for name in ("demote", "share", "nats")}
+        if all(value is None for value in own.values()):
+            own = {name: header.get(name) for name in own}
+        if self.keep and "echo" not in losses:
+            raise OptionError(f"keep={self.keep!r} is not accepted with {self.calibration!r}, which has no echo")
+        keep = retrieval_heads(losses["echo"], self.keep) if self.keep else None
+        rungs = (self.rungs,) if isinstance(self.rungs, str) else tuple(self.rungs)
+        options: dict[str, Any] = {"context": self.context, "sinks": self.sinks, "window": self.window, "keep": keep}
+        found = plan(losses, by=self.by, rungs=rungs, **own, **options)
+        object.__setattr__(self, "_header", header)
+        return {(i, h): rung for i, row in enumerate(found) for h, rung in enumerate(row) if rung != "full"}
+
+    def _read(self) -> tuple[Header, dict[str, Tensor]]:
+        header, losses = read(self.calibration or "")
+        if header.get("method") != CALIBRATION:
+            raise OptionError(
+                f"calibration={self.calibration!r} is not accepted: it was made for {header.get('method')!r}; "
+                'accepted: what kvpack.calibrate(..., method="heads") wrote'
+            )
+        return header, losses
 
     def __repr__(self) -> str:
-        ladder = repr(self.ladder)
-        if len(self.ladder) > _FEW:
-            counts = Counter(rung if isinstance(rung, str) else repr(rung) for rung in self.ladder.values())
-            ladder = f"<{', '.join(f'{n} {rung}' for rung, n in counts.items())}>"
+        ladder = repr(self.chosen)
+        if len(self.chosen) > _FEW or self.calibration:
+            counts = Counter(rung if isinstance(rung, str) else repr(rung) for rung in self.chosen.values())
+            ladder = f"<{', '.join(f'{n} {rung}' for rung, n in counts.items()) or 'all full'}>"
         return f"Heads({ladder}, sinks={self.sinks}, window={self.window})"
+
+    def table(self) -> tuple[dict[str, Tensor], Ladder]:
+        """The losses of the calibration, `[layers, KV heads]` by name, and the rung of each head.
+
+        Raises:
+            OptionError: there is no calibration, or it cannot be read any more.
+        """
+        _, losses = self._read()
+        shape = next(iter(losses.values())).shape
+        rungs = tuple(tuple(str(self.chosen.get((i, h), "full")) for h in range(shape[1])) for i in range(shape[0]))
+        return losses, rungs
+
+    def words(self) -> str:
+        """What was chosen, for a terminal."""
+        if self.calibration is None:
+            return repr(self)
+        losses, ladder = self.table()
+        counts = Counter(chain.from_iterable(ladder))
+        lines = [f"{rung:>12}  {counts[rung]:>4} heads" for rung in RUNGS]
+        if self.by in ("fisher", "measured"):
+            lines.append(f"predicted KL {predicted(losses, ladder, self.by):.4f} nats a token")
+        return "\n".join(lines)
 
     @classmethod
     def masked(cls, mask: Any) -> Heads:
@@ -93,7 +181,7 @@ class Heads(Prune):
 
     def codecs(self) -> Iterable[Quantize]:
         """The codecs that some heads have of their own."""
-        return (rung for rung in self.ladder.values() if isinstance(rung, Quantize))
+        return (rung for rung in self.chosen.values() if isinstance(rung, Quantize))
 
     @property
     def needs(self) -> Reasons:
@@ -104,18 +192,20 @@ class Heads(Prune):
     def breaks(self) -> Reasons:
         """Some heads hold fewer tokens; and what any of its codecs breaks."""
         reasons = {of: why for codec in self.codecs() for of, why in codec.breaks.items()}
-        if {"streaming", "compensated"} & set(map(str, self.ladder.values())):
+        if {"streaming", "compensated"} & set(map(str, self.chosen.values())):
             reasons[Property.ALL_TOKENS] = "its streaming heads let tokens go"
             reasons[Property.CONSECUTIVE_POSITIONS] = "its streaming heads let tokens go from in between"
             reasons[Property.EQUAL_HEADS] = "its streaming heads hold fewer tokens"
-        elif "gone" in self.ladder.values():
+        elif "gone" in self.chosen.values():
             reasons[Property.EQUAL_HEADS] = "some of its heads hold nothing"
         return reasons
 
-    def check_layers(self, layers: int, packed: Iterable[int]) -> None:
-        """Refuse a ladder for layers that the model does not have, or whose tokens kvpack does not hold."""
-        known = set(packed)
-        for layer in sorted({layer for layer, _ in self.ladder}):
+    def check_sites(self, layers: int, sites: Mapping[int, Site]) -> None:
+        """Refuse another model than the calibration's, and layers that it does not have or that are not packed."""
+        known = set(sites)
+        if self._header is not None:
+            check_identity(self._header["model"], next(iter(sites.values())), None, repr(self))
+        for layer in sorted({layer for layer, _ in self.chosen}):
             if layer not in known:
                 why = f"the model has {layers} layers" if layer >= layers else "its state is transformers' own"
                 raise OptionError(
@@ -124,12 +214,12 @@ class Heads(Prune):
 
     def gone(self, layer: int) -> tuple[int, ...]:
         """The KV heads of a layer that hold nothing."""
-        return tuple(h for (i, h), rung in self.ladder.items() if i == layer and rung == "gone")
+        return tuple(h for (i, h), rung in self.chosen.items() if i == layer and rung == "gone")
 
     def make(self, site: Site | None = None) -> _kvpack.Prune:
         """As the store of a layer knows it; without a site as the first one."""
         layer = 0 if site is None else site.layer
-        return _kvpack.Prune({h: self._rung(rung, site) for (i, h), rung in self.ladder.items() if i == layer})
+        return _kvpack.Prune({h: self._rung(rung, site) for (i, h), rung in self.chosen.items() if i == layer})
 
     def _rung(self, rung: Rung, site: Site | None) -> _kvpack.Rung:
         if isinstance(rung, Quantize):

@@ -1,9 +1,8 @@
-"""A calibration as a codec, and the file that it is kept in."""
+"""A calibration as a codec."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import weakref
 from collections.abc import Iterable, Mapping
@@ -12,74 +11,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import ModelMismatchError, OptionError
-from ...identity import fingerprint
 from ..base import Site
+from ..file import Header, check_identity, read
 from ..registry import register
 from ..spec import CALIBRATED, parse_spec
 from .base import Quantize
 from .compose import ByLayer
 from .kvquant import KVQuant, KVQuantTables
-
-FORMAT = 1
-"""The version of the file's format."""
-_HEADER = "kvpack"
-Header = dict[str, Any]
-
-
-def write(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Write a calibration: tensors, and in the file's metadata the header as JSON; the whole file, or none.
-
-    Raises:
-        OptionError: it cannot be written.
-    """
-    scratch = path.with_name(path.name + ".new")
-    try:
-        save_file(dict(tensors), scratch, metadata={_HEADER: json.dumps({"format": FORMAT, **header})})
-        scratch.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OptionError(f"out: {path} cannot be written: {error}") from None
-
-
-def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
-    """Return the header and the tensors of a calibration.
-
-    Raises:
-        OptionError: the file is not there, is none of ours, is damaged, or has a format of another version.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise OptionError(f"path: {os.fspath(path)!r} cannot be read as a calibration: {error}") from None
-    if not isinstance(header, dict):
-        raise OptionError(f"path: {os.fspath(path)!r} is no calibration of kvpack")
-    if header.get("format") != FORMAT:
-        raise OptionError(
-            f"path: {os.fspath(path)!r} has format {header.get('format')!r}, expected {FORMAT}; "
-            f"it was written by kvpack {header.get('kvpack')}"
-        )
-    return header, tensors
-
-
-def weights_hash(model: Any) -> str:
-    """A hash of two numbers of each of the model's parameters, in bfloat16: whatever dtype it was loaded in."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        few = flat[[0, len(flat) // 2]] if len(flat) else flat
-        digest.update(name.encode() + few.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def identity(model: Any) -> Header:
-    """What a calibration remembers of its model."""
-    return {"config": fingerprint(model.config.get_text_config(decoder=True)), "weights": weights_hash(model)}
 
 
 @register
@@ -131,7 +72,7 @@ class Calibrated(ByLayer):
         """
         if site is None:
             raise OptionError(f"{self!r} has no codec without a model")
-        self._check(site)
+        object.__setattr__(self, "_known", check_identity(self.header["model"], site, self._known, repr(self)))
         found = self._layers.get(site.layer)
         if found is None:
             raise ModelMismatchError(f"{self!r} has nothing for layer {site.layer} of this model")
@@ -148,26 +89,6 @@ class Calibrated(ByLayer):
         if "equal" in found:
             lines.append(f"the same bits in all layers ({found['equal']}): KL {found['equal_kl']:.3e}")
         return "\n".join(lines)
-
-    def _check(self, site: Site) -> None:
-        """Raises ModelMismatchError when the site is in another model; each model is looked at once."""
-        known = self._known and self._known()
-        holder = site.config if site.model is None else site.model
-        if known is holder:
-            return
-        expected = self.header["model"]
-        given = fingerprint(site.config)
-        different = [name for name, value in expected["config"].items() if given.get(name) != value]
-        if different:
-            raise ModelMismatchError(
-                f"{self!r} was made on another model: given "
-                + ", ".join(f"{name}={given.get(name)}" for name in different)
-                + "; expected "
-                + ", ".join(f"{name}={expected['config'][name]}" for name in different)
-            )
-        if site.model is not None and weights_hash(site.model) != expected["weights"]:
-            raise ModelMismatchError(f"{self!r} was made on a model with other weights")
-        object.__setattr__(self, "_known", weakref.ref(holder))
 
 
 def _codecs(header: Header, tensors: Mapping[str, Tensor]) -> dict[int, Quantize]:

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from .attending import Span
-from .demoting import RUNGS, Ladder
-from .hulls import Way, spend
+from ...errors import OptionError
+from ..hulls import Way, spend
+
+RUNGS = ("full", "streaming", "compensated", "gone")
+"""What a KV head can hold: all tokens; the first and the newest; the same, and the mean of the others; nothing."""
+
+Ladder = tuple[tuple[str, ...], ...]
+"""The rung of each KV head, layer by layer."""
 
 _Place = tuple[int, int]
 
@@ -152,7 +156,7 @@ def _held(context: int, sinks: int, window: int) -> dict[str, int]:
     for name, value, least in (("context", context, 1), ("sinks", sinks, 0), ("window", window, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise OptionError(f"{name}={value!r} is not accepted; accepted: whole numbers from {least}")
-    streaming = min(context, Span(sinks, window).tokens)
+    streaming = min(context, sinks + window)
     return {"full": context, "streaming": streaming, "compensated": min(context, streaming + 1), "gone": 0}
 
 
