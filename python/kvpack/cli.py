@@ -130,11 +130,15 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="the file to write")],
     method: Annotated[
         str,
-        typer.Option(help="heads; kvquant:bits=3; or a codec without its bits: graded, kivi, rotated, kivi/rotated"),
+        typer.Option(
+            help="heads; slice; kvquant:bits=3; or a codec without its bits: graded, kivi, rotated, kivi/rotated"
+        ),
     ] = "graded",
     budget: Annotated[
         str | None,
-        typer.Option(help="mean bits a number, scales included; of heads 25% of the bytes, or a loss, 0.02nats"),
+        typer.Option(
+            help="mean bits a number, scales included; of heads 25% (of the bytes) or 0.02nats; of slice the mean rank"
+        ),
     ] = None,
     bytes_per_token: Annotated[
         float | None, typer.Option(help="the same as bytes of a packed token, in all layers together")

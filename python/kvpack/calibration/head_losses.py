@@ -94,8 +94,7 @@ class Gradients:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, make: Make) -> Tensor | None:
         """The layer's output, at whose gradient `look` is called."""
-        out: Tensor = _Attention.apply(self._anchor, query, key, value, make, self, layer)
-        return out
+        return attended(self._anchor, query, key, value, make, self, layer)
 
     def look(self, layer: int, rows: slice, attention: Rows, out: Tensor, slope: Tensor) -> None:
         """Add some positions: outputs and their gradients, `[H, G, c, E]`."""
@@ -126,7 +125,8 @@ class _Attention(torch.autograd.Function):
         query, key, value, out = ctx.saved_tensors
         attention: Rows = ctx.make(query, key, value)
         slope = slopes[0][0].to(out.dtype).transpose(0, 1).reshape(out.shape)
-        wanted = any(ctx.needs_input_grad[1:4])
+        looks_back = getattr(ctx.looker, "looks_at_keys", False)
+        wanted = any(ctx.needs_input_grad[1:4]) or looks_back
         dq, dk, dv = (torch.zeros_like(x) for x in (attention.q, attention.k, attention.v))
         for rows in attention.chunks():
             o, g = out[:, :, rows], slope[:, :, rows]
@@ -144,9 +144,26 @@ class _Attention(torch.autograd.Function):
             ds = ds.mul_(attention.scaling).flatten(1, 2)
             dq[:, :, rows] = (ds @ attention.k[:, :end]).view(*o.shape[:3], -1)
             dk[:, :end] += ds.mT @ attention.q[:, :, rows].flatten(1, 2)
+        if looks_back:
+            ctx.looker.look_back(ctx.layer, attention, dk)
         grads = (dq.flatten(0, 1), dk, dv) if wanted else (None, None, None)
         found = [x if x is None else x[None].to(query.dtype) for x in grads]
         return torch.zeros(()), *found, None, None, None
+
+
+def attended(anchor: Tensor, query: Tensor, key: Tensor, value: Tensor, make: Make, looker: Any, layer: int) -> Tensor:
+    """A layer's output; when its gradient comes, `looker.look` is called with some positions at a time."""
+    out: Tensor = _Attention.apply(anchor, query, key, value, make, looker, layer)
+    return out
+
+
+def sampled(model: Any, ids: Tensor, anchor: Tensor, generator: torch.Generator) -> None:
+    """One backward pass of `sum_i log p(y_i)` over a document `[1, n]`, each y drawn from the model's distribution."""
+    with _checkpointed(model):
+        logits = model(input_ids=ids.clone(), use_cache=False).logits
+        slopes = torch.empty_like(logits)
+        _write_slopes(slopes[0], logits[0].detach(), _draw(logits[0].detach(), generator))
+        torch.autograd.grad(logits, anchor, slopes)
 
 
 @contextmanager

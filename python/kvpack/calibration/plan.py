@@ -13,14 +13,14 @@ from .. import _kvpack
 from ..errors import ModelNeededError, OptionError
 from ..evaluation.forward import evaluating
 from ..evaluation.settings import Settings, check_folder, cut
-from ..methods import Calibrated, Heads, KVQuant
+from ..methods import Calibrated, KVQuant
 from ..methods.file import Header, identity, write
 from ..methods.quantize.calibrated import table_tensors
 from ..methods.spec import parse_spec
 from . import kvquant
 from .budget import CHUNK, sides
-from .heads_plan import HeadsPlan, budget_of, options_of
 from .losses import measure_losses, range_of_bits, spend, text_of
+from .prune_plan import HeadsPlan, SlicePlan, plan_of
 
 # Pages that are full: sinks, blocks of 128 tokens and a window of 128; then the tokens that are predicted.
 _PAGES = 4 + 7 * 128 + 128
@@ -107,7 +107,7 @@ class Plan:
 
 def prepare(
     config: Any, tokenizer: Any, text: str, method: str, out: Path, options: dict[str, Any]
-) -> Plan | HeadsPlan:
+) -> Plan | HeadsPlan | SlicePlan:
     """Check everything that can be wrong.
 
     Raises:
@@ -115,37 +115,37 @@ def prepare(
     """
     budget = options["budget"]
     if not isinstance(method, str):
-        raise OptionError(f"method={method!r} is not accepted; accepted: 'heads', or a codec as text, such as 'graded'")
-    is_heads = method.split(":")[0].strip() == Heads.name
-    of_heads: dict[str, Any] = options_of(method, bool(options["gradients"])) if is_heads else {}
+        raise OptionError(
+            f"method={method!r} is not accepted; accepted: 'heads', 'slice', or a codec as text, such as 'graded'"
+        )
+    of_heads = plan_of(method, budget, bool(options["gradients"]))
     is_kvquant = method.strip().startswith(KVQuant.name)
     if is_kvquant:
         _kvquant(method)
         if budget is not None:
             raise OptionError(f"budget={budget!r} is not accepted with kvquant, whose layers all have the same bits")
-    elif is_heads:
-        of_heads["budget"] = budget_of(budget)
-    else:
+    elif of_heads is None:
         _check_budget(method, budget, config)
-    context, documents = _sizes(config, is_kvquant, is_heads, options)
+    tables = 6 if is_kvquant else 0 if of_heads is None else 4  # documents of what is no search for bits
+    context, documents = _sizes(config, tables, options)
     check_folder(out.parent)
     if out.is_dir():
         raise OptionError(f"out: {out} is a folder, expected a file")
     settings = Settings(context=context, tokens=context * documents, greedy=0, costs=False)
     settings.check_model(config)
     found = cut(text, tokenizer, settings)
-    if is_heads:
-        return HeadsPlan(found.documents, out, found.sha256[:16], **of_heads)
+    if of_heads is not None:
+        return of_heads(found.documents, out, found.sha256[:16])
     return Plan(method, found.documents, out, budget, bool(options["gradients"]), found.sha256[:16])
 
 
-def _sizes(config: Any, is_kvquant: bool, is_heads: bool, options: dict[str, Any]) -> tuple[int, int]:
+def _sizes(config: Any, tables: int, options: dict[str, Any]) -> tuple[int, int]:
     text_config = config.get_text_config(decoder=True)
     longest = getattr(text_config, "max_position_embeddings", None) or 2048
-    usual = (min(2048, longest), 6) if is_kvquant else (min(2048, longest), 4) if is_heads else (_PAGES + CHUNK, 2)
+    usual = (min(2048, longest), tables) if tables else (_PAGES + CHUNK, 2)
     given = (options["context"], options["documents"])
     context, documents = (standard if x is None else x for x, standard in zip(given, usual, strict=True))
-    least = 64 if is_kvquant or is_heads else CHUNK + 256
+    least = 64 if tables else CHUNK + 256
     for name, value, low in (("context", context, least), ("documents", documents, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise OptionError(f"{name}={value!r} is not accepted; accepted: whole numbers from {low}")

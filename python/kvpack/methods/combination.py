@@ -153,7 +153,7 @@ class Methods:
             evict=None if evict is None else evict.make(site),
             compact=None if compact is None else compact.make(site),
             select=None if select is None else select.make(site),
-            prune=None if self.prune is None else self.prune.make(site),
+            prune=None if self.prune is None else self.prune.make(site, quantize),
             selects=select is not None,
             center=quantize.centers(place),
             window=window,

@@ -2,8 +2,10 @@
 
 from .base import Prune
 from .heads import Heads
+from .slice import Slice
 
 __all__ = [
     "Heads",
     "Prune",
+    "Slice",
 ]

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from ... import _kvpack
 from ..base import Method, Site
+from ..quantize import Quantize
 
 
 class Prune(Method):
@@ -29,5 +30,9 @@ class Prune(Method):
         return ()
 
     @abstractmethod
-    def make(self, site: Site | None = None) -> _kvpack.Prune:
+    def rungs_of(self, site: Site | None, quantize: Quantize) -> dict[int, _kvpack.Rung]:
+        """What is held of the KV heads of a layer that are not held whole as `quantize` stores them."""
+
+    def make(self, site: Site | None, quantize: Quantize) -> _kvpack.Prune:
         """The method as the store of a layer knows it."""
+        return _kvpack.Prune(self.rungs_of(site, quantize))

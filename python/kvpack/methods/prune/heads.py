@@ -58,7 +58,7 @@ class Heads(Prune):
         sinks: first tokens of a sequence that streaming heads hold.
         window: newest tokens that they hold at least.
         calibration: a file, in place of a ladder, and one of:
-        demote: the share of the KV heads that are demoted, to the one rung that `rungs` names;
+        demote: the share of the KV heads that are demoted, each to the rung of `rungs` that loses least;
         share: the share of the bytes that is held at `context` tokens;
         nats: the sum of the losses that is allowed, KL a token as far as they add up.
         context: for `share`, and for `nats`, of which the most bytes are to be saved there.
@@ -216,10 +216,10 @@ class Heads(Prune):
         """The KV heads of a layer that hold nothing."""
         return tuple(h for (i, h), rung in self.chosen.items() if i == layer and rung == "gone")
 
-    def make(self, site: Site | None = None) -> _kvpack.Prune:
-        """As the store of a layer knows it; without a site as the first one."""
+    def rungs_of(self, site: Site | None, quantize: Quantize) -> dict[int, _kvpack.Rung]:
+        """Those of a layer that are not full; without a site of the first one."""
         layer = 0 if site is None else site.layer
-        return _kvpack.Prune({h: self._rung(rung, site) for (i, h), rung in self.chosen.items() if i == layer})
+        return {h: self._rung(rung, site) for (i, h), rung in self.chosen.items() if i == layer}
 
     def _rung(self, rung: Rung, site: Site | None) -> _kvpack.Rung:
         if isinstance(rung, Quantize):

@@ -43,7 +43,7 @@ def plan(
         losses: what `measure` returned, `[layers, KV heads]` by name.
         by: the ranking: `fisher` or `measured`, of which there is a tensor for each rung; with `demote` also the name
             of a single tensor, such as `distance` (smaller: demoted first).
-        rungs: what a head may be demoted to; one with `demote`.
+        rungs: what a head may be demoted to; with `demote` each takes the one that loses least.
         demote: share of the heads that are demoted, lowest loss first: exactly `round(demote * heads)`.
         share: share of the bytes that all heads would hold at `context` tokens (0 to 1).
         nats: sum of the losses that is allowed; the fewest bytes are looked for. With `fisher` nats a token.
@@ -111,14 +111,13 @@ def _lowest(
     found: Mapping[str, Tensor], rungs: Sequence[str], demote: float, known: Tensor, free: Tensor
 ) -> dict[_Place, str]:
     _check_share("demote", demote)
-    if len(rungs) != 1:
-        raise OptionError(f"rungs={tuple(rungs)!r} is not accepted with demote=; accepted: one rung")
     count, most = round(demote * int(known.sum())), int(free.sum())
     if count > most:
         raise OptionError(f"demote={demote!r} is not accepted: {count} heads, of which keep= leaves {most}")
-    values = found[rungs[0]].double().masked_fill(~free, torch.inf)
-    lowest = values.flatten().argsort(stable=True)[:count].tolist()
-    return {divmod(place, values.shape[1]): rungs[0] for place in lowest}
+    # Each head takes the rung that loses least, the earlier one of equals.
+    values, best = torch.stack([found[rung].double() for rung in rungs]).min(0)
+    lowest = values.masked_fill(~free, torch.inf).flatten().argsort(stable=True)[:count].tolist()
+    return {(place := divmod(i, values.shape[1])): rungs[int(best[place])] for i in lowest}
 
 
 def _spent(

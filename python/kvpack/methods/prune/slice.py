@@ -1,0 +1,146 @@
+"""Fewer numbers a key and a value: the leading coordinates of a calibrated basis."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ... import _kvpack
+from ...errors import OptionError
+from ..base import Reasons, Site, check_whole
+from ..file import Header, check_identity, read
+from ..quantize import Quantize
+from ..registry import register
+from .base import Prune
+from .heads import Heads
+
+SIDES = ("keys", "values")
+
+
+@register
+@dataclass(frozen=True)
+class Slice(Prune):
+    """Keys and values in fewer numbers: PCA slicing of the head space, in the metric of what the model notices.
+
+    It is SliceGPT's idea (arXiv 2401.15024) in the space that a cache holds, and not SliceGPT, which leaves the cache
+    as it is. Each KV head's keys, and values, have a basis of their own in which the coordinates are ordered by what
+    leaving them out would cost; the first ones are kept as exact numbers. Queries go in once a step and sums of values
+    come back once: a step gets shorter as the ranks do. One threshold over all layers, heads and sides gives the ranks,
+    `rank` in the mean; with `uniform` all have `rank`. What is not sliced is stored as `quantize=` says.
+
+    Attributes:
+        calibration: the file that `kvpack.calibrate(..., method="slice")` wrote.
+        rank: numbers that are kept of a key and of a value, in the mean over `sides`.
+        sides: "keys", "values", or "both".
+        uniform: whether all heads have the same rank.
+        heads: a ladder, whose heads are held as it says and not sliced.
+        sinks: first tokens of a sequence that stay whole.
+        window: newest tokens that stay whole.
+    """
+
+    name: ClassVar[str] = "slice"
+    standard: ClassVar[tuple[str, ...]] = ()
+
+    calibration: str
+    rank: float
+    sides: str = "both"
+    uniform: bool = False
+    heads: Heads | None = None
+    sinks: int = 4
+    window: int = 128
+    ranks: Mapping[str, Tensor] = field(init=False, repr=False, compare=False)
+    _tables: Mapping[str, Tensor] = field(init=False, repr=False, compare=False)
+    _header: Header = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_whole(self, sinks=0, window=0)
+        if self.sides not in (*SIDES, "both"):
+            raise OptionError(f"sides={self.sides!r} is not accepted; accepted: 'keys', 'values', 'both'")
+        if self.heads is not None and not isinstance(self.heads, Heads):
+            raise OptionError(f"heads={self.heads!r} is not accepted; accepted: kvpack.Heads(...), or None")
+        object.__setattr__(self, "calibration", os.fspath(self.calibration))
+        header, tables = read(self.calibration)
+        if header.get("method") != self.name:
+            raise OptionError(
+                f"calibration={self.calibration!r} is not accepted: it was made for {header.get('method')!r}; "
+                'accepted: what kvpack.calibrate(..., method="slice") wrote'
+            )
+        object.__setattr__(self, "_header", header)
+        object.__setattr__(self, "_tables", tables)
+        object.__setattr__(self, "ranks", self._ranks())
+
+    def _ranks(self) -> dict[str, Tensor]:
+        """How many numbers are kept, `[layers, KV heads]` of each side; 0 where nothing is sliced."""
+        sides = SIDES if self.sides == "both" else (self.sides,)
+        energies = {side: self._tables[f"{side}.energy"] for side in sides}
+        dim = next(iter(energies.values())).shape[-1]
+        rank = self.rank
+        if not isinstance(rank, int | float) or isinstance(rank, bool) or not 1 <= rank <= dim:
+            raise OptionError(f"rank={rank!r} is not accepted; accepted: 1 to {dim}")
+        if self.uniform:
+            if rank != int(rank):
+                raise OptionError(f"rank={rank!r} is not accepted with uniform=True; accepted: whole numbers")
+            return {
+                side: torch.full(e.shape[:2], int(rank)).where(~e.isnan().any(-1), 0) for side, e in energies.items()
+            }
+        every = torch.cat([e[..., 1:].flatten() for e in energies.values()])
+        every = every[~every.isnan()]
+        places = sum(int((~e[..., 0].isnan()).sum()) for e in energies.values())
+        more = round((rank - 1) * places)  # each keeps one at least
+        threshold = every.sort(descending=True).values[more - 1] if more else torch.inf
+        return {
+            side: ((e[..., 1:] >= threshold).sum(-1) + 1).where(~e.isnan().any(-1), 0) for side, e in energies.items()
+        }
+
+    def words(self) -> str:
+        """What was chosen, for a terminal."""
+        rows = [("", "mean", "least", "most")]
+        for side, ranks in self.ranks.items():
+            own = ranks[ranks > 0].double()
+            rows.append((side, f"{own.mean():.1f}", f"{own.min():.0f}", f"{own.max():.0f}"))
+        return "\n".join(f"{name:>8}  {mean:>6}  {least:>6}  {most:>6}" for name, mean, least, most in rows)
+
+    @property
+    def needs(self) -> Reasons:
+        """What its ladder needs."""
+        return {} if self.heads is None else self.heads.needs
+
+    @property
+    def breaks(self) -> Reasons:
+        """What its ladder breaks."""
+        return {} if self.heads is None else self.heads.breaks
+
+    def check_sites(self, layers: int, sites: Mapping[int, Site]) -> None:
+        """Refuse another model than the calibration's."""
+        check_identity(self._header["model"], next(iter(sites.values())), None, repr(self))
+        if self.heads is not None:
+            self.heads.check_sites(layers, sites)
+
+    def gone(self, layer: int) -> tuple[int, ...]:
+        """Those of its ladder."""
+        return () if self.heads is None else self.heads.gone(layer)
+
+    def rungs_of(self, site: Site | None, quantize: Quantize) -> dict[int, _kvpack.Rung]:
+        """The heads of a layer that are sliced, and those of the ladder."""
+        layer = 0 if site is None else site.layer
+        found = {}
+        for head in range(next(iter(self.ranks.values())).shape[1]):
+            keys = self._codec("keys", layer, head) or quantize.keys_codec(site)
+            values = self._codec("values", layer, head) or quantize.values_codec(site)
+            if any(self.ranks[side][layer, head] for side in self.ranks):
+                found[head] = _kvpack.Rung(keys=keys, values=values)
+        return found if self.heads is None else {**found, **self.heads.rungs_of(site, quantize)}
+
+    def _codec(self, side: str, layer: int, head: int) -> _kvpack.Codec | None:
+        """How a head's keys or values are sliced; None where they are not."""
+        rank = int(self.ranks[side][layer, head]) if side in self.ranks else 0
+        if rank == 0:
+            return None
+        down, up = (self._tables[f"{side}.{name}"][layer, head] for name in ("down", "up"))
+        options = {"down": down[:rank].tolist(), "up": up[:, :rank].tolist()}
+        return _kvpack.Codec("sliced", **options, window=self.window, sinks=self.sinks)
