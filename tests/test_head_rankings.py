@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import kvpack
 import pytest
 import torch
 from kvpack.calibration import head_losses
 from kvpack.calibration.demoting import demoted
-from kvpack.calibration.heads import RANKINGS, load, measure, save
+from kvpack.calibration.heads import RANKINGS, measure, save
 from kvpack.calibration.ladder_picture import draw
 from kvpack.errors import ModelMismatchError, OptionError
 from kvpack.methods.prune.ladder import plan, predicted, retrieval_heads
@@ -375,19 +376,66 @@ def test_wrong_plans_are_refused() -> None:
             plan(losses, **wrong)
 
 
-def test_losses_come_back_from_their_file_for_their_model_alone(tmp_path: Path) -> None:
-    model, losses = model_of("llama"), losses_of(0)
-    save(tmp_path / "heads.safetensors", model, losses, **SMALL)
-    found, header = load(tmp_path / "heads.safetensors", model)
+def test_a_ladder_is_made_of_a_file_for_its_model_alone(tmp_path: Path) -> None:
+    model, losses, path = tiny_model(KINDS["llama"]), losses_of(0, 3, 2), str(tmp_path / "heads.safetensors")
+    save(path, model, losses, **SMALL)
+    heads = kvpack.Heads(calibration=path, demote=0.5, **SMALL)
+    found, ladder = heads.table()
     assert all(torch.equal(found[name], losses[name]) for name in losses)
-    assert (header["sinks"], header["window"]) == (SINKS, WINDOW)
-    with pytest.raises(ModelMismatchError):
-        load(tmp_path / "heads.safetensors", model_of("mha"))
+    assert ladder == plan(losses, demote=0.5)
+    assert heads.chosen == {(i, h): r for i, row in enumerate(ladder) for h, r in enumerate(row) if r != "full"}
+    assert kvpack.PackedCache(model, prune=heads).prune.chosen == heads.chosen
+    assert kvpack.Heads(calibration=path, nats=1e9, rungs=("streaming", "gone"), **SMALL).chosen
+    assert "3 heads" in heads.words()
+    with pytest.raises(ModelMismatchError, match="another model"):
+        kvpack.PackedCache(tiny_model(KINDS["mha"]), prune=heads)
+    with pytest.raises(ModelMismatchError, match="other weights"):
+        kvpack.PackedCache(tiny_model(KINDS["llama"], seed=1), prune=heads)
+    for options, words in (
+        ({"demote": 0.5, "window": 64}, "measured"),
+        ({"demote": 0.5, "share": 0.5}, "one of them"),
+        ({}, "one of them"),
+        ({"demote": 0.5, "keep": 0.2}, "no echo"),
+        ({"demote": 0.5, "by": "distance"}, "fisher.gone"),
+        ({"demote": 0.5, "ladder": {(0, 0): "gone"}}, "one of them"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            kvpack.Heads(calibration=path, **{**SMALL, **options})
+    with pytest.raises(OptionError, match="without calibration="):
+        kvpack.Heads(demote=0.5)
+
+
+def test_kvpack_calibrate_writes_it(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_model(tiny_config(layers=2, vocab_size=len(tokenizer)))
+    text, common = "some words and others again " * 500, {"context": 256, "documents": 2, "progress": False}
+    found = kvpack.calibrate(
+        model, tokenizer, text, method="heads:window=32", budget="50%", out=tmp_path / "h.safetensors", **common
+    )
+    assert isinstance(found, kvpack.Heads)
+    losses, _ = found.table()
+    assert set(losses) == {name for name in RANKINGS if "measured" not in name}
+    assert found.chosen
+    free = kvpack.calibrate(
+        model, tokenizer, text, method="heads", gradients=False, out=tmp_path / "free.safetensors", **common
+    )
+    assert set(free.table()[0]) == {"distance", "echo"}
+    assert not free.chosen
+    for options, words in (
+        ({"method": "heads:bits=3"}, "'bits' is unknown"),
+        ({"method": "heads", "budget": 3.0}, "budget=3.0 is not accepted for heads"),
+        ({"method": "heads", "budget": "3.0bits"}, "is not accepted for heads"),
+        ({"method": "heads", "budget": "50%", "gradients": False}, "found by gradients"),
+        ({"method": "slice"}, "the mean rank"),
+        ({"method": "slice", "budget": 8, "gradients": False}, "gradients=False"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            kvpack.calibrate(model, tokenizer, text, out=tmp_path / "x.safetensors", **{**common, **options})
 
 
 def test_a_ladder_is_drawn(tmp_path: Path) -> None:
     losses = losses_of(0, 6, 3)
     ladder = plan(losses, rungs=("streaming", "compensated", "gone"), share=0.4, context=1000)
-    assert draw(losses, ladder, tmp_path / "ladder.png").stat().st_size > 10_000
+    draw(losses, ladder).savefig(tmp_path / "ladder.png")
+    assert (tmp_path / "ladder.png").stat().st_size > 10_000
     with pytest.raises(OptionError, match="shape"):
-        draw(losses, ladder[:2], tmp_path / "ladder.png")
+        draw(losses, ladder[:2])

@@ -30,5 +30,6 @@ def test_there_are_notebooks() -> None:
         "quick-start",
         "choose-a-method",
         "fewer-tokens",
+        "which-heads",
         "write-your-own-method",
     }

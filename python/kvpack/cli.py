@@ -153,7 +153,7 @@ def calibrate(
     Use it as `PackedCache(model, quantize=kvpack.load_calibration(FILE))`, or in `kvpack eval` as
     `calibrated:path=FILE`; of heads as `prune=kvpack.Heads(calibration=FILE)`, `heads:calibration=FILE:demote=0.5`.
     """
-    from .calibration.ladder_picture import draw_heads
+    from . import plot
     from .calibration.plan import prepare
     from .methods import Heads
 
@@ -169,7 +169,9 @@ def calibrate(
     typer.echo(found.words())
     typer.echo(f"wrote {out}")
     if isinstance(found, Heads):
-        typer.echo(f"wrote {draw_heads(found, out.with_suffix('.png'))}")
+        picture = out.with_suffix(".png")
+        plot.heads(found).savefig(picture, dpi=150)
+        typer.echo(f"wrote {picture}")
 
 
 def _number(text: str | None) -> float | str | None:

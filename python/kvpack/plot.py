@@ -11,6 +11,7 @@ from torch import Tensor
 from .cache import PackedCache
 from .errors import OptionError, ShapeError
 from .layer import PackedLayer
+from .methods import Heads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,6 +68,27 @@ def kept(
     above.set(xlabel="position", ylabel="packed layer", title=_title(cache, shares))
     _write(below, lines, pieces, shares.mean(0))
     return figure
+
+
+def heads(method: Heads) -> Figure:
+    """Draws which KV heads a ladder demotes, and what that is predicted to cost.
+
+    On the left layers by KV heads, a colour a rung. On the right, for each rung that was measured, the sum of losses
+    over the share of the heads that are demoted to it, lowest loss first; a dot is the ladder.
+
+    Args:
+        method: a ladder that was made from a calibration.
+
+    Returns:
+        A figure of matplotlib's; a notebook shows it, `figure.savefig("heads.png")` writes it.
+
+    Raises:
+        OptionError: it has no calibration.
+    """
+    from .calibration.ladder_picture import draw
+
+    losses, ladder = method.table()
+    return draw(losses, ladder, by=method.by if method.by == "measured" else "fisher")
 
 
 def kept_shares(cache: PackedCache, row: int = 0) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _kvpack
-from ..errors import ModelMismatchError, OptionError
-from ..methods.file import Header, identity, read, write
+from ..errors import OptionError
+from ..methods.file import identity, write
 from ..methods.prune.heads import CALIBRATION
 from .attending import Span, full_layers, shape
 from .demoting import demoted as demoted
@@ -119,21 +119,6 @@ def save(
     about["method"] = CALIBRATION
     tensors = {name: values.contiguous() for name, values in losses.items()}
     write(Path(path), {**about, "sinks": sinks, "window": window}, tensors)
-
-
-def load(path: str | os.PathLike[str], model: Any) -> tuple[dict[str, Tensor], Header]:
-    """Return what `save` wrote, and its header, in which `sinks` and `window` are.
-
-    Raises:
-        OptionError: the file is not there, is damaged, or holds something else.
-        ModelMismatchError: it is of another model.
-    """
-    header, tensors = read(path)
-    if header.get("method") != CALIBRATION:
-        raise OptionError(f"path: {os.fspath(path)!r} has {header.get('method')!r}, expected losses of KV heads")
-    if header.get("model") != identity(model):
-        raise ModelMismatchError(f"path: {os.fspath(path)!r} was measured on another model, or one with other weights")
-    return tensors, header
 
 
 def _check(documents: Sequence[Tensor], rankings: Sequence[str], sinks: int, window: int) -> None:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from ..methods import Heads
 from ..methods.prune.ladder import RUNGS, Ladder, predicted
 from .demoting import check_ladder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLOURS = dict(zip(RUNGS, ("#1f4e79", "#9ecae1", "#fdae6b", "#eeeeee"), strict=True))
 
 
-def draw_heads(heads: Heads, path: str | os.PathLike[str]) -> Path:
-    """Draw the ladder of a calibration; see `draw`."""
-    losses, ladder = heads.table()
-    by = heads.by if heads.by in ("fisher", "measured") else "fisher"
-    return draw(losses, ladder, path, by=by)
-
-
-def draw(losses: Mapping[str, Tensor], ladder: Ladder, path: str | os.PathLike[str], *, by: str = "fisher") -> Path:
+def draw(losses: Mapping[str, Tensor], ladder: Ladder, *, by: str = "fisher") -> Figure:
     """Draw which KV heads are demoted, and what it is predicted to cost.
 
     On the left the ladder: layers by KV heads, a colour a rung. On the right, for each rung that was measured, the sum
@@ -33,11 +27,10 @@ def draw(losses: Mapping[str, Tensor], ladder: Ladder, path: str | os.PathLike[s
     Args:
         losses: what `measure` returned.
         ladder: what `plan` returned.
-        path: the file.
         by: the ranking, `fisher` or `measured`.
 
     Returns:
-        The file.
+        A figure of matplotlib's.
 
     Raises:
         OptionError: a rung is unknown or was not measured, or the ladder is of another shape.
@@ -54,7 +47,7 @@ def draw(losses: Mapping[str, Tensor], ladder: Ladder, path: str | os.PathLike[s
     if (len(ladder), *{len(rungs) for rungs in ladder}) != tuple(shape):
         raise OptionError(f"ladder: given another shape than that of the losses, expected {tuple(shape)}")
     total = predicted(losses, ladder, by)
-    figure = pyplot.figure(figsize=(11, 4.5), layout="constrained")
+    figure: Figure = pyplot.figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     cells = torch.tensor([[RUNGS.index(rung) for rung in rungs] for rungs in ladder])
     colours = ListedColormap(list(_COLOURS.values()))
@@ -73,6 +66,4 @@ def draw(losses: Mapping[str, Tensor], ladder: Ladder, path: str | os.PathLike[s
     right.set(xlabel="share of the KV heads demoted", ylabel="sum of losses, nats a token", yscale="log")
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return Path(path)
+    return figure

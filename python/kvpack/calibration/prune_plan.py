@@ -61,7 +61,8 @@ class HeadsPlan:
             )
         about = {"text": self.text, "tokens": self.documents.numel(), **(self.budget or {"demote": 0.0})}
         save(self.out, model, losses, sinks=self.sinks, window=self.window, **about)
-        return Heads(calibration=str(self.out), sinks=self.sinks, window=self.window)
+        by = "fisher" if "fisher" in kinds else "distance"
+        return Heads(calibration=str(self.out), by=by, sinks=self.sinks, window=self.window)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def plan_of(method: str, budget: Any, gradients: bool) -> Callable[[Tensor, Path
     held = Heads(sinks=parameters.get("sinks", 4), window=parameters.get("window", 128))
     common: dict[str, Any] = {"sinks": held.sinks, "window": held.window}
     if name == Heads.name:
+        if budget is not None and not gradients:
+            raise OptionError(f"budget={budget!r} is not accepted with gradients=False: losses are found by gradients")
         return partial(HeadsPlan, rankings=_rankings(method, parameters, gradients), budget=_budget(budget), **common)
     if not gradients:
         raise OptionError("gradients=False is not accepted for slice, whose metric is that of the gradients")
