@@ -15,6 +15,7 @@ from kvpack.methods.file import identity, write
 from reference import attention
 from support import forward, ids_of, left_padding, random_kv, relative_error, tiny_config, tiny_model
 from torch import Tensor
+from transformers import AttentionInterface
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
 DIM, WINDOW = 32, 32
@@ -79,8 +80,6 @@ def test_moments_are_those_of_dense_attention() -> None:
         seen[module.layer_idx] = {"key": key, "out": out, "far": (weights * far) @ values}
         return out.transpose(1, 2), None
 
-    from transformers import AttentionInterface
-
     AttentionInterface.register("dense-for-a-test", eager)
     model.set_attn_implementation("dense-for-a-test")
     with torch.enable_grad():
@@ -97,6 +96,49 @@ def test_moments_are_those_of_dense_attention() -> None:
             want = spread.mT @ spread / spread.shape[1], metric.mT @ metric / 90
             for one, other in zip(got, want, strict=True):
                 assert relative_error(one, other) < 1e-4
+
+
+def test_losses_are_those_of_the_changed_outputs() -> None:
+    """Of leaving out coordinates, by autograd through dense attention: `sum_i` of first-order changes, squared."""
+    model = tiny_model(tiny_config(layers=2)).double()
+    ids = ids_of(1, 90)
+    tables = measure_slices(model, [ids], window=16)
+    down, up = (tables[f"keys.{name}"].double() for name in ("down", "up"))
+    seen: dict[int, Any] = {}
+
+    def eager(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+        keys, values = (x.repeat_interleave(2, 1) for x in (key, value))
+        at = torch.arange(query.shape[2])
+        far = (at >= 4) & (at < at[:, None] - 16)
+        logits = query @ keys.mT * options["scaling"]
+        logits.retain_grad()
+        weights = logits.masked_fill(at > at[:, None], -torch.inf).softmax(-1)
+        out = weights @ values
+        out.retain_grad()
+        seen[module.layer_idx] = (query[0], key[0], value[0], logits, weights[0], out, far, options["scaling"])
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("dense-for-a-test", eager)
+    model.set_attn_implementation("dense-for-a-test")
+    with torch.enable_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+        logits.log_softmax(-1)[torch.arange(90), labels].sum().backward()
+    values_down, values_up = (tables[f"values.{name}"].double() for name in ("down", "up"))
+    for layer, (query, key, value, logits, weights, out, far, scaling) in seen.items():
+        for head in range(2):
+            for rank in (1, 7, 31):
+                rest = key[head] - key[head] @ (up[layer, head, :, :rank] @ down[layer, head, :rank]).T
+                change, value_change = torch.zeros(90).double(), torch.zeros(90).double()
+                project = values_up[layer, head, :, :rank] @ values_down[layer, head, :rank]
+                for g in (2 * head, 2 * head + 1):
+                    change -= (logits.grad[0, g] * far * (query[g] @ rest.T * scaling)).sum(-1)
+                    sums = (weights[g] * far) @ value[head]
+                    value_change -= (out.grad[0, g] * (sums - sums @ project.T)).sum(-1)
+                for name, moved in (("keys", change), ("values", value_change)):
+                    want = float(moved.square().mean() / 2)
+                    assert float(tables[f"{name}.loss"][layer, head, rank]) == pytest.approx(want, rel=1e-3, abs=1e-12)
 
 
 # ---- what is held, and what is read ---------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ impl Cache {
     fn chooses_by_queries(&self, py: Python<'_>, layer: usize) -> PyResult<bool> {
         self.look(py, |cache| {
             let layer = cache.layer(layer)?;
-            Ok(layer.eviction().is_some() && layer.wants_queries())
+            Ok(layer.needs_queries())
         })
     }
 

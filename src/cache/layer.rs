@@ -141,6 +141,12 @@ impl Layer {
         self.methods.all_codecs().any(wants) || self.eviction().is_some_and(Eviction::wants_queries)
     }
 
+    /// Whether nothing can be decided without them.
+    pub fn needs_queries(&self) -> bool {
+        let needed = |codecs: &Codecs| codecs.keys.wants().needed;
+        self.methods.all_codecs().any(needed) || self.eviction().is_some_and(Eviction::wants_queries)
+    }
+
     /// Whether the tokens' attention scores from each query of decoding are wanted.
     pub fn wants_attention(&self) -> bool {
         self.eviction().is_some_and(Eviction::wants_attention)

@@ -4,9 +4,12 @@
 //! importance_c = mean over the last queries of q_c^2  *  mean over the prompt's keys of k_c^2
 //! ```
 //!
-//! Chosen once a sequence, for each KV head; the newest tokens keep all channels.
+//! Chosen for each KV head when a prompt was read, and anew for tokens to come when they have doubled; the newest tokens keep all
+//! channels.
 
 #![forbid(unsafe_code)]
+
+use std::sync::Arc;
 
 use super::exact::PAGE;
 use super::pages::{KeyPage, SlicedRows};
@@ -47,6 +50,19 @@ impl Think {
         Self::new(options.number("ratio")?, options.whole("window")?, options.whole("queries")?)
     }
 
+    /// What leads to the channels that stay, chosen anew when it is time.
+    fn map(&self, plan: &mut Plan, dim: usize) -> Arc<Map> {
+        if let Some(map) = plan.map.as_ref().filter(|_| plan.sealed < plan.renewal) {
+            return Arc::clone(map);
+        }
+        plan.renewal = 2 * plan.sealed.max(PAGE);
+        let chosen = self.choose(&plan.importance(dim));
+        match &plan.map {
+            Some(map) if **map == chosen => Arc::clone(map),
+            _ => Arc::clone(plan.map.insert(Arc::new(chosen))),
+        }
+    }
+
     /// The channels that stay, ascending.
     fn choose(&self, importance: &[f32]) -> Map {
         let kept = (importance.len() - (self.ratio * importance.len() as f32) as usize).max(1);
@@ -83,8 +99,8 @@ impl Codec<KeyPage> for Think {
 
     fn seal(&self, plan: &mut Plan, rows: &Rows, n: usize) -> Result<(KeyPage, usize)> {
         let (n, dim) = (n.min(PAGE), rows.dim());
-        let importance = plan.importance(dim);
-        let map = plan.map(|| self.choose(&importance));
+        let map = self.map(plan, dim);
+        plan.sealed += n;
         Ok((KeyPage::Sliced(SlicedRows::seal(map, rows, n)), n))
     }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -106,6 +107,18 @@ class Gradients:
             self.sums.add(f"fisher.{rung}", layer, (slope * change).sum((1, 3)).square().sum(1) / 2)
 
 
+class LooksBack(ABC):
+    """Who wants to see the gradients of logits and keys too."""
+
+    @abstractmethod
+    def look_at_logits(self, layer: int, rows: slice, attention: Rows, slopes: Tensor) -> None:
+        """Some positions: gradients by `q . k`, `[H, G, c, m]`, to be left as they are."""
+
+    @abstractmethod
+    def look_at_keys(self, layer: int, attention: Rows, slopes: Tensor) -> None:
+        """All positions: gradients by keys, `[H, n, D]`."""
+
+
 class _Attention(torch.autograd.Function):
     """Attention whose weights are computed again, some rows at a time, when its gradient comes."""
 
@@ -125,7 +138,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, out = ctx.saved_tensors
         attention: Rows = ctx.make(query, key, value)
         slope = slopes[0][0].to(out.dtype).transpose(0, 1).reshape(out.shape)
-        looks_back = getattr(ctx.looker, "looks_at_keys", False)
+        looks_back = isinstance(ctx.looker, LooksBack)
         wanted = any(ctx.needs_input_grad[1:4]) or looks_back
         dq, dk, dv = (torch.zeros_like(x) for x in (attention.q, attention.k, attention.v))
         for rows in attention.chunks():
@@ -141,11 +154,14 @@ class _Attention(torch.autograd.Function):
             ds = attention.sums(g, attention.v[:, :end].mT).sub_((g * o).sum(-1, keepdim=True)).mul_(p)
             if attention.softcap is not None:
                 ds *= 1 - (capped / attention.softcap).square()
-            ds = ds.mul_(attention.scaling).flatten(1, 2)
+            ds = ds.mul_(attention.scaling)
+            if looks_back:
+                ctx.looker.look_at_logits(ctx.layer, rows, attention, ds)
+            ds = ds.flatten(1, 2)
             dq[:, :, rows] = (ds @ attention.k[:, :end]).view(*o.shape[:3], -1)
             dk[:, :end] += ds.mT @ attention.q[:, :, rows].flatten(1, 2)
         if looks_back:
-            ctx.looker.look_back(ctx.layer, attention, dk)
+            ctx.looker.look_at_keys(ctx.layer, attention, dk)
         grads = (dq.flatten(0, 1), dk, dv) if wanted else (None, None, None)
         found = [x if x is None else x[None].to(query.dtype) for x in grads]
         return torch.zeros(()), *found, None, None, None

@@ -90,7 +90,7 @@ class SlicePlan:
         from tqdm.auto import tqdm
 
         documents = [document[None] for document in self.documents]
-        with tqdm(total=self.documents.numel(), unit="token", unit_scale=True, disable=not progress) as bar:
+        with tqdm(total=2 * self.documents.numel(), unit="token", unit_scale=True, disable=not progress) as bar:
             tables = measure_slices(model, documents, sinks=self.sinks, window=self.window, progress=bar.update)
         about = {"kvpack": _kvpack.__version__, "model": identity(model), "method": Slice.name}
         about |= {"text": self.text, "tokens": self.documents.numel()}

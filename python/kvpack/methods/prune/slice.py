@@ -14,6 +14,7 @@ from ... import _kvpack
 from ...errors import OptionError
 from ..base import Reasons, Site, check_whole
 from ..file import Header, check_identity, read
+from ..hulls import Way, spend
 from ..quantize import Quantize
 from ..registry import register
 from .base import Prune
@@ -30,8 +31,8 @@ class Slice(Prune):
     It is SliceGPT's idea (arXiv 2401.15024) in the space that a cache holds, and not SliceGPT, which leaves the cache
     as it is. Each KV head's keys, and values, have a basis of their own in which the coordinates are ordered by what
     leaving them out would cost; the first ones are kept as exact numbers. Queries go in once a step and sums of values
-    come back once: a step gets shorter as the ranks do. One threshold over all layers, heads and sides gives the ranks,
-    `rank` in the mean; with `uniform` all have `rank`. What is not sliced is stored as `quantize=` says.
+    come back once: a step gets shorter as the ranks do. Ranks are spent where they lose least, over all layers, heads
+    and sides, `rank` in the mean; with `uniform` all have `rank`. What is not sliced is stored as `quantize=` says.
 
     Attributes:
         calibration: the file that `kvpack.calibrate(..., method="slice")` wrote.
@@ -77,25 +78,26 @@ class Slice(Prune):
     def _ranks(self) -> dict[str, Tensor]:
         """How many numbers are kept, `[layers, KV heads]` of each side; 0 where nothing is sliced."""
         sides = SIDES if self.sides == "both" else (self.sides,)
-        energies = {side: self._tables[f"{side}.energy"] for side in sides}
-        dim = next(iter(energies.values())).shape[-1]
+        losses = {side: self._tables[f"{side}.loss"] for side in sides}
+        dim = max(loss.shape[-1] for loss in losses.values())
         rank = self.rank
         if not isinstance(rank, int | float) or isinstance(rank, bool) or not 1 <= rank <= dim:
             raise OptionError(f"rank={rank!r} is not accepted; accepted: 1 to {dim}")
+        ranks = {side: torch.zeros(loss.shape[:2], dtype=torch.long) for side, loss in losses.items()}
+        places = [(side, i, h) for side, loss in losses.items() for i, h in (~loss[..., 0].isnan()).nonzero().tolist()]
         if self.uniform:
             if rank != int(rank):
                 raise OptionError(f"rank={rank!r} is not accepted with uniform=True; accepted: whole numbers")
-            return {
-                side: torch.full(e.shape[:2], int(rank)).where(~e.isnan().any(-1), 0) for side, e in energies.items()
-            }
-        every = torch.cat([e[..., 1:].flatten() for e in energies.values()])
-        every = every[~every.isnan()]
-        places = sum(int((~e[..., 0].isnan()).sum()) for e in energies.values())
-        more = round((rank - 1) * places)  # each keeps one at least
-        threshold = every.sort(descending=True).values[more - 1] if more else torch.inf
-        return {
-            side: ((e[..., 1:] >= threshold).sum(-1) + 1).where(~e.isnan().any(-1), 0) for side, e in energies.items()
-        }
+            chosen = dict.fromkeys(places, int(rank))
+        else:
+            ways = {}
+            for side, i, h in places:
+                rest = [*losses[side][i, h].tolist(), 0.0]
+                ways[side, i, h] = [Way(r, r, rest[r]) for r in range(1, len(rest))]
+            chosen = {place: way.what for place, way in spend(ways, rank * len(places)).items()}
+        for (side, i, h), own in chosen.items():
+            ranks[side][i, h] = own
+        return ranks
 
     def words(self) -> str:
         """What was chosen, for a terminal."""

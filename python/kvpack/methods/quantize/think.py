@@ -19,9 +19,10 @@ class ThinK(Quantize):
     """Of each KV head's keys some channels are left out (Xu et al. 2024, arXiv 2407.18021); the others stay exact.
 
     A channel is worth `mean(q_c^2) * mean(k_c^2)`, with the last queries of the prompt and all of its keys; the
-    `int(ratio * head_dim)` least ones of a head go, once a sequence. The newest tokens keep all channels. Tokens that
-    leave the window while decoding lose the same channels, which keeps the cache small; the paper prunes the prompt
-    alone. Values are exact: `KeyValue(ThinK(), KIVI(bits=4))`, as text `think/kivi:bits=4`, stores them smaller.
+    `int(ratio * head_dim)` least ones of a head go. The newest tokens keep all channels. Tokens that leave the window
+    while decoding lose channels too, which keeps the cache small; the paper prunes the prompt alone. When the tokens
+    have doubled channels are chosen anew, for tokens to come: a text that comes in parts is judged by more than its
+    first one. Values are exact: `KeyValue(ThinK(), KIVI(bits=4))`, as text `think/kivi:bits=4`, stores them smaller.
 
     Attributes:
         ratio: share of the channels that are left out, 0 to below 1. The paper has 0.4 to 0.6.
