@@ -17,6 +17,7 @@ __all__ = [
     "Eviction",
     "Layer",
     "Prune",
+    "Rung",
     "Selector",
     "Share",
     "__version__",

@@ -105,19 +105,20 @@ impl Layer {
             if let Some(query) = query.filter(|_| wants.moment) {
                 head.observe_moment(query, &place);
             }
-            head.append(k, v, &place, first..n, codecs, centers)?;
+            let reached = head.append(k, v, &place, first..n, codecs, centers)?;
             if let Some(eviction) = &methods.eviction {
                 head.witness(eviction, new, &place);
             }
-            Ok(())
+            Ok(reached)
         });
-        appended.into_iter().collect::<Result<()>>()?;
+        let reached = appended.into_iter().collect::<Result<Vec<_>>>()?;
         for (b, &source) in source.iter().enumerate() {
             if source != b {
                 self.rows[b] = Arc::clone(&self.rows[source]);
             }
         }
         self.seen += n;
+        self.final_to = reached.into_iter().fold(self.final_to, usize::max);
         if first > 0 {
             self.came_to(seen + first);
         }
@@ -159,7 +160,8 @@ impl Layer {
 }
 
 impl KvHead {
-    /// Appends `new` tokens. With codecs it packs what is due as it goes, so that a long prompt is never copied whole.
+    /// Appends `new` tokens. With codecs it packs what is due as it goes, so that a long prompt is never copied whole. Returns the
+    /// length to which a crop may go then.
     fn append(
         &mut self,
         k: &View<'_>,
@@ -168,14 +170,14 @@ impl KvHead {
         new: Range<usize>,
         codecs: Option<&Codecs>,
         centers: bool,
-    ) -> Result<()> {
+    ) -> Result<usize> {
         if !self.holds_all()
             && let Some(first) = new.clone().find(|&t| at.holds(t))
         {
             Arc::make_mut(&mut self.history).origin.get_or_insert((at.seen + first) as u32);
         }
         if self.is_gone() {
-            return Ok(());
+            return Ok(0);
         }
         if centers && self.positions.is_empty() {
             self.center = Some(mean(k, at));
@@ -215,7 +217,8 @@ impl KvHead {
                 self.seal(codecs)?;
             }
         }
-        Ok(())
+        let window = self.streaming().map_or(0, |streaming| streaming.window);
+        Ok(if passed.is_empty() { 0 } else { at.seen + passed.end + window })
     }
 
     /// Of the first tokens of a sequence those between the first and the newest ones that a streaming head holds.

@@ -79,7 +79,9 @@ fn a_streaming_head_holds_its_first_and_its_newest_tokens() {
         append(&mut layer, 150, 1);
         let newest = |n: u32, seen: u32| (0..SINKS as u32).chain(seen - n..seen).collect::<Vec<_>>();
         assert_eq!(positions(&layer, 0), newest(WINDOW as u32, 150), "of a first prompt exactly so many are stored");
+        assert!(layer.check_crop(1, true).is_err(), "the window before it is gone");
         append(&mut layer, 1, 2);
+        assert!(layer.check_crop(1, true).is_ok());
         assert_eq!(positions(&layer, 0), newest(WINDOW as u32 + 1, 151), "one token more does not leave alone");
         append(&mut layer, 40, 3);
         let held = positions(&layer, 0);
