@@ -10,8 +10,11 @@ import kvpack
 import pytest
 import torch
 from kvpack.calibration.attending import Span
+from kvpack.calibration.heads import save
 from kvpack.calibration.slices import Moments, coordinates, measure_slices
+from kvpack.evaluation.contenders import Packed
 from kvpack.methods.file import identity, write
+from kvpack.methods.spec import Spec
 from reference import attention
 from support import forward, ids_of, left_padding, random_kv, relative_error, tiny_config, tiny_model
 from torch import Tensor
@@ -246,6 +249,20 @@ def test_rows_of_a_padded_batch_are_single_rows_and_forks_go_on_alike(calibrated
         assert (single - both[row]).abs().max() < 1e-4
         for twin in twins:
             assert torch.equal(model(more[row : row + 1], past_key_values=twin).logits, single)
+
+
+def test_an_evaluation_knows_files_by_what_they_hold(calibrated: tuple[Any, str], tmp_path: Path) -> None:
+    model, path = calibrated
+    losses = {"fisher.streaming": torch.rand(2, 2)}
+    heads = str(tmp_path / "heads.safetensors")
+    save(heads, model, losses)
+    ladder = kvpack.Heads(calibration=heads, demote=0.5)
+    both = kvpack.Slice(path, 20, heads=ladder, window=WINDOW)
+    known = Packed(Spec("both", {"prune": both})).files
+    assert known == "".join(sorted([both.sha256, str(ladder.sha256)]))
+    save(heads, model, {"fisher.streaming": torch.rand(2, 2)})
+    assert kvpack.Heads(calibration=heads, demote=0.5).sha256 != ladder.sha256
+    assert Packed(Spec("by hand", {"prune": kvpack.Heads({(0, 0): "gone"})})).files == ""
 
 
 # ---- by the front door, and what is refused -------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .. import attention
 from ..cache import PackedCache
 from ..errors import OptionError
-from ..methods import Calibrated, Method
+from ..methods import Calibrated, Heads, Method, Slice
 from ..methods.spec import Spec, make, names, parse_spec, spell, split, split_parameters
 
 FULL = "full"
@@ -117,9 +117,11 @@ class Packed(Contender):
 
 def _calibrations(part: Any) -> Iterator[str]:
     """The hashes of all calibrations among methods, and within them."""
-    if isinstance(part, Calibrated):
+    if isinstance(part, Calibrated | Heads | Slice) and part.sha256 is not None:
         yield part.sha256
-    elif isinstance(part, Mapping):
+    if isinstance(part, Calibrated):
+        return
+    if isinstance(part, Mapping):
         yield from chain.from_iterable(map(_calibrations, part.values()))
     elif is_dataclass(part):
         yield from chain.from_iterable(_calibrations(getattr(part, field.name)) for field in fields(part))

@@ -61,6 +61,11 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     return header, tensors
 
 
+def digest(path: str | os.PathLike[str]) -> str:
+    """A hash of what a file holds."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 def weights_hash(model: Any) -> str:
     """A hash of two numbers of each of the model's parameters, in bfloat16: whatever dtype it was loaded in."""
     digest = hashlib.sha256()

@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import _kvpack
 from ...errors import OptionError
 from ..base import Property, Reasons, Site, check_whole
-from ..file import Header, check_identity, read
+from ..file import Header, check_identity, digest, read
 from ..presets import PRESETS
 from ..quantize import Quantize
 from ..registry import QUANTIZE, register
@@ -66,6 +66,7 @@ class Heads(Prune):
         rungs: what heads may be demoted to.
         keep: the share of the heads that stay full because they retrieve: those with the most echo (RazorAttention).
         chosen: the rungs of heads that are not full, by `(layer, KV head)`.
+        sha256: a hash of what the calibration held when it was read.
     """
 
     name: ClassVar[str] = "heads"
@@ -83,6 +84,7 @@ class Heads(Prune):
     rungs: Sequence[str] = ("streaming",)
     keep: float = 0.0
     chosen: Mapping[tuple[int, int], Rung] = field(init=False, repr=False, compare=False)
+    sha256: str | None = field(init=False, repr=False, compare=False)
     _header: Header | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -91,6 +93,7 @@ class Heads(Prune):
         ladder = {place: rung for place in sorted(places) if (rung := _rung(place, places[place])) != "full"}
         object.__setattr__(self, "ladder", ladder)
         object.__setattr__(self, "_header", None)
+        object.__setattr__(self, "sha256", None)
         if self.calibration is not None:
             object.__setattr__(self, "calibration", os.fspath(self.calibration))
             ladder = self._planned()
@@ -120,6 +123,7 @@ class Heads(Prune):
         options: dict[str, Any] = {"context": self.context, "sinks": self.sinks, "window": self.window, "keep": keep}
         found = plan(losses, by=self.by, rungs=rungs, **own, **options)
         object.__setattr__(self, "_header", header)
+        object.__setattr__(self, "sha256", digest(self.calibration or ""))
         return {(i, h): rung for i, row in enumerate(found) for h, rung in enumerate(row) if rung != "full"}
 
     def _read(self) -> tuple[Header, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import _kvpack
 from ...errors import OptionError
 from ..base import Reasons, Site, check_whole
-from ..file import Header, check_identity, read
+from ..file import Header, check_identity, digest, read
 from ..hulls import Way, spend
 from ..quantize import Quantize
 from ..registry import register
@@ -42,6 +42,8 @@ class Slice(Prune):
         heads: a ladder, whose heads are held as it says and not sliced.
         sinks: first tokens of a sequence that stay whole.
         window: newest tokens that stay whole.
+        ranks: how many numbers are kept, `[layers, KV heads]` of each side; 0 where nothing is sliced.
+        sha256: a hash of what the calibration held when it was read.
     """
 
     name: ClassVar[str] = "slice"
@@ -56,6 +58,7 @@ class Slice(Prune):
     window: int = 128
     ranks: Mapping[str, Tensor] = field(init=False, repr=False, compare=False)
     _tables: Mapping[str, Tensor] = field(init=False, repr=False, compare=False)
+    sha256: str = field(init=False, repr=False, compare=False)
     _header: Header = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +75,7 @@ class Slice(Prune):
                 'accepted: what kvpack.calibrate(..., method="slice") wrote'
             )
         object.__setattr__(self, "_header", header)
+        object.__setattr__(self, "sha256", digest(self.calibration))
         object.__setattr__(self, "_tables", tables)
         object.__setattr__(self, "ranks", self._ranks())
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from ...errors import ModelMismatchError, OptionError
 from ..base import Site
-from ..file import Header, check_identity, read
+from ..file import Header, check_identity, digest, read
 from ..registry import register
 from ..spec import CALIBRATED, parse_spec
 from .base import Quantize
@@ -51,7 +49,7 @@ class Calibrated(ByLayer):
         object.__setattr__(self, "path", os.fspath(self.path))
         header, tensors = read(self.path)
         object.__setattr__(self, "header", header)
-        object.__setattr__(self, "sha256", hashlib.sha256(Path(self.path).read_bytes()).hexdigest()[:16])
+        object.__setattr__(self, "sha256", digest(self.path))
         try:
             object.__setattr__(self, "_layers", _codecs(header, tensors))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
