@@ -365,6 +365,8 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
         kvpack.PackedCache(sliding, prune=kvpack.Heads({(1, 0): "streaming"}))
     with pytest.raises(kvpack.OptionError, match="mask="):
         kvpack.Heads.masked([[0.5]])
+    with kvpack.LazyLLM(model), pytest.raises(kvpack.OptionError, match="some of its heads hold nothing"):
+        model(ids_of(1, 40), past_key_values=kvpack.PackedCache(model, prune=kvpack.Heads({(0, 0): "gone"})))
     eager = tiny_model(attention="sdpa")
     with pytest.raises(kvpack.OptionError, match="prune=heads that hold some of their tokens"):
         eager.generate(input_ids=ids_of(1, 40), past_key_values=kvpack.PackedCache(eager, prune=HEADS), **GREEDY)

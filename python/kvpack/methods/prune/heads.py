@@ -201,13 +201,14 @@ class Heads(Prune):
             reasons[Property.CONSECUTIVE_POSITIONS] = "its streaming heads let tokens go from in between"
             reasons[Property.EQUAL_HEADS] = "its streaming heads hold fewer tokens"
         elif "gone" in self.chosen.values():
+            reasons[Property.ALL_TOKENS] = "some of its heads hold nothing"
             reasons[Property.EQUAL_HEADS] = "some of its heads hold nothing"
         return reasons
 
     def check_sites(self, layers: int, sites: Mapping[int, Site]) -> None:
         """Refuse another model than the calibration's, and layers that it does not have or that are not packed."""
         known = set(sites)
-        if self._header is not None:
+        if self._header is not None and sites:
             check_identity(self._header["model"], next(iter(sites.values())), None, repr(self))
         for layer in sorted({layer for layer, _ in self.chosen}):
             if layer not in known:

@@ -123,7 +123,8 @@ class Slice(Prune):
 
     def check_sites(self, layers: int, sites: Mapping[int, Site]) -> None:
         """Refuse another model than the calibration's."""
-        check_identity(self._header["model"], next(iter(sites.values())), None, repr(self))
+        if sites:
+            check_identity(self._header["model"], next(iter(sites.values())), None, repr(self))
         if self.heads is not None:
             self.heads.check_sites(layers, sites)
 
