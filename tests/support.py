@@ -184,6 +184,32 @@ def random_kv(
     return key.to(dtype), value.to(dtype)
 
 
+MODES = ("greedy", "beams", "lookup", "chunks", "turns", "padded")
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+def generated(model: Any, cache: Any, mode: str, tokens: int, new: int) -> torch.Tensor:
+    """What a model generates with a cache in one of the ways there are, `new` tokens behind so many of a prompt."""
+    more: dict[str, Any] = {
+        "beams": {"num_beams": 3},
+        "lookup": {"prompt_lookup_num_tokens": 4},
+        "chunks": {"prefill_chunk_size": 30},
+    }.get(mode, {})
+    batch = 2 if mode == "padded" else 1
+    inputs = {"input_ids": ids_of(batch, tokens), "attention_mask": left_padding([tokens, tokens - 20][:batch])}
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, **more}
+    out = model.generate(**inputs, past_key_values=cache, **options)
+    length = tokens + new
+    if mode == "turns":
+        ids = torch.cat([out, ids_of(1, 40)], 1)
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+        length += 40 + new
+    assert out.shape[1] == length
+    assert cache.get_seq_length() == length - 1
+    assert cache.info()["materialised"] == 0
+    return out
+
+
 def forward(
     cache: kvpack.PackedCache,
     key: torch.Tensor,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from evictions import every_eviction, name
-from support import ids_of, left_padding, tiny_model
+from support import every_mode, generated, ids_of, tiny_model
 from transformers import DynamicCache
 
 QUERY_BASED = [
@@ -96,23 +96,9 @@ def test_what_another_attention_could_not_read_is_refused() -> None:
 
 
 @every_eviction
-@pytest.mark.parametrize("mode", ["greedy", "beams", "lookup", "chunks", "turns", "padded"])
+@every_mode
 def test_every_way_of_generating(evict: Any, mode: str) -> None:
     model = tiny_model()
     cache = kvpack.PackedCache(model, evict=evict, quantize=kvpack.KIVI(bits=4, window=32))
-    more: dict[str, Any] = {
-        "beams": {"num_beams": 3},
-        "lookup": {"prompt_lookup_num_tokens": 4},
-        "chunks": {"prefill_chunk_size": 30},
-    }.get(mode, {})
-    batch = 2 if mode == "padded" else 1
-    inputs = {"input_ids": ids_of(batch, 90), "attention_mask": left_padding([90, 70][:batch])}
-    options = {"max_new_tokens": 50, "min_new_tokens": 50, "do_sample": False, **more}
-    out = model.generate(**inputs, past_key_values=cache, **options)
-    if mode == "turns":
-        ids = torch.cat([out, ids_of(1, 40)], 1)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
-    assert out.shape[1] == (90 + 50 if mode != "turns" else 90 + 50 + 40 + 50)
-    assert cache.get_seq_length() == out.shape[1] - 1
-    assert cache.info()["materialised"] == 0
+    out = generated(model, cache, mode, 90, 50)
     assert len(cache.kept(1, 0)) < out.shape[1] - 1

@@ -11,7 +11,17 @@ import pytest
 import torch
 from kvpack.methods.spec import parse_spec, spell
 from reference import attention
-from support import forward, ids_of, left_padding, random_kv, relative_error, tiny_config, tiny_model
+from support import (
+    every_mode,
+    forward,
+    generated,
+    ids_of,
+    left_padding,
+    random_kv,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
 from test_transactions import mixed_model, state
 from torch import Tensor
 
@@ -163,25 +173,12 @@ def test_own_codecs_are_as_small_as_they_are_elsewhere() -> None:
 # ---- every way of decoding ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["greedy", "beams", "lookup", "chunks", "turns", "padded"])
+@every_mode
 @pytest.mark.parametrize("codec", CODECS[:2], ids=lambda codec: codec.name)
 def test_every_way_of_generating(mode: str, codec: Any) -> None:
     model = tiny_model()
     cache = kvpack.PackedCache(model, prune=HEADS, quantize=codec)
-    more: dict[str, Any] = {
-        "beams": {"num_beams": 3},
-        "lookup": {"prompt_lookup_num_tokens": 4},
-        "chunks": {"prefill_chunk_size": 30},
-    }.get(mode, {})
-    batch = 2 if mode == "padded" else 1
-    inputs = {"input_ids": ids_of(batch, 90), "attention_mask": left_padding([90, 70][:batch])}
-    options = {**GREEDY, **more}
-    out = model.generate(**inputs, past_key_values=cache, **options)
-    if mode == "turns":
-        ids = torch.cat([out, ids_of(1, 40)], 1)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
-    assert out.shape[1] == (90 + 50 if mode != "turns" else 90 + 50 + 40 + 50)
-    assert cache.info()["materialised"] == 0
+    out = generated(model, cache, mode, 90, 50)
     assert len(cache.kept(0, 0)) < SINKS + WINDOW + 40
     assert len(cache.kept(1, 0)) == 0
     assert len(cache.kept(1, 1)) == out.shape[1] - 1

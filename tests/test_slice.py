@@ -16,7 +16,17 @@ from kvpack.evaluation.contenders import Packed
 from kvpack.methods.file import identity, write
 from kvpack.methods.spec import Spec
 from reference import attention
-from support import forward, ids_of, left_padding, random_kv, relative_error, tiny_config, tiny_model
+from support import (
+    every_mode,
+    forward,
+    generated,
+    ids_of,
+    left_padding,
+    random_kv,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -91,8 +101,8 @@ def test_moments_are_those_of_dense_attention() -> None:
         labels = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
         logits.log_softmax(-1)[torch.arange(90), labels].sum().backward()
     for layer, found in seen.items():
-        key, grad = found["key"][0].detach(), found["key"].grad[0]  # type: ignore[index]
-        slope = found["out"].grad[0].unflatten(0, (2, 2)).flatten(1, 2)  # type: ignore[index]
+        key, grad = found["key"][0].detach(), found["key"].grad[0]
+        slope = found["out"].grad[0].unflatten(0, (2, 2)).flatten(1, 2)
         far = found["far"].detach()[0].unflatten(0, (2, 2)).flatten(1, 2)
         for side, (spread, metric) in {"keys": (key, grad), "values": (far, slope)}.items():
             got = moments.means(layer, side)
@@ -208,26 +218,13 @@ def test_ranks_are_mixed_and_bytes_fall_with_them(calibrated: tuple[Any, str]) -
     assert exact[20] - exact[10] == pytest.approx(2 * 2 * 2 * 64 * 20 * 10 * 4, rel=0.02)  # layers, heads, sides
 
 
-@pytest.mark.parametrize("mode", ["greedy", "beams", "lookup", "chunks", "turns", "padded"])
+@every_mode
 def test_every_way_of_generating(calibrated: tuple[Any, str], mode: str) -> None:
     model, path = calibrated
     ladder = kvpack.Heads({(0, 0): "compensated", (1, 1): "gone"}, window=24)
     prune = kvpack.Slice(path, 20, heads=ladder, window=WINDOW)
     cache = kvpack.PackedCache(model, prune=prune, quantize=kvpack.KIVI(bits=4, window=32))
-    more: dict[str, Any] = {
-        "beams": {"num_beams": 3},
-        "lookup": {"prompt_lookup_num_tokens": 4},
-        "chunks": {"prefill_chunk_size": 30},
-    }.get(mode, {})
-    batch = 2 if mode == "padded" else 1
-    inputs = {"input_ids": ids_of(batch, 150), "attention_mask": left_padding([150, 120][:batch])}
-    options = {**GREEDY, **more}
-    out = model.generate(**inputs, past_key_values=cache, **options)
-    if mode == "turns":
-        ids = torch.cat([out, ids_of(1, 40)], 1)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
-    assert cache.get_seq_length() == out.shape[1] - 1
-    assert cache.info()["materialised"] == 0
+    generated(model, cache, mode, 150, 40)
     assert len(cache.kept(1, 1)) == 0
     assert len(cache.kept(0, 0)) < 80
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 from kvpack.methods.spec import parse_spec
 from reference import attention
-from support import forward, ids_of, left_padding, random_kv, relative_error, tiny_config, tiny_model
+from support import (
+    every_mode,
+    forward,
+    generated,
+    ids_of,
+    left_padding,
+    random_kv,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
 from torch import Tensor
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
@@ -82,24 +92,11 @@ def test_bytes_fall_by_the_channels_that_are_left_out(dtype: torch.dtype) -> Non
     assert held[0] / held[1] == pytest.approx((1 + kept) / 2, rel=0.01)
 
 
-@pytest.mark.parametrize("mode", ["greedy", "beams", "lookup", "chunks", "turns", "padded"])
+@every_mode
 def test_every_way_of_generating(mode: str) -> None:
     model = tiny_model()
     cache = kvpack.PackedCache(model, quantize=kvpack.KeyValue(THINK, kvpack.KIVI(bits=4, window=32)))
-    more: dict[str, Any] = {
-        "beams": {"num_beams": 3},
-        "lookup": {"prompt_lookup_num_tokens": 4},
-        "chunks": {"prefill_chunk_size": 30},
-    }.get(mode, {})
-    batch = 2 if mode == "padded" else 1
-    inputs = {"input_ids": ids_of(batch, 120), "attention_mask": left_padding([120, 100][:batch])}
-    options = {**GREEDY, **more}
-    out = model.generate(**inputs, past_key_values=cache, **options)
-    if mode == "turns":
-        ids = torch.cat([out, ids_of(1, 40)], 1)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
-    assert cache.get_seq_length() == out.shape[1] - 1
-    assert cache.info()["materialised"] == 0
+    generated(model, cache, mode, 120, 40)
     assert cache.lossy_share() > 0
 
 

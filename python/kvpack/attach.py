@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import warnings
-from itertools import chain
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from . import models
 from .cache import PackedCache
@@ -60,7 +59,7 @@ class Attachment:
         self.model = model
         self._options = options
         self.cache: PackedCache | None = new_cache(model, **options)[1]  # also checks them
-        self._before = [config._attn_implementation for config in _configs(model)]
+        self._before = models.implementations(model)
         if models.why_not_in_place(model) is None:
             model.set_attn_implementation(models.NAME)
         self.attached = True
@@ -98,8 +97,7 @@ class Attachment:
             del self.model.generate
             if self._wrapper.own is not None:
                 self.model.generate = self._wrapper.own
-        for config, implementation in zip(_configs(self.model), self._before, strict=True):
-            config._attn_implementation = implementation
+        models.set_implementations(self.model, self._before)
 
     def __enter__(self) -> Attachment:
         return self
@@ -163,17 +161,6 @@ def _attached(model: Any) -> bool:
             return True
         generate = generate.own if isinstance(generate, _Generate) else getattr(generate, "__wrapped__", None)
     return False
-
-
-def _configs(model: Any) -> list[Any]:
-    """The configurations of a model and of its parts, each before those within it."""
-
-    def within(config: Any) -> list[Any]:
-        parts = (getattr(config, name, None) for name in config.sub_configs)
-        return [config, *chain.from_iterable(within(part) for part in parts if part is not None)]
-
-    modules = (module.config for module in model.modules() if isinstance(module, PreTrainedModel))
-    return list({id(config): config for config in chain.from_iterable(map(within, modules))}.values())
 
 
 def _wants_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -165,6 +166,31 @@ def choose_by_model() -> None:
 
     get_correct_attn_implementation._kvpack = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def implementations(model: Any) -> list[str | None]:
+    """The names of the attention that a model and its parts run with, for `set_implementations`."""
+    return [config._attn_implementation for config in _configs(model)]
+
+
+def set_implementations(model: Any, names: Sequence[str | None]) -> None:
+    """Give a model, or a copy of it, back what `implementations` said.
+
+    transformers' own `set_attn_implementation` would refuse a name that some part does not know.
+    """
+    for config, name in zip(_configs(model), names, strict=True):
+        config._attn_implementation = name
+
+
+def _configs(model: Any) -> list[Any]:
+    """The configurations of a model and of its parts, each before those within it."""
+
+    def within(config: Any) -> list[Any]:
+        parts = (getattr(config, name, None) for name in config.sub_configs)
+        return [config, *chain.from_iterable(within(part) for part in parts if part is not None)]
+
+    modules = (module.config for module in model.modules() if isinstance(module, PreTrainedModel))
+    return list({id(config): config for config in chain.from_iterable(map(within, modules))}.values())
 
 
 def decoder_config(model_or_config: Any) -> Any:

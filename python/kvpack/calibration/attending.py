@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from ..attention import kvpack_attention, kvpack_mask
 from ..errors import OptionError
-from ..models import check, decoder_config, has_encoder, why_not_in_place
+from ..models import check, decoder_config, has_encoder, implementations, set_implementations, why_not_in_place
 from ..sites import sites_of
 
 CHUNK = 128
@@ -276,8 +276,7 @@ def attending(model: Any, looker: Looker) -> Iterator[None]:
     layers = full_layers(model)
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, kvpack_mask)
-    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    before = [config._attn_implementation for config in configs]
+    before = implementations(model)
     training = {module: module.training for module in model.modules()}
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     token = _ACTIVE.set(_Active(looker, layers))
@@ -289,9 +288,7 @@ def attending(model: Any, looker: Looker) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
-        model.set_attn_implementation(before[0])
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
+        set_implementations(model, before)
         for module, mode in training.items():
             module.training = mode
         for parameter in learned:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import _kvpack
 from ..errors import OptionError
+from ..methods import Heads
 from ..methods.file import identity, write
-from ..methods.prune.heads import CALIBRATION
 from .attending import Span, full_layers, shape
 from .demoting import demoted as demoted
 from .head_losses import Distance, Echo, Gradients, Measured, Sums
@@ -116,7 +116,7 @@ def save(
         OptionError: it cannot be written.
     """
     about = {"kvpack": _kvpack.__version__, "model": identity(model), **about}
-    about["method"] = CALIBRATION
+    about["method"] = Heads.name
     tensors = {name: values.contiguous() for name, values in losses.items()}
     write(Path(path), {**about, "sinks": sinks, "window": window}, tensors)
 

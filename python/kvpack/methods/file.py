@@ -61,6 +61,21 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     return header, tensors
 
 
+def read_of(method: str, path: str) -> tuple[Header, dict[str, Tensor]]:
+    """The same of a calibration for one method.
+
+    Raises:
+        OptionError: as `read`, or it was made for another method.
+    """
+    header, tensors = read(path)
+    if header.get("method") != method:
+        raise OptionError(
+            f"calibration={path!r} is not accepted: it was made for {header.get('method')!r}; accepted: what "
+            f"kvpack.calibrate(..., method={method!r}) wrote"
+        )
+    return header, tensors
+
+
 def digest(path: str | os.PathLike[str]) -> str:
     """A hash of what a file holds."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]

@@ -15,16 +15,13 @@ from torch import Tensor
 from ... import _kvpack
 from ...errors import OptionError
 from ..base import Property, Reasons, Site, check_whole
-from ..file import Header, check_identity, digest, read
+from ..file import Header, check_identity, digest, read_of
 from ..presets import PRESETS
 from ..quantize import Quantize
 from ..registry import QUANTIZE, register
 from ..spec import parse_spec
 from .base import Prune
 from .ladder import RUNGS, Ladder, plan, predicted, retrieval_heads
-
-CALIBRATION = "heads"
-"""What the file of a calibration of KV heads says that it is."""
 
 Rung: TypeAlias = str | Quantize
 """What is held of a KV head: one of `RUNGS`, or a codec of its own."""
@@ -89,6 +86,7 @@ class Heads(Prune):
 
     def __post_init__(self) -> None:
         check_whole(self, sinks=0, window=1)
+        object.__setattr__(self, "rungs", (self.rungs,) if isinstance(self.rungs, str) else tuple(self.rungs))
         places = dict(_places(self.ladder))
         ladder = {place: rung for place in sorted(places) if (rung := _rung(place, places[place])) != "full"}
         object.__setattr__(self, "ladder", ladder)
@@ -99,7 +97,6 @@ class Heads(Prune):
             ladder = self._planned()
         elif given := [name for name in ("demote", "share", "nats", "context") if getattr(self, name) is not None]:
             raise OptionError(f"{given[0]}={getattr(self, given[0])!r} is not accepted without calibration=")
-        object.__setattr__(self, "rungs", (self.rungs,) if isinstance(self.rungs, str) else tuple(self.rungs))
         object.__setattr__(self, "chosen", ladder)
 
     def _planned(self) -> dict[tuple[int, int], Rung]:
@@ -119,21 +116,14 @@ class Heads(Prune):
         if self.keep and "echo" not in losses:
             raise OptionError(f"keep={self.keep!r} is not accepted with {self.calibration!r}, which has no echo")
         keep = retrieval_heads(losses["echo"], self.keep) if self.keep else None
-        rungs = (self.rungs,) if isinstance(self.rungs, str) else tuple(self.rungs)
         options: dict[str, Any] = {"context": self.context, "sinks": self.sinks, "window": self.window, "keep": keep}
-        found = plan(losses, by=self.by, rungs=rungs, **own, **options)
+        found = plan(losses, by=self.by, rungs=self.rungs, **own, **options)
         object.__setattr__(self, "_header", header)
         object.__setattr__(self, "sha256", digest(self.calibration or ""))
         return {(i, h): rung for i, row in enumerate(found) for h, rung in enumerate(row) if rung != "full"}
 
     def _read(self) -> tuple[Header, dict[str, Tensor]]:
-        header, losses = read(self.calibration or "")
-        if header.get("method") != CALIBRATION:
-            raise OptionError(
-                f"calibration={self.calibration!r} is not accepted: it was made for {header.get('method')!r}; "
-                'accepted: what kvpack.calibrate(..., method="heads") wrote'
-            )
-        return header, losses
+        return read_of(self.name, self.calibration or "")
 
     def __repr__(self) -> str:
         ladder = repr(self.chosen)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import _kvpack
 from ...errors import OptionError
 from ..base import Reasons, Site, check_whole
-from ..file import Header, check_identity, digest, read
+from ..file import Header, check_identity, digest, read_of
 from ..hulls import Way, spend
 from ..quantize import Quantize
 from ..registry import register
@@ -68,12 +68,7 @@ class Slice(Prune):
         if self.heads is not None and not isinstance(self.heads, Heads):
             raise OptionError(f"heads={self.heads!r} is not accepted; accepted: kvpack.Heads(...), or None")
         object.__setattr__(self, "calibration", os.fspath(self.calibration))
-        header, tables = read(self.calibration)
-        if header.get("method") != self.name:
-            raise OptionError(
-                f"calibration={self.calibration!r} is not accepted: it was made for {header.get('method')!r}; "
-                'accepted: what kvpack.calibrate(..., method="slice") wrote'
-            )
+        header, tables = read_of(self.name, self.calibration)
         object.__setattr__(self, "_header", header)
         object.__setattr__(self, "sha256", digest(self.calibration))
         object.__setattr__(self, "_tables", tables)
